@@ -1,0 +1,631 @@
+"""EViT models: Vision Transformers that reorganize their tokens between attention and MLP.
+
+The classes stand in the order in which data flows and take their parameters, and the names of their parameters, from
+`transformers.models.vit`: an EViT has no weights that a ViT has not.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.vit.modeling_vit import (
+    ViTAttention,
+    ViTEmbeddings,
+    ViTForImageClassification,
+    ViTLayer,
+    ViTModel,
+    ViTPooler,
+    ViTPreTrainedModel,
+    eager_attention_forward,
+)
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_evit import EViTConfig, check_keep_rate, keep_rate_by_layer, refuse_misspelt_names
+from .token_reorganization import (
+    append_fused_patch,
+    class_token_attention,
+    class_token_probabilities,
+    follow_patches,
+    num_attentive_tokens,
+    reorganize_token_mask,
+    reorganize_tokens,
+    scores_by_patch,
+)
+
+
+logger = logging.get_logger(__name__)
+
+# Classes that load a saved folder with `trust_remote_code=True`, without this package.
+AUTO_MAP = {
+    "AutoConfig": "configuration_evit.EViTConfig",
+    "AutoModel": "modeling_evit.EViTModel",
+    "AutoModelForImageClassification": "modeling_evit.EViTForImageClassification",
+}
+
+# Until 5.8 Transformers named the parameters of a ViT differently, and it still writes those names to disk.
+register_checkpoint_conversion_mapping(
+    "evit",
+    [
+        WeightRenaming(r"encoder\.layer\.", "layers."),
+        WeightRenaming("attention.query", "q_proj"),
+        WeightRenaming("attention.key", "k_proj"),
+        WeightRenaming("attention.value", "v_proj"),
+        WeightRenaming("attention.output.dense", "attention.o_proj"),
+        WeightRenaming("intermediate.dense", "mlp.fc1"),
+        WeightRenaming("output.dense", "mlp.fc2"),
+    ],
+    overwrite=True,
+)
+
+FORWARD_KEYWORDS = ("keep_rate", "patch_scores", "interpolate_pos_encoding", "attention_mask", "labels")
+
+
+@dataclass
+class EViTModelOutput(BaseModelOutputWithPooling):
+    """Output of `EViTModel`.
+
+    Args:
+        last_hidden_state: (batch_size, num_tokens_left, hidden_size), after the final layer norm: class token, the
+            attentive tokens of the last reorganization by falling score, the fused token.
+        pooler_output: (batch_size, pooler_output_size), or None without pooling layer.
+        hidden_states: with `output_hidden_states=True`, num_hidden_layers + 1 tensors (batch_size, num_tokens,
+            hidden_size); the number of tokens shrinks at each reorganization layer.
+        attentions: with `output_attentions=True` and eager attention, one tensor (batch_size, num_heads, num_tokens,
+            num_tokens) for each layer, over the tokens at that layer's input.
+        attentive_index: one tensor (batch_size, num_attentive_tokens) for each reorganization layer: the kept tokens
+            as positions in the original patch grid (row * grid width + column), by falling score; -1 stands for the
+            fused token of an earlier layer, where it was kept. A layer that keeps all tokens lists all of them.
+    """
+
+    attentive_index: tuple[torch.LongTensor, ...] | None = None
+
+
+@dataclass
+class EViTImageClassifierOutput(ImageClassifierOutput):
+    """Output of `EViTForImageClassification`.
+
+    Args:
+        loss: scalar, if `labels` were given.
+        logits: (batch_size, num_labels), before softmax.
+        hidden_states: see `EViTModelOutput`.
+        attentions: see `EViTModelOutput`.
+        attentive_index: see `EViTModelOutput`.
+    """
+
+    attentive_index: tuple[torch.LongTensor, ...] | None = None
+
+
+class EViTEmbeddings(ViTEmbeddings):
+    """Patches to tokens: a class token in front, positions added.
+
+    Differences from ViTEmbeddings:
+        - position embeddings of a model with a non-square `image_size` are interpolated on their true grid;
+        - no mask token: masked image modeling needs all patches.
+    """
+
+    def __init__(self, config: EViTConfig) -> None:
+        super().__init__(config)
+        patch_size = config.patch_size
+        self.patch_height, self.patch_width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+
+    def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Resize the position embeddings bicubically to the patch grid of a height x width image.
+
+        Args:
+            embeddings: (batch_size, 1 + num_patches, hidden_size), the tokens that need positions.
+            height: image height in pixels.
+            width: image width in pixels.
+
+        Returns: (1, 1 + num_patches, hidden_size); the class token's position is not resized.
+
+        Source: transformers.models.vit.modeling_vit.ViTEmbeddings, after
+            https://github.com/facebookresearch/dinov2/blob/e1277af/dinov2/models/vision_transformer.py#L179-L211.
+        """
+        grid = (height // self.patch_height, width // self.patch_width)
+        trained_grid = (self.image_size[0] // self.patch_height, self.image_size[1] // self.patch_width)
+        if not torch.jit.is_tracing() and grid == trained_grid:
+            return self.position_embeddings
+        class_position, patch_positions = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
+        patch_positions = patch_positions.unflatten(1, trained_grid).permute(0, 3, 1, 2)
+        patch_positions = nn.functional.interpolate(patch_positions, size=grid, mode="bicubic", align_corners=False)
+        return torch.cat((class_position, patch_positions.flatten(2).transpose(1, 2)), dim=1)
+
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None) -> torch.Tensor:
+        """Tokens of the images.
+
+        Args:
+            pixel_values: (batch_size, num_channels, height, width).
+            interpolate_pos_encoding: whether images of another size than `image_size` are welcome.
+
+        Returns: (batch_size, 1 + num_patches, hidden_size).
+
+        Raises: ValueError for another number of channels, or another size without `interpolate_pos_encoding`.
+        """
+        batch_size, _, height, width = pixel_values.shape
+        if not interpolate_pos_encoding and (height, width) != tuple(self.image_size):
+            raise ValueError(
+                f"`pixel_values` is {height}x{width} but this model expects {self.image_size[0]}x{self.image_size[1]}: "
+                "resize, or pass `interpolate_pos_encoding=True`."
+            )
+        patches = self.patch_embeddings(pixel_values)
+        embeddings = torch.cat((self.cls_token.expand(batch_size, -1, -1), patches), dim=1)
+        if interpolate_pos_encoding:
+            embeddings = embeddings + self.interpolate_pos_encoding(embeddings, height, width)
+        else:
+            embeddings = embeddings + self.position_embeddings
+        return self.dropout(embeddings)
+
+
+class EViTAttention(ViTAttention):
+    """Self-attention that can also tell what the class token looks at.
+
+    Differences from ViTAttention:
+        - on request it returns the class token's attention to the image tokens. Fused kernels return no attention map,
+          so that one row is computed beside them from query and key; the eager map is read where it exists.
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        score_tokens: bool = False,
+        token_mask: torch.Tensor | None = None,
+        num_prefix_tokens: int = 1,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Attend.
+
+        Args:
+            hidden_states: (batch_size, sequence_length, hidden_size).
+            attention_mask: in the form that the attention implementation wants, or None.
+            score_tokens: whether to return the class token's attention.
+            token_mask: (batch_size, sequence_length), the mask that `attention_mask` was made of.
+            num_prefix_tokens: tokens in front of the image tokens.
+            **kwargs: handed to the attention implementation.
+
+        Returns: output (batch_size, sequence_length, hidden_size); attention map or None; class token attention
+            (batch_size, num_image_tokens) or None. The latter never passes through attention dropout: noise would
+            choose the tokens (the official code lets it).
+        """
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        output, attention_map = attention_interface(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        output = self.o_proj(output.reshape(*input_shape, -1).contiguous())
+
+        if not score_tokens:
+            return output, attention_map, None
+        has_clean_map = self.config._attn_implementation == "eager" and not dropout
+        probabilities = (
+            attention_map if has_clean_map else class_token_probabilities(query, key, self.scaling, token_mask)
+        )
+        return output, attention_map, class_token_attention(probabilities, num_prefix_tokens)
+
+
+class EViTDropPath(nn.Module):
+    """Stochastic depth: drop a residual branch for some images, and scale it up for the others, in training.
+
+    Source: "Deep Networks with Stochastic Depth", arXiv 1603.09382.
+    """
+
+    def __init__(self, drop_probability: float) -> None:
+        super().__init__()
+        self.drop_probability = drop_probability
+
+    def forward(self, branch: torch.Tensor) -> torch.Tensor:
+        """Return `branch`, (batch_size, ...), with whole images set to zero and its expectation unchanged."""
+        if not self.training or self.drop_probability == 0.0:
+            return branch
+        keep_probability = 1 - self.drop_probability
+        mask = branch.new_empty((branch.shape[0],) + (1,) * (branch.ndim - 1)).bernoulli_(keep_probability)
+        return branch * mask / keep_probability
+
+    def extra_repr(self) -> str:
+        """Show the probability in `print(model)`."""
+        return f"drop_probability={self.drop_probability:.3f}"
+
+
+class EViTLayer(ViTLayer):
+    """The paper in three steps: attend, reorganize, MLP.
+
+    Differences from ViTLayer:
+        - tokens may be reorganized between attention and MLP;
+        - stochastic depth on both residual branches.
+    """
+
+    def __init__(self, config: EViTConfig, drop_path_rate: float = 0.0) -> None:
+        super().__init__(config)
+        self.fuse_inattentive_tokens = config.fuse_inattentive_tokens
+        self.attention = EViTAttention(config)
+        self.drop_path = EViTDropPath(drop_path_rate)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        num_attentive: int | None = None,
+        token_scores: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One layer.
+
+        Args:
+            hidden_states: (batch_size, sequence_length, hidden_size).
+            attention_mask: see `EViTAttention.forward`.
+            num_attentive: image tokens to keep; None for a plain ViT layer.
+            token_scores: (batch_size, num_image_tokens), scores from outside that choose the tokens.
+            token_mask: see `EViTAttention.forward`.
+            **kwargs: handed to the attention implementation.
+
+        Returns: hidden states, (batch_size, sequence_length left, hidden_size), and the kept tokens as positions among
+            this layer's image tokens, (batch_size, num_attentive), or None.
+        """
+        # Attend
+        residual = hidden_states
+        hidden_states, _, attention = self.attention(
+            self.layernorm_before(hidden_states), attention_mask, num_attentive is not None, token_mask, **kwargs
+        )
+        hidden_states = residual + self.drop_path(self.dropout(hidden_states))
+
+        # Reorganize
+        attentive_index = None
+        if num_attentive is not None:
+            hidden_states, attentive_index = reorganize_tokens(
+                hidden_states,
+                attention,
+                num_attentive,
+                fuse_inattentive_tokens=self.fuse_inattentive_tokens,
+                token_scores=token_scores,
+            )
+
+        # MLP
+        residual = hidden_states
+        hidden_states = self.mlp(self.layernorm_after(hidden_states))
+        hidden_states = residual + self.drop_path(self.dropout(hidden_states))
+        return hidden_states, attentive_index
+
+
+class EViTPreTrainedModel(ViTPreTrainedModel):
+    """What all EViT models share: loading that leaves no weight to chance, saving, and the keep rate.
+
+    Differences from ViTPreTrainedModel:
+        - `from_pretrained` raises where Transformers would only log that parameters stay random;
+        - `save_pretrained` writes the names that the model has in memory, and a folder that loads with
+          `trust_remote_code=True`.
+    """
+
+    config: EViTConfig
+    _no_split_modules = ["EViTEmbeddings", "EViTLayer"]
+    _can_record_outputs = {"hidden_states": EViTLayer, "attentions": EViTAttention}
+
+    def set_keep_rate(self, keep_rate: float | Sequence[float]) -> None:
+        """Change the share of image tokens that is kept, from the next forward on. No weight depends on it.
+
+        Args:
+            keep_rate: in (0, 1], one number for all reorganization layers or one for each. 1.0 is the plain ViT.
+
+        Raises: ValueError if it is out of range or of the wrong length.
+        """
+        self.config.keep_rate = list(keep_rate) if isinstance(keep_rate, (list, tuple)) else keep_rate
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,  # noqa: ANN401
+        ignore_mismatched_sizes: bool = True,
+        output_loading_info: bool = False,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> "EViTPreTrainedModel | tuple[EViTPreTrainedModel, dict]":
+        """Load an EViT or ViT checkpoint of Transformers 4.x or 5.x; keywords such as `keep_rate=0.7` go to the config.
+
+        A classifier for another number of classes, or for a backbone without one, is newly initialized, with a
+        warning. A checkpoint without pooling layer loads into `EViTModel` without one.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id.
+            *model_args: handed to the model class.
+            ignore_mismatched_sizes: False makes another number of classes an error as well.
+            output_loading_info: whether to return the lists of missing and unexpected keys too.
+            **kwargs: see `transformers.PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: the folder holds another model type than 'evit' or 'vit'.
+            RuntimeError: a parameter other than the classifier would be left at its random initialization; the message
+                names all of them.
+        """
+        model, loading_info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *model_args,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            output_loading_info=True,
+            **kwargs,
+        )
+        model._accept_loaded_weights(str(pretrained_model_name_or_path), loading_info)
+        return (model, loading_info) if output_loading_info else model
+
+    def _accept_loaded_weights(self, source: str, loading_info: dict) -> None:
+        """Raise RuntimeError if chance chose a weight of the backbone; say what was newly initialized otherwise."""
+        missing = set(loading_info["missing_keys"])
+        mismatched = {key: (tuple(found), tuple(here)) for key, found, here in loading_info["mismatched_keys"]}
+
+        lost = sorted(key for key in missing | mismatched.keys() if not key.startswith(("classifier.", "pooler.")))
+        if lost:
+            shapes = [f"{key} ({mismatched[key][0]} in the checkpoint, {mismatched[key][1]} here)" for key in mismatched]
+            raise RuntimeError(
+                f"`{source}` does not fill {len(lost)} of {len(self.state_dict())} parameters, which would be left at "
+                f"random values. Missing: {sorted(missing)}. Of another shape: {sorted(shapes)}. Unexpected in the "
+                f"checkpoint: {sorted(loading_info['unexpected_keys'])}. Load a ViT or EViT checkpoint of the same "
+                "geometry, or change the configuration to match it."
+            )
+        if any(key.startswith("pooler.") for key in missing | mismatched.keys()):
+            self.pooler = None
+            logger.warning(f"`{source}` has no pooling layer: the model is loaded without one, `pooler_output` is None.")
+        if any(key.startswith("classifier.") for key in missing | mismatched.keys()):
+            logger.warning(
+                f"The classifier for {self.config.num_labels} classes is newly initialized, `{source}` has "
+                f"{mismatched['classifier.weight'][0][0] if 'classifier.weight' in mismatched else 'none'}: train it."
+            )
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *args: Any,  # noqa: ANN401
+        save_original_format: bool = False,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Save weights, configuration and the code that `trust_remote_code=True` needs.
+
+        The weights carry the names of the modules in memory. Transformers' default, the names of 4.x, is read back by
+        `from_pretrained` but not by `Trainer.train(resume_from_checkpoint=...)` and `load_best_model_at_end`, which
+        load the raw file with `strict=False` and leave the encoder at its random initialization (5.9 to 5.23).
+
+        Args:
+            save_directory: folder, made if needed.
+            *args: see `transformers.PreTrainedModel.save_pretrained`.
+            save_original_format: True writes the names of Transformers 4.x.
+            **kwargs: see `transformers.PreTrainedModel.save_pretrained`.
+        """
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+
+class EViTModel(EViTPreTrainedModel, ViTModel):
+    """The bare EViT: hidden states of the tokens that are left, and which those are.
+
+    Differences from ViTModel:
+        - tokens are reorganized at `config.reorganization_layers`, as many as `keep_rate` says;
+        - the output tells which patches were kept.
+
+    Args:
+        config: the configuration.
+        add_pooling_layer: whether to add ViT's pooling layer.
+    """
+
+    def __init__(self, config: EViTConfig, add_pooling_layer: bool = True) -> None:
+        config.validate()
+        super(ViTModel, self).__init__(config)  # ViTModel would build its own layers first
+        self.embeddings = EViTEmbeddings(config)
+        last_layer = max(config.num_hidden_layers - 1, 1)
+        self.layers = nn.ModuleList(
+            EViTLayer(config, config.drop_path_rate * i / last_layer) for i in range(config.num_hidden_layers)
+        )
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pooler = ViTPooler(config) if add_pooling_layer else None
+        # Keep rate in training while a schedule is on its way to `config.keep_rate`; evaluation never sees it.
+        self.training_keep_rate: float | list[float] | None = None
+        self.post_init()
+
+    def layer_keep_rates(self, keep_rate: float | Sequence[float] | None = None) -> dict[int, float]:
+        """Keep rate of each reorganization layer, by layer number: this call's, the schedule's or the configuration's.
+
+        Raises: ValueError if `keep_rate` is out of range or of the wrong length.
+        """
+        if keep_rate is None and self.training:
+            keep_rate = self.training_keep_rate
+        if keep_rate is None:
+            return self.config.layer_keep_rates
+        check_keep_rate(keep_rate, len(self.config.reorganization_layers))
+        return keep_rate_by_layer(keep_rate, self.config.reorganization_layers)
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: torch.Tensor | None = None,
+        keep_rate: float | Sequence[float] | None = None,
+        patch_scores: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> EViTModelOutput:
+        """Run the images through all layers.
+
+        Args:
+            pixel_values: (batch_size, num_channels, height, width).
+            interpolate_pos_encoding: whether images of another size than `config.image_size` are welcome.
+            attention_mask: (batch_size, 1 + num_patches), 0 where a token must not be attended to.
+            keep_rate: for this call, instead of `config.keep_rate`: in (0, 1], one number or one for each
+                reorganization layer.
+            patch_scores: (batch_size, num_patches), or one such tensor for each reorganization layer: scores from
+                outside, by patch of the original grid, that choose the tokens instead of the class token's attention
+                (an oracle, a random baseline, a mask of ones and zeros). That attention still weighs the fused token.
+            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, and what the attention takes.
+
+        Returns: `EViTModelOutput`.
+
+        Raises: ValueError for missing images, images of the wrong size, a keep rate out of range, scores or a mask of
+            the wrong shape. TypeError for a misspelt keyword.
+        """
+        refuse_misspelt_names(kwargs, FORWARD_KEYWORDS)
+        if pixel_values is None:
+            raise ValueError("`pixel_values` is missing: pass a tensor (batch_size, num_channels, height, width).")
+        keep_rates = self.layer_keep_rates(keep_rate)
+        pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+
+        batch_size, num_patches = hidden_states.shape[0], hidden_states.shape[1] - 1
+        patch_scores = self._scores_by_layer(patch_scores, batch_size, num_patches)
+        token_mask = self._checked_token_mask(attention_mask, batch_size, num_patches)
+        mask = self._attention_mask(hidden_states, token_mask)
+
+        patch_index = torch.arange(num_patches, device=hidden_states.device).expand(batch_size, -1)
+        kept_patches = []
+        for i, layer in enumerate(self.layers):
+            num_image_tokens = patch_index.shape[1]
+            num_attentive = num_attentive_tokens(keep_rates.get(i, 1.0), num_image_tokens)
+            if num_attentive == num_image_tokens:  # a plain ViT layer
+                hidden_states, _ = layer(hidden_states, mask, **kwargs)
+                if i in keep_rates:
+                    kept_patches.append(patch_index)
+                continue
+
+            token_scores = scores_by_patch(patch_scores[i], patch_index) if patch_scores else None
+            hidden_states, attentive_index = layer(
+                hidden_states, mask, num_attentive, token_scores, token_mask, **kwargs
+            )
+            patch_index = follow_patches(patch_index, attentive_index)
+            kept_patches.append(patch_index)
+            if self.config.fuse_inattentive_tokens:
+                patch_index = append_fused_patch(patch_index)
+            if token_mask is not None:
+                fuse = self.config.fuse_inattentive_tokens
+                token_mask = reorganize_token_mask(token_mask, attentive_index, fuse_inattentive_tokens=fuse)
+                mask = self._attention_mask(hidden_states, token_mask)
+
+        hidden_states = self.layernorm(hidden_states)
+        return EViTModelOutput(
+            last_hidden_state=hidden_states,
+            pooler_output=self.pooler(hidden_states) if self.pooler is not None else None,
+            attentive_index=tuple(kept_patches),
+        )
+
+    def _scores_by_layer(
+        self, patch_scores: torch.Tensor | Sequence[torch.Tensor] | None, batch_size: int, num_patches: int
+    ) -> dict[int, torch.Tensor]:
+        """Scores from outside, (batch_size, num_patches), by number of the reorganization layer that uses them."""
+        if patch_scores is None:
+            return {}
+        layers = self.config.reorganization_layers
+        by_layer = [patch_scores] * len(layers) if isinstance(patch_scores, torch.Tensor) else list(patch_scores)
+        if len(by_layer) != len(layers):
+            raise ValueError(
+                f"`patch_scores` has {len(by_layer)} tensors but there are {len(layers)} reorganization layers: "
+                "pass one tensor for all of them, or one for each."
+            )
+        for scores in by_layer:
+            if tuple(scores.shape) != (batch_size, num_patches):
+                raise ValueError(
+                    f"`patch_scores` must be (batch_size, num_patches) = {(batch_size, num_patches)}, got "
+                    f"{tuple(scores.shape)}: give one score for each patch, none for the class token."
+                )
+        return dict(zip(layers, by_layer, strict=True))
+
+    @staticmethod
+    def _checked_token_mask(
+        attention_mask: torch.Tensor | None, batch_size: int, num_patches: int
+    ) -> torch.Tensor | None:
+        """Return the mask, (batch_size, 1 + num_patches), if it is one that can follow the tokens."""
+        if attention_mask is not None and tuple(attention_mask.shape) != (batch_size, 1 + num_patches):
+            raise ValueError(
+                f"`attention_mask` must be (batch_size, 1 + num_patches) = {(batch_size, 1 + num_patches)}, got "
+                f"{tuple(attention_mask.shape)}: it follows the tokens, so it needs one entry for each of them."
+            )
+        return attention_mask
+
+    def _attention_mask(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Mask in the form that the attention implementation wants, for the tokens that are left."""
+        return create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=token_mask
+        )
+
+
+class EViTForImageClassification(EViTPreTrainedModel, ViTForImageClassification):
+    """EViT with a linear classifier on the class token.
+
+    Example:
+        >>> from evit_hf import EViTForImageClassification
+        >>> model = EViTForImageClassification.from_pretrained("google/vit-base-patch16-224", keep_rate=0.7)
+        >>> model.set_keep_rate(0.5)  # faster, from the next forward on
+    """
+
+    def __init__(self, config: EViTConfig) -> None:
+        super(ViTForImageClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.vit = EViTModel(config, add_pooling_layer=False)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: torch.Tensor | None = None,
+        keep_rate: float | Sequence[float] | None = None,
+        patch_scores: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> EViTImageClassifierOutput:
+        """Classify images.
+
+        Args:
+            pixel_values: (batch_size, num_channels, height, width).
+            labels: (batch_size,) class numbers, or whatever `config.problem_type` asks for; gives `loss`.
+            interpolate_pos_encoding: see `EViTModel.forward`.
+            attention_mask: see `EViTModel.forward`.
+            keep_rate: see `EViTModel.forward`.
+            patch_scores: see `EViTModel.forward`.
+            **kwargs: see `EViTModel.forward`.
+
+        Returns: `EViTImageClassifierOutput`.
+        """
+        outputs: EViTModelOutput = self.vit(
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            attention_mask=attention_mask,
+            keep_rate=keep_rate,
+            patch_scores=patch_scores,
+            **kwargs,
+        )
+        logits = self.classifier(outputs.last_hidden_state[:, 0])
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        return EViTImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            attentive_index=outputs.attentive_index,
+        )
+
+
+EViTModel.register_for_auto_class("AutoModel")
+EViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+
+__all__ = [
+    "EViTForImageClassification",
+    "EViTImageClassifierOutput",
+    "EViTModel",
+    "EViTModelOutput",
+    "EViTPreTrainedModel",
+]

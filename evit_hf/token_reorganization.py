@@ -1,0 +1,252 @@
+"""Token reorganization, the core of EViT, as pure functions of tensors.
+
+Nothing here knows a model: any Vision Transformer with a class token can call `reorganize_tokens` between attention and
+MLP. Source of every formula: "Not All Patches are What You Need: Expediting Vision Transformers via Token
+Reorganizations" (Liang et al., ICLR 2022, arXiv 2202.07800) and its official implementation,
+https://github.com/youweiliang/evit/blob/5ca95a7/evit.py#L186-L270.
+
+Terms:
+    prefix tokens: the tokens in front of the image tokens: the class token, always first, then a distillation token or
+        registers. They are never candidates: never dropped, fused or moved.
+    image tokens: everything behind the prefix. One of them may be a fused token made by an earlier layer, which
+        competes like any other token.
+    attentive tokens: the image tokens with the highest class token attention; they are kept.
+    inattentive tokens: the others; they are fused into one token or dropped.
+
+A worked example: 196 image tokens at keep rate 0.7 become 139, 99 and 71 after three layers with fusion, and 138, 97 and
+68 without.
+"""
+
+import math
+
+import torch
+
+
+def num_attentive_tokens(keep_rate: float, num_image_tokens: int) -> int:
+    """Number of tokens that a layer keeps: ceil(keep_rate * num_image_tokens).
+
+    Args:
+        keep_rate: share of image tokens kept, in (0, 1].
+        num_image_tokens: image tokens at the layer's input, an earlier fused token counted in, class token excluded.
+
+    Returns: attentive tokens, at least 1. The product is rounded up as the floating-point number it is, like the
+        official code does: 0.55 * 100 is 55.000000000000007 and gives 56.
+
+    Source: evit.py:209 of the official implementation.
+    """
+    return math.ceil(keep_rate * num_image_tokens)
+
+
+def class_token_probabilities(
+    query: torch.Tensor, key: torch.Tensor, scaling: float, token_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention probabilities of the class token alone: one row of the attention map, at 1/sequence_length of its cost.
+
+    It stands beside whichever attention kernel runs, since fused kernels (sdpa, flash, flex) do not return the map.
+    The softmax runs in float32 whatever the input.
+
+    Args:
+        query: (batch_size, num_heads, sequence_length, head_dim); only its first position, the class token, is read.
+        key: (batch_size, num_heads, sequence_length, head_dim).
+        scaling: factor on the dot products, head_dim ** -0.5 in a ViT.
+        token_mask: (batch_size, sequence_length), True or nonzero where a token may be attended to.
+
+    Returns: (batch_size, num_heads, 1, sequence_length), float32.
+    """
+    logits = (query[:, :, :1] @ key.transpose(-2, -1)).float() * scaling
+    if token_mask is not None:
+        logits = logits.masked_fill(token_mask[:, None, None, :] == 0, float("-inf"))
+    return logits.softmax(dim=-1)
+
+
+def class_token_attention(attention_probabilities: torch.Tensor, num_prefix_tokens: int = 1) -> torch.Tensor:
+    """Attention that the class token pays to every image token, averaged over the heads.
+
+    Args:
+        attention_probabilities: (batch_size, num_heads, num_queries, sequence_length) after softmax, first query the
+            class token: a whole attention map, or the one row of `class_token_probabilities`.
+        num_prefix_tokens: tokens in front of the image tokens, class token included.
+
+    Returns: (batch_size, num_image_tokens), float32. A row sums to less than 1: the share of the prefix tokens is cut
+        off and nothing is renormalised.
+
+    Source: evit.py:206-208 of the official implementation.
+    """
+    return attention_probabilities[:, :, 0, num_prefix_tokens:].mean(dim=1, dtype=torch.float32)
+
+
+def top_attentive_index(scores: torch.Tensor, num_attentive: int) -> torch.Tensor:
+    """Positions of the `num_attentive` highest scores, by falling score.
+
+    Args:
+        scores: (batch_size, num_image_tokens).
+        num_attentive: tokens to keep, between 1 and num_image_tokens.
+
+    Returns: (batch_size, num_attentive), positions among the image tokens.
+    """
+    return scores.topk(num_attentive, dim=1).indices
+
+
+def fused_token(tokens: torch.Tensor, attention: torch.Tensor, attentive_index: torch.Tensor) -> torch.Tensor:
+    """Sum of the inattentive tokens, weighted by the class token's attention: one token for all of them.
+
+    The attentive tokens get weight zero and the sum runs over all tokens, so no complement of `attentive_index` is
+    ever built. Gradients flow through the weights.
+
+    Args:
+        tokens: (batch_size, num_image_tokens, hidden_size), prefix tokens excluded.
+        attention: (batch_size, num_image_tokens), mean over heads, after softmax.
+        attentive_index: (batch_size, num_attentive), positions in `tokens`.
+
+    Returns: (batch_size, 1, hidden_size). The weights are not renormalised, as in the paper's code.
+
+    Source: "inattentive token fusion" of the paper; evit.py:259-263 of the official implementation.
+    """
+    weights = attention.scatter(1, attentive_index, 0.0).to(tokens.dtype)
+    return (weights.unsqueeze(1) @ tokens).to(tokens.dtype)
+
+
+def reorganize_tokens(
+    hidden_states: torch.Tensor,
+    attention: torch.Tensor,
+    num_attentive: int,
+    *,
+    num_prefix_tokens: int = 1,
+    fuse_inattentive_tokens: bool = True,
+    token_scores: torch.Tensor | None = None,
+    attentive_index: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keep the attentive tokens and fuse or drop the inattentive ones: the paper's step between attention and MLP.
+
+    Args:
+        hidden_states: (batch_size, num_prefix_tokens + num_image_tokens, hidden_size), after attention and residual.
+        attention: (batch_size, num_image_tokens), the class token's attention, see `class_token_attention`. It weighs
+            the fused token, and it chooses the tokens unless `token_scores` or `attentive_index` does.
+        num_attentive: image tokens to keep, see `num_attentive_tokens`. If that is all of them, nothing happens.
+        num_prefix_tokens: tokens in front of the image tokens, class token included.
+        fuse_inattentive_tokens: whether one fused token, appended last, stands for the inattentive ones.
+        token_scores: (batch_size, num_image_tokens), scores from outside that choose the tokens: an oracle, a random
+            baseline, a mask of ones and zeros.
+        attentive_index: (batch_size, num_attentive), the choice itself from outside, positions among the image tokens.
+
+    Returns:
+        hidden_states: (batch_size, num_prefix_tokens + num_attentive (+ 1 fused token), hidden_size): prefix tokens,
+            attentive tokens by falling score, fused token.
+        attentive_index: (batch_size, num_attentive), positions among the image tokens of the input.
+
+    Raises: ValueError if `num_attentive` is not in [1, num_image_tokens], if both choices are given, or if a choice has
+        the wrong shape.
+
+    Source: evit.py:253-266 of the official implementation.
+    """
+    num_image_tokens = hidden_states.shape[1] - num_prefix_tokens
+    if not 1 <= num_attentive <= num_image_tokens:
+        raise ValueError(
+            f"`num_attentive` must be between 1 and the {num_image_tokens} image tokens, got {num_attentive}: "
+            "compute it with `num_attentive_tokens(keep_rate, num_image_tokens)`."
+        )
+    if token_scores is not None and attentive_index is not None:
+        raise ValueError("`token_scores` and `attentive_index` both choose the tokens: pass one of them.")
+
+    # 1. Choose the attentive tokens.
+    if attentive_index is None:
+        scores = attention if token_scores is None else token_scores
+        if tuple(scores.shape) != (hidden_states.shape[0], num_image_tokens):
+            raise ValueError(
+                f"`{'attention' if token_scores is None else 'token_scores'}` must be (batch_size, num_image_tokens) = "
+                f"{(hidden_states.shape[0], num_image_tokens)}, got {tuple(scores.shape)}: leave out the prefix tokens."
+            )
+        attentive_index = top_attentive_index(scores, num_attentive)
+    elif tuple(attentive_index.shape) != (hidden_states.shape[0], num_attentive):
+        raise ValueError(
+            f"`attentive_index` must be (batch_size, num_attentive) = {(hidden_states.shape[0], num_attentive)}, "
+            f"got {tuple(attentive_index.shape)}: give as many positions per image as tokens are kept."
+        )
+    if num_attentive == num_image_tokens:
+        return hidden_states, attentive_index
+
+    # 2. Keep them, behind the prefix tokens.
+    prefix, tokens = hidden_states[:, :num_prefix_tokens], hidden_states[:, num_prefix_tokens:]
+    attentive = tokens.gather(1, attentive_index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+    if not fuse_inattentive_tokens:
+        return torch.cat((prefix, attentive), dim=1), attentive_index
+
+    # 3. Fuse the rest into one token.
+    fused = fused_token(tokens, attention, attentive_index)
+    return torch.cat((prefix, attentive, fused), dim=1), attentive_index
+
+
+def follow_patches(patch_index: torch.Tensor, attentive_index: torch.Tensor) -> torch.Tensor:
+    """Original patch position of every attentive token.
+
+    Args:
+        patch_index: (batch_size, num_image_tokens), position in the original patch grid of each image token at the
+            layer's input, -1 for a fused token.
+        attentive_index: (batch_size, num_attentive), positions among those tokens.
+
+    Returns: (batch_size, num_attentive), positions in the original patch grid, -1 for a fused token that was kept.
+    """
+    return patch_index.gather(1, attentive_index)
+
+
+def append_fused_patch(patch_index: torch.Tensor) -> torch.Tensor:
+    """Mark the fused token, which stands for many patches, with position -1 behind the attentive ones.
+
+    Args:
+        patch_index: (batch_size, num_attentive).
+
+    Returns: (batch_size, num_attentive + 1).
+    """
+    return torch.nn.functional.pad(patch_index, (0, 1), value=-1)
+
+
+def scores_by_patch(patch_scores: torch.Tensor, patch_index: torch.Tensor) -> torch.Tensor:
+    """Scores from outside, given by original patch position, for the image tokens that are left at some layer.
+
+    Args:
+        patch_scores: (batch_size, num_patches), one score for each patch of the original grid.
+        patch_index: (batch_size, num_image_tokens), original patch position of each token, -1 for a fused token.
+
+    Returns: (batch_size, num_image_tokens). A fused token has no position and scores -inf: what was given up once
+        stays behind those that were not, and goes on into the next fused token.
+    """
+    scores = patch_scores.gather(1, patch_index.clamp(min=0))
+    return scores.masked_fill(patch_index < 0, float("-inf"))
+
+
+def reorganize_token_mask(
+    token_mask: torch.Tensor,
+    attentive_index: torch.Tensor,
+    num_prefix_tokens: int = 1,
+    fuse_inattentive_tokens: bool = True,
+) -> torch.Tensor:
+    """Attention mask over the tokens that `reorganize_tokens` returns.
+
+    Args:
+        token_mask: (batch_size, num_prefix_tokens + num_image_tokens), nonzero where a token may be attended to.
+        attentive_index: (batch_size, num_attentive), positions among the image tokens.
+        num_prefix_tokens: tokens in front of the image tokens, class token included.
+        fuse_inattentive_tokens: whether a fused token was appended. It may be attended to if any token in it may.
+
+    Returns: (batch_size, num_prefix_tokens + num_attentive (+ 1)), dtype of `token_mask`.
+    """
+    prefix, mask = token_mask[:, :num_prefix_tokens], token_mask[:, num_prefix_tokens:]
+    attentive = mask.gather(1, attentive_index)
+    if not fuse_inattentive_tokens:
+        return torch.cat((prefix, attentive), dim=1)
+    fused = mask.scatter(1, attentive_index, 0).amax(dim=1, keepdim=True)
+    return torch.cat((prefix, attentive, fused), dim=1)
+
+
+__all__ = [
+    "append_fused_patch",
+    "class_token_attention",
+    "class_token_probabilities",
+    "follow_patches",
+    "fused_token",
+    "num_attentive_tokens",
+    "reorganize_token_mask",
+    "reorganize_tokens",
+    "scores_by_patch",
+    "top_attentive_index",
+]
