@@ -21,6 +21,7 @@ from transformers.models.vit.modeling_vit import (
     ViTEmbeddings,
     ViTForImageClassification,
     ViTLayer,
+    ViTMLP,
     ViTModel,
     ViTPooler,
     ViTPreTrainedModel,
@@ -253,9 +254,13 @@ class EViTLayer(ViTLayer):
     """
 
     def __init__(self, config: EViTConfig, drop_path_rate: float = 0.0) -> None:
-        super().__init__(config)
-        self.fuse_inattentive_tokens = config.fuse_inattentive_tokens
+        super(ViTLayer, self).__init__()  # ViTLayer would build its own attention first
+        self.config = config
         self.attention = EViTAttention(config)
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = ViTMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = EViTDropPath(drop_path_rate)
 
     def forward(
@@ -294,7 +299,7 @@ class EViTLayer(ViTLayer):
                 hidden_states,
                 attention,
                 num_attentive,
-                fuse_inattentive_tokens=self.fuse_inattentive_tokens,
+                fuse_inattentive_tokens=self.config.fuse_inattentive_tokens,
                 token_scores=token_scores,
             )
 
@@ -489,6 +494,7 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
         token_mask = self._checked_token_mask(attention_mask, batch_size, num_patches)
         mask = self._attention_mask(hidden_states, token_mask)
 
+        fuse = self.config.fuse_inattentive_tokens
         patch_index = torch.arange(num_patches, device=hidden_states.device).expand(batch_size, -1)
         kept_patches = []
         for i, layer in enumerate(self.layers):
@@ -506,11 +512,11 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
             )
             patch_index = follow_patches(patch_index, attentive_index)
             kept_patches.append(patch_index)
-            if self.config.fuse_inattentive_tokens:
+            if fuse:
                 patch_index = append_fused_patch(patch_index)
             if token_mask is not None:
-                fuse = self.config.fuse_inattentive_tokens
                 token_mask = reorganize_token_mask(token_mask, attentive_index, fuse_inattentive_tokens=fuse)
+            if mask is not None:  # flex attention has one without `attention_mask` too, made for one length
                 mask = self._attention_mask(hidden_states, token_mask)
 
         hidden_states = self.layernorm(hidden_states)
@@ -555,9 +561,7 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
 
     def _attention_mask(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor | None:
         """Mask in the form that the attention implementation wants, for the tokens that are left."""
-        return create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=token_mask
-        )
+        return create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=token_mask)
 
 
 class EViTForImageClassification(EViTPreTrainedModel, ViTForImageClassification):

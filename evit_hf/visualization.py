@@ -27,7 +27,10 @@ def attentive_patch_mask(attentive_index: torch.Tensor, num_patches: int) -> tor
 
 
 def blank_inattentive_patches(
-    images: torch.Tensor, attentive_index: torch.Tensor, patch_size: int | tuple[int, int], blank: float = 1.0
+    images: torch.Tensor,
+    attentive_index: torch.Tensor,
+    patch_size: int | tuple[int, int],
+    blank: float | tuple[float, ...] = 1.0,
 ) -> torch.Tensor:
     """Images whose inattentive patches are painted over, as in the figures of the paper.
 
@@ -35,7 +38,7 @@ def blank_inattentive_patches(
         images: (batch_size, num_channels, height, width), any range.
         attentive_index: (batch_size, num_attentive), see `attentive_patch_mask`.
         patch_size: pixels, (height, width) or one number for both.
-        blank: the value of an inattentive patch: 1.0 is white for images in [0, 1].
+        blank: value of an inattentive patch, one number or one for each channel: 1.0 is white for images in [0, 1].
 
     Returns: (batch_size, num_channels, height, width). Margins that hold no whole patch are blank.
     """
@@ -45,7 +48,8 @@ def blank_inattentive_patches(
     mask = attentive_patch_mask(attentive_index, rows * columns).view(-1, 1, rows, columns)
     mask = mask.repeat_interleave(patch_height, dim=2).repeat_interleave(patch_width, dim=3)
     mask = torch.nn.functional.pad(mask, (0, width - mask.shape[3], 0, height - mask.shape[2]))
-    return torch.where(mask.to(images.device), images, torch.full_like(images, blank))
+    color = torch.as_tensor(blank, dtype=images.dtype, device=images.device).view(-1, 1, 1)
+    return torch.where(mask.to(images.device), images, color)
 
 
 def attentive_patch_picture(
@@ -54,6 +58,7 @@ def attentive_patch_picture(
     patch_size: int | tuple[int, int],
     min_pixels: int = 96,
     margin: int = 4,
+    blank: tuple[float, float, float] = (0.45, 0.62, 0.85),
 ) -> "Image.Image":
     """One row for each image: the image, then what is left of it after each reorganization layer.
 
@@ -63,6 +68,8 @@ def attentive_patch_picture(
         patch_size: pixels, (height, width) or one number for both.
         min_pixels: smaller images are enlarged, by a whole factor, to at least that height.
         margin: white pixels between the images.
+        blank: colour of inattentive patches, red, green and blue in [0, 1]; the default is a blue that is rare in
+            photographs and absent from grey images.
 
     Returns: a PIL image.
 
@@ -76,8 +83,11 @@ def attentive_patch_picture(
             f"`attentive_index` is for batches of {[len(index) for index in attentive_index]} but there are "
             f"{len(images)} images: pass the images that gave this output."
         )
-    stages = [images] + [blank_inattentive_patches(images, index.cpu(), patch_size) for index in attentive_index]
-    pictures = torch.stack(stages, dim=1).expand(-1, -1, 3, -1, -1)
+    images = images.expand(-1, 3, -1, -1)
+    stages = [images] + [
+        blank_inattentive_patches(images, index.cpu(), patch_size, blank) for index in attentive_index
+    ]
+    pictures = torch.stack(stages, dim=1)
     scale = -(-min_pixels // pictures.shape[-2])
     pictures = pictures.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
     pictures = torch.nn.functional.pad(pictures, (margin, margin, margin, margin), value=1.0)

@@ -1,0 +1,128 @@
+import json
+
+import pytest
+from conftest import DATA
+from huggingface_hub.errors import StrictDataclassError
+
+from evit_hf import EViTConfig
+
+
+def test_defaults_are_the_papers():
+    config = EViTConfig()
+    assert config.reorganization_layers == [3, 6, 9]
+    assert config.keep_rate == 0.7
+    assert config.fuse_inattentive_tokens is True
+    assert config.layer_keep_rates == {3: 0.7, 6: 0.7, 9: 0.7}
+
+
+@pytest.mark.parametrize(("depth", "layers"), [(16, [4, 8, 12]), (24, [6, 12, 18]), (4, [1, 2, 3]), (2, [0, 1])])
+def test_other_depths_reorganize_at_the_same_quarters(depth, layers):
+    assert EViTConfig(num_hidden_layers=depth).reorganization_layers == layers
+
+
+def test_json_round_trip_is_equal(tmp_path):
+    config = EViTConfig(keep_rate=(0.9, 0.8), reorganization_layers=(2, 5), drop_path_rate=0.1, num_labels=3)
+    config.save_pretrained(tmp_path)
+    assert EViTConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    assert config.keep_rate == [0.9, 0.8]
+
+
+def test_config_json_holds_our_four_keys_and_a_vits(tmp_path):
+    EViTConfig().save_pretrained(tmp_path)
+    keys = set(json.loads((tmp_path / "config.json").read_text()))
+    vit = json.loads((DATA / "transformers_4" / "vit_backbone" / "config.json").read_text())
+    ours = {"keep_rate", "reorganization_layers", "fuse_inattentive_tokens", "drop_path_rate", "auto_map"}
+    assert keys - set(vit) == ours | ({"return_dict", "output_hidden_states"} & keys)
+
+
+def test_a_vits_configuration_becomes_an_evits():
+    config = EViTConfig.from_pretrained(DATA / "transformers_4" / "vit", keep_rate=0.5)
+    assert config.model_type == "evit"
+    assert config.to_dict()["model_type"] == "evit"
+    assert (config.keep_rate, config.reorganization_layers, config.hidden_size) == (0.5, [3, 6, 9], 48)
+
+
+def test_overrides_are_checked_together(tmp_path):
+    EViTConfig(keep_rate=[0.9, 0.8, 0.7]).save_pretrained(tmp_path)
+    config = EViTConfig.from_pretrained(tmp_path, reorganization_layers=[2, 4], keep_rate=[0.5, 0.4])
+    assert config.layer_keep_rates == {2: 0.5, 4: 0.4}
+
+
+def test_other_model_types_are_refused():
+    with pytest.raises(ValueError, match="model of type 'deit', but EViT loads 'evit' and 'vit'"):
+        EViTConfig.from_pretrained(DATA / "transformers_4" / "deit")
+
+
+BAD_VALUES = [
+    ({"keep_rate": 0}, r"`keep_rate` must be in \(0, 1\].*got 0: pass the share"),
+    ({"keep_rate": 1.01}, r"`keep_rate` must be in \(0, 1\].*got 1.01"),
+    ({"keep_rate": float("nan")}, r"`keep_rate` must be in"),
+    ({"keep_rate": "0.7"}, r"`keep_rate` must be in .*got '0.7'"),
+    ({"keep_rate": True}, r"`keep_rate` must be in .*got True"),
+    ({"keep_rate": None}, r"`keep_rate` must be in .*got None"),
+    ({"keep_rate": [0.7, 0.7, -1]}, r"`keep_rate` must be in .*got \[0.7, 0.7, -1\]"),
+    ({"keep_rate": [0.7, 0.7]}, r"has 2 entries.*names 3 layers: pass one number for all layers, or one for each"),
+    ({"reorganization_layers": [3, 3]}, r"strictly increasing, got \[3, 3\]: pass \[3\]"),
+    ({"reorganization_layers": [6, 3]}, r"strictly increasing, got \[6, 3\]"),
+    ({"reorganization_layers": [12]}, r"must be in \[0, 11\] for 12 layers, got \[12\]"),
+    ({"reorganization_layers": [-1]}, r"must be in \[0, 11\]"),
+    ({"reorganization_layers": 3}, r"must be a list of zero-based layer numbers, got 3: for example \[3, 6, 9\]"),
+    ({"reorganization_layers": [3.0]}, r"must be a list of zero-based layer numbers"),
+    ({"fuse_inattentive_tokens": "no"}, r"must be True or False, got 'no': pass True to fuse"),
+    ({"fuse_inattentive_tokens": 1}, r"must be True or False, got 1"),
+    ({"drop_path_rate": 1.0}, r"`drop_path_rate` must be in \[0, 1\), got 1.0"),
+    ({"drop_path_rate": "a"}, r"`drop_path_rate` must be in \[0, 1\), got 'a'"),
+]
+
+
+@pytest.mark.parametrize(("bad", "sentence"), BAD_VALUES)
+def test_bad_values_are_refused_when_built(bad, sentence):
+    with pytest.raises(StrictDataclassError, match=sentence):
+        EViTConfig(**bad)
+
+
+@pytest.mark.parametrize(("bad", "sentence"), BAD_VALUES)
+def test_bad_values_are_refused_when_set_later_and_leave_no_trace(bad, sentence):
+    config = EViTConfig()
+    before = config.to_dict()
+    (name, value), *_ = bad.items()
+    with pytest.raises(ValueError, match=sentence):
+        setattr(config, name, value)
+    assert config.to_dict() == before
+
+
+def test_good_values_can_be_set_later():
+    config = EViTConfig()
+    config.keep_rate = (0.9, 0.8, 0.7)
+    assert config.layer_keep_rates == {3: 0.9, 6: 0.8, 9: 0.7}
+    config.keep_rate = 1
+    config.reorganization_layers = []
+    assert config.layer_keep_rates == {}
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "meant"),
+    [
+        ("keep_rat", "keep_rate"),
+        ("keep_rates", "keep_rate"),
+        ("keep_ratio", "keep_rate"),
+        ("reorganisation_layers", "reorganization_layers"),
+        ("reorganization_layer", "reorganization_layers"),
+        ("fuse_inattentive_token", "fuse_inattentive_tokens"),
+        ("droppath_rate", "drop_path_rate"),
+        ("base_keep_rate", "keep_rate"),
+        ("drop_loc", "reorganization_layers"),
+        ("fuse_token", "fuse_inattentive_tokens"),
+    ],
+)
+def test_misspelt_fields_are_refused_with_the_right_name(misspelt, meant, tmp_path):
+    with pytest.raises(TypeError, match=f"`{misspelt}` is not a keyword of EViT: did you mean `{meant}`"):
+        EViTConfig(**{misspelt: 0.5})
+    EViTConfig().save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=f"did you mean `{meant}`"):
+        EViTConfig.from_pretrained(tmp_path, **{misspelt: 0.5})
+
+
+def test_foreign_fields_pass():
+    config = EViTConfig(num_labels=7, my_note="x", drop_rate=0.1, num_register_tokens=4)
+    assert (config.num_labels, config.my_note, config.num_register_tokens) == (7, "x", 4)

@@ -1,0 +1,494 @@
+import copy
+
+import pytest
+import torch
+from conftest import tiny_config_with
+from golden import official_cases, official_names, official_state_dict, official_tensors
+from reference import reorganize_slowly
+from transformers import ViTConfig, ViTForImageClassification
+
+from evit_hf import EViTConfig, EViTForImageClassification, EViTModel
+from evit_hf.modeling_evit import EViTDropPath
+
+
+def official_model(case, attention_implementation):
+    config = EViTConfig(
+        image_size=64,
+        patch_size=8,
+        hidden_size=48,
+        num_hidden_layers=12,
+        num_attention_heads=3,
+        intermediate_size=192,
+        num_labels=10,
+        layer_norm_eps=1e-6,
+        keep_rate=case["keep"],
+        fuse_inattentive_tokens=case["fuse"],
+        attn_implementation=attention_implementation,
+    )
+    model = EViTForImageClassification(config).eval()
+    model.load_state_dict(official_state_dict())
+    return model
+
+
+def relative_difference(ours, official):
+    return ((ours - official).abs().max() / official.abs().max()).item()
+
+
+def plain_vit_like(model):
+    """A transformers ViT with the weights of an EViT."""
+    fields = {name: value for name, value in model.config.to_dict().items() if name in ViTConfig().to_dict()}
+    vit = ViTForImageClassification(ViTConfig(**{**fields, "model_type": "vit"})).eval()
+    vit.load_state_dict(model.state_dict())
+    return vit
+
+
+# Against the official implementation
+
+
+@pytest.mark.parametrize("attention_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", official_cases())
+def test_outputs_indices_and_gradients_are_the_official_ones(name, attention_implementation):
+    case, golden = official_cases()[name], official_tensors()
+    model = official_model(case, attention_implementation)
+    pixel_values = golden[f"{name}.pixel_values"].clone().requires_grad_()
+    outputs = model(
+        pixel_values,
+        keep_rate=case.get("runtime_keep"),
+        interpolate_pos_encoding="side" in case,
+        output_hidden_states=True,
+    )
+    assert relative_difference(outputs.logits, golden[f"{name}.logits"]) < 1e-4
+    class_feature = model.vit.layernorm(outputs.hidden_states[-1])[:, 0]
+    assert relative_difference(class_feature, golden[f"{name}.cls_feature"]) < 1e-4
+
+    num_tokens_left = [hidden_states.shape[1] - 1 for hidden_states in outputs.hidden_states[1:]]
+    assert num_tokens_left == golden[f"{name}.left_tokens"].tolist()
+
+    # The official indices count each stage's input; ours are followed back to the patch grid.
+    patch_index = torch.arange(outputs.hidden_states[0].shape[1] - 1).expand(2, -1)
+    for stage, attentive_index in enumerate(outputs.attentive_index):
+        if f"{name}.topk_index.{stage}" not in golden:
+            assert case["keep"] == 1.0
+            continue
+        patch_index = patch_index.gather(1, golden[f"{name}.topk_index.{stage}"])
+        assert torch.equal(attentive_index, patch_index)
+        if case["fuse"]:
+            patch_index = torch.cat((patch_index, torch.full((2, 1), -1)), dim=1)
+
+    logits = outputs.logits
+    (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+    ours = dict(model.named_parameters())
+    for key in golden:
+        if not key.startswith(f"{name}.grad."):
+            continue
+        official_name = key.removeprefix(f"{name}.grad.")
+        if official_name == "pixel_values":
+            gradient = pixel_values.grad
+        elif ".qkv." in official_name:
+            layer, kind = official_name.split(".")[1], official_name.split(".")[-1]
+            thirds = [ours[f"vit.layers.{layer}.attention.{letter}_proj.{kind}"].grad for letter in "qkv"]
+            gradient = torch.cat(thirds)
+        else:
+            our_name = next(name for name, official in official_names().items() if official == official_name)
+            gradient = ours[our_name].grad
+        assert relative_difference(gradient, golden[key]) < 1e-4, key
+
+
+# Against a plain ViT
+
+
+@pytest.mark.parametrize("attention_implementation", ["eager", "sdpa"])
+def test_keep_rate_one_equals_plain_vit(attention_implementation, images):
+    model = EViTForImageClassification(
+        tiny_config_with(keep_rate=1.0, attn_implementation=attention_implementation)
+    ).eval()
+    vit = plain_vit_like(model)
+    vit.set_attn_implementation(attention_implementation)
+    assert torch.equal(model(images).logits, vit(images).logits)
+    reorganized = EViTForImageClassification(
+        tiny_config_with(keep_rate=0.5, attn_implementation=attention_implementation)
+    ).eval()
+    reorganized.load_state_dict(model.state_dict())
+    assert torch.equal(reorganized(images, keep_rate=1.0).logits, vit(images).logits)
+    assert not torch.allclose(reorganized(images).logits, vit(images).logits, atol=1e-3)
+
+
+def test_evit_has_the_parameters_of_a_vit(tiny_model):
+    assert set(tiny_model.state_dict()) == set(plain_vit_like(tiny_model).state_dict())
+
+
+def test_same_seed_gives_a_vits_initial_weights(tiny_config):
+    torch.manual_seed(5)
+    evit = EViTForImageClassification(tiny_config)
+    fields = {name: value for name, value in tiny_config.to_dict().items() if name in ViTConfig().to_dict()}
+    torch.manual_seed(5)
+    vit = ViTForImageClassification(ViTConfig(**{**fields, "model_type": "vit"}))
+    for name, parameter in vit.named_parameters():
+        assert torch.equal(evit.get_parameter(name), parameter), name
+
+
+# The reorganization inside the model
+
+
+def test_each_layer_does_what_the_loop_over_tokens_does(images):
+    model = EViTForImageClassification(tiny_config_with(attn_implementation="eager")).eval()
+    outputs = model(images, output_hidden_states=True, output_attentions=True)
+    for i, layer in enumerate(model.vit.layers):
+        before = outputs.hidden_states[i]
+        attended = before + layer.attention(layer.layernorm_before(before))[0]
+        if i in model.config.reorganization_layers:
+            attention = outputs.attentions[i][:, :, 0, 1:].mean(1)
+            attended, _ = reorganize_slowly(attended, attention, 0.6)
+        expected = attended + layer.mlp(layer.layernorm_after(attended))
+        torch.testing.assert_close(outputs.hidden_states[i + 1], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_eager_and_sdpa_agree(fuse, images):
+    model = EViTForImageClassification(tiny_config_with(fuse_inattentive_tokens=fuse)).eval()
+    model.set_attn_implementation("eager")
+    eager = model(images)
+    model.set_attn_implementation("sdpa")
+    sdpa = model(images)
+    torch.testing.assert_close(eager.logits, sdpa.logits, rtol=1e-4, atol=1e-5)
+    for one, other in zip(eager.attentive_index, sdpa.attentive_index, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("implementation", "num_rows"), [("eager", 0), ("sdpa", 3)])
+def test_the_row_is_computed_only_where_no_map_exists(implementation, num_rows, images, monkeypatch):
+    from evit_hf import modeling_evit
+
+    calls = []
+    original = modeling_evit.class_token_probabilities
+    monkeypatch.setattr(
+        modeling_evit, "class_token_probabilities", lambda *args: calls.append(args[0].shape) or original(*args)
+    )
+    model = EViTForImageClassification(tiny_config_with(attn_implementation=implementation)).eval()
+    model(images)
+    assert len(calls) == num_rows
+    model(images, keep_rate=1.0)
+    assert len(calls) == num_rows  # a plain ViT layer needs no scores
+
+
+def test_sdpa_never_materializes_a_map(images):
+    """No tensor with two token dimensions is made, in a model whose other sizes differ from its token counts."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Shapes(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = set()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **(kwargs or {}))
+            for tensor in output if isinstance(output, (tuple, list)) else [output]:
+                if isinstance(tensor, torch.Tensor) and tensor.ndim >= 2:
+                    self.seen.add(tuple(tensor.shape[-2:]))
+            return output
+
+    maps = {"eager": 0, "sdpa": 0}
+    for implementation in maps:
+        model = EViTForImageClassification(tiny_config_with(attn_implementation=implementation)).eval()
+        with torch.no_grad(), Shapes() as shapes:
+            model(images)
+        maps[implementation] = sum(rows == columns and rows in (17, 12, 9) for rows, columns in shapes.seen)
+    assert maps["eager"] > 0
+    assert maps["sdpa"] == 0
+
+
+def test_attention_dropout_does_not_choose_the_tokens(images):
+    config = tiny_config_with(attention_probs_dropout_prob=0.5, attn_implementation="eager", keep_rate=[0.6, 1.0, 1.0])
+    model = EViTForImageClassification(config)
+    model.train()
+    first_choices = {tuple(model(images).attentive_index[0].flatten().tolist()) for _ in range(4)}
+    model.eval()
+    # Dropout acted in the layer before; with none there, the choice must be that of evaluation.
+    model.config.reorganization_layers = [0, 1, 2]
+    choices = [model(images).attentive_index[0]]
+    model.train()
+    choices += [model(images).attentive_index[0] for _ in range(4)]
+    assert len(first_choices) > 1
+    assert all(torch.equal(choice, choices[0]) for choice in choices)
+
+
+# What the outputs hold
+
+
+def test_attentive_index_names_patches_of_the_original_grid(images):
+    model = EViTForImageClassification(tiny_config_with()).eval()
+    outputs = model(images)
+    assert [tuple(index.shape) for index in outputs.attentive_index] == [(3, 10), (3, 7), (3, 5)]
+    kept_before = [set(range(16))] * 3
+    for index in outputs.attentive_index:
+        kept = [set(row.tolist()) - {-1} for row in index]
+        assert all(now <= before for now, before in zip(kept, kept_before, strict=True))
+        for row in index:
+            patches = row[row >= 0]  # several fused tokens may be kept
+            assert len(patches.unique()) == len(patches)
+        kept_before = kept
+
+
+def test_attentive_index_moves_with_the_patches():
+    """Images whose content sits in one patch: kept tokens are reported where the content is."""
+    torch.manual_seed(0)
+    model = EViTForImageClassification(tiny_config_with(keep_rate=0.01, fuse_inattentive_tokens=False)).eval()
+    with torch.no_grad():
+        model.vit.embeddings.position_embeddings.zero_()  # only the content tells the patches apart
+    image = torch.randn(1, 3, 32, 32)
+    rolled = image.roll(shifts=(8, 16), dims=(2, 3))  # one patch down, two to the right
+    here = model(image).attentive_index[0].item()
+    there = model(rolled).attentive_index[0].item()
+    row, column = divmod(here, 4)
+    assert there == (row + 1) % 4 * 4 + (column + 2) % 4
+
+
+def test_layers_that_keep_all_tokens_list_all_of_them(tiny_model, images):
+    outputs = tiny_model(images, keep_rate=[1.0, 0.5, 1.0])
+    assert [index.shape[1] for index in outputs.attentive_index] == [16, 8, 9]
+    assert outputs.attentive_index[0][0].tolist() == list(range(16))
+    assert (outputs.attentive_index[2] == -1).sum(1).tolist() == [1, 1, 1]
+
+
+def test_hidden_states_and_attentions_follow_the_token_counts(images):
+    model = EViTForImageClassification(tiny_config_with(attn_implementation="eager")).eval()
+    outputs = model(images, output_hidden_states=True, output_attentions=True)
+    assert [x.shape[1] for x in outputs.hidden_states] == [17, 17, 12, 9, 7]
+    assert [x.shape[2:] for x in outputs.attentions] == [(17, 17), (17, 17), (12, 12), (9, 9)]
+
+
+def test_return_dict_false_gives_a_tuple(tiny_model, images):
+    logits, attentive_index = tiny_model(images, return_dict=False)
+    assert logits.shape == (3, 5)
+    assert len(attentive_index) == 3
+
+
+def test_labels_give_the_cross_entropy(tiny_model, images):
+    labels = torch.tensor([0, 3, 4])
+    outputs = tiny_model(images, labels=labels)
+    torch.testing.assert_close(outputs.loss, torch.nn.functional.cross_entropy(outputs.logits, labels))
+
+
+def test_model_without_head_pools_the_class_token(tiny_config, images):
+    model = EViTModel(tiny_config).eval()
+    outputs = model(images)
+    assert outputs.last_hidden_state.shape == (3, 7, 32)
+    torch.testing.assert_close(outputs.pooler_output, model.pooler(outputs.last_hidden_state))
+    assert EViTModel(tiny_config, add_pooling_layer=False)(images).pooler_output is None
+
+
+# Keep rates
+
+
+def test_keep_rate_of_a_call_and_of_the_model(tiny_model, images):
+    half = tiny_model(images, keep_rate=0.5).logits
+    assert not torch.equal(half, tiny_model(images).logits)
+    tiny_model.set_keep_rate(0.5)
+    assert torch.equal(tiny_model(images).logits, half)
+    tiny_model.set_keep_rate((0.5, 0.5, 0.5))
+    assert tiny_model.config.keep_rate == [0.5, 0.5, 0.5]
+    assert torch.equal(tiny_model(images).logits, half)
+
+
+def test_training_keep_rate_acts_in_training_alone(tiny_model, images):
+    tiny_model.vit.training_keep_rate = 1.0
+    assert tiny_model(images).attentive_index[0].shape[1] == 10
+    assert tiny_model.train()(images).attentive_index[0].shape[1] == 16
+    assert tiny_model(images, keep_rate=0.5).attentive_index[0].shape[1] == 8
+
+
+def test_bad_keep_rates_are_refused(tiny_model, images):
+    with pytest.raises(ValueError, match=r"`keep_rate` must be in \(0, 1\].*got 0"):
+        tiny_model(images, keep_rate=0)
+    with pytest.raises(ValueError, match="has 2 entries"):
+        tiny_model(images, keep_rate=[0.5, 0.5])
+    with pytest.raises(ValueError, match="got 1.5"):
+        tiny_model.set_keep_rate(1.5)
+    assert tiny_model.config.keep_rate == 0.6
+    with pytest.raises(TypeError, match="`keep_rat` is not a keyword of EViT: did you mean `keep_rate`"):
+        tiny_model(images, keep_rat=0.5)
+
+
+# The choice from outside
+
+
+def test_patch_scores_choose_the_patches(tiny_model, images):
+    scores = torch.rand(3, 16)
+    outputs = tiny_model(images, patch_scores=scores)
+    order = scores.argsort(dim=1, descending=True)
+    for index, count in zip(outputs.attentive_index, (10, 7, 5), strict=True):
+        assert torch.equal(index, order[:, :count])
+
+
+def test_own_attention_as_patch_scores_changes_nothing_at_the_first_layer(images):
+    model = EViTForImageClassification(tiny_config_with(attn_implementation="eager", keep_rate=[0.6, 1.0, 1.0])).eval()
+    outputs = model(images, output_attentions=True)
+    scores = outputs.attentions[1][:, :, 0, 1:].mean(1)
+    again = model(images, patch_scores=scores)
+    assert torch.equal(again.logits, outputs.logits)
+    per_layer = model(images, patch_scores=[scores, torch.rand(3, 16), torch.rand(3, 16)])
+    assert torch.equal(per_layer.logits, outputs.logits)
+
+
+def test_bad_patch_scores_are_refused(tiny_model, images):
+    with pytest.raises(ValueError, match=r"`patch_scores` must be .* = \(3, 16\), got \(3, 17\): .*none for the class"):
+        tiny_model(images, patch_scores=torch.rand(3, 17))
+    with pytest.raises(ValueError, match="has 2 tensors but there are 3 reorganization layers"):
+        tiny_model(images, patch_scores=[torch.rand(3, 16)] * 2)
+
+
+# Masks
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("fuse", [True, False])
+def test_masked_patches_cannot_be_seen(implementation, fuse, images):
+    config = tiny_config_with(attn_implementation=implementation, fuse_inattentive_tokens=fuse)
+    model = EViTForImageClassification(config).eval()
+    mask = torch.ones(3, 17, dtype=torch.long)
+    mask[:, 1:5] = 0  # the first row of patches
+    changed = images.clone()
+    changed[:, :, :8] = 100.0
+    assert not torch.allclose(model(images).logits, model(changed).logits, atol=1e-3)
+    masked = model(images, attention_mask=mask)
+    torch.testing.assert_close(masked.logits, model(changed, attention_mask=mask).logits)
+    assert not (torch.stack([masked.attentive_index[0]]) < 4).logical_and(masked.attentive_index[0] >= 0).any()
+    everything = torch.ones(3, 17, dtype=torch.long)
+    torch.testing.assert_close(model(images, attention_mask=everything).logits, model(images).logits)
+
+
+def test_masks_that_cannot_follow_the_tokens_are_refused(tiny_model, images):
+    with pytest.raises(ValueError, match=r"`attention_mask` must be .* = \(3, 17\), got \(3, 1, 17, 17\)"):
+        tiny_model(images, attention_mask=torch.ones(3, 1, 17, 17))
+
+
+# Image sizes
+
+
+@pytest.mark.parametrize("size", [(48, 48), (40, 64), (35, 50), (8, 8)])
+def test_interpolated_positions_equal_a_plain_vit(size, tiny_model):
+    images = torch.randn(2, 3, *size)
+    vit = plain_vit_like(tiny_model)
+    ours = tiny_model(images, keep_rate=1.0, interpolate_pos_encoding=True).logits
+    torch.testing.assert_close(ours, vit(images, interpolate_pos_encoding=True).logits)
+    num_patches = (size[0] // 8) * (size[1] // 8)
+    outputs = tiny_model(images, interpolate_pos_encoding=True)
+    assert outputs.attentive_index[0].shape[1] == -(-6 * num_patches // 10)
+    assert outputs.attentive_index[0].max() < num_patches
+
+
+def test_non_square_models_and_images_not_divisible_by_the_patch_size():
+    model = EViTForImageClassification(tiny_config_with(image_size=(36, 52))).eval()
+    vit = plain_vit_like(model)
+    images = torch.randn(2, 3, 36, 52)
+    assert torch.equal(model(images, keep_rate=1.0).logits, vit(images).logits)
+    torch.testing.assert_close(model(images, interpolate_pos_encoding=True).logits, model(images).logits)
+    assert model(torch.randn(2, 3, 64, 40), interpolate_pos_encoding=True).attentive_index[0].shape[1] == 24
+
+
+def test_wrong_images_are_refused_with_the_way_out(tiny_model):
+    with pytest.raises(ValueError, match="is 48x32 but this model expects 32x32: resize, or pass `interpolate_pos"):
+        tiny_model(torch.randn(1, 3, 48, 32))
+    with pytest.raises(ValueError, match="Expected 3 but got 1"):
+        tiny_model(torch.randn(1, 1, 32, 32))
+    with pytest.raises(ValueError, match="`pixel_values` is missing"):
+        tiny_model()
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_images_of_a_batch_do_not_see_each_other(batch_size, tiny_model):
+    images = torch.randn(batch_size, 3, 32, 32)
+    together = tiny_model(images).logits
+    alone = torch.cat([tiny_model(image[None]).logits for image in images])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+# Precision, memory, compilation
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_runs_and_stays_close(dtype, tiny_model, images):
+    expected = tiny_model(images).logits
+    low = copy.deepcopy(tiny_model).to(dtype)(images)
+    assert low.logits.dtype == dtype
+    # A flipped choice among nearly equal scores is allowed for; another function is not.
+    assert (low.logits.float() - expected).abs().mean() < 0.1 * expected.abs().mean()
+
+
+def test_autocast_gives_finite_gradients_in_training(tiny_model, images):
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = tiny_model.train()(images, labels=torch.tensor([0, 1, 2])).loss
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in tiny_model.parameters())
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant, images):
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = EViTForImageClassification(tiny_config_with(drop_path_rate=0.3, hidden_dropout_prob=0.1)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        torch.manual_seed(1)
+        model(images.clone().requires_grad_(), labels=torch.tensor([0, 1, 2])).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_compiles_into_one_graph(tiny_model, images):
+    compiled = torch.compile(tiny_model, fullgraph=True, backend="aot_eager")
+    for keep_rate in (None, 0.5):
+        for batch in (images, images[:1]):
+            torch.testing.assert_close(
+                compiled(batch, keep_rate=keep_rate).logits, tiny_model(batch, keep_rate=keep_rate).logits
+            )
+
+
+@pytest.mark.slow
+def test_compiles_with_inductor(tiny_model, images):
+    compiled = torch.compile(tiny_model, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images).logits, tiny_model(images).logits, rtol=1e-4, atol=1e-5)
+    loss = torch.compile(tiny_model.train(), fullgraph=True)(images, labels=torch.tensor([0, 1, 2])).loss
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in tiny_model.parameters())
+
+
+@pytest.mark.slow  # compiles a kernel for each length
+@pytest.mark.parametrize("implementation", ["flex_attention"])
+def test_other_attention_backends_choose_the_same_tokens(implementation, images):
+    # Flex attention wants head dimensions of at least 16.
+    model = EViTForImageClassification(tiny_config_with(hidden_size=64, intermediate_size=64)).eval()
+    expected = model(images)
+    model.set_attn_implementation(implementation)
+    with torch.no_grad():
+        outputs = model(images)
+    torch.testing.assert_close(outputs.logits, expected.logits, rtol=1e-3, atol=1e-3)
+    for one, other in zip(outputs.attentive_index, expected.attentive_index, strict=True):
+        assert torch.equal(one, other)
+
+
+# Stochastic depth
+
+
+def test_drop_path_rises_linearly_over_depth():
+    model = EViTModel(tiny_config_with(drop_path_rate=0.3))
+    assert [layer.drop_path.drop_probability for layer in model.layers] == pytest.approx([0.0, 0.1, 0.2, 0.3])
+
+
+def test_drop_path_drops_whole_images_and_keeps_the_expectation():
+    drop_path = EViTDropPath(0.25).train()
+    torch.manual_seed(0)
+    dropped = drop_path(torch.ones(4000, 2, 3))
+    assert dropped.unique().tolist() == [0.0, pytest.approx(4 / 3)]
+    assert (dropped == dropped[:, :1, :1]).all()
+    assert dropped.mean().item() == pytest.approx(1.0, abs=0.03)  # 4 standard errors
+    assert torch.equal(drop_path.eval()(torch.ones(9, 2)), torch.ones(9, 2))
+
+
+def test_contradictory_config_is_refused_by_the_model(tiny_config):
+    tiny_config.num_hidden_layers = 2
+    with pytest.raises(Exception, match=r"`reorganization_layers` must be in \[0, 1\]"):
+        EViTForImageClassification(tiny_config)
