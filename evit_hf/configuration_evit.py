@@ -101,7 +101,7 @@ class EViTConfig(ViTConfig):
     fuse_inattentive_tokens: Any = True  # bool
     drop_path_rate: Any = 0.0  # float
 
-    def __post_init__(self, **kwargs: Any) -> None:  # noqa: ANN401 (whatever Transformers hands on)
+    def __post_init__(self, **kwargs: Any) -> None:
         """Fill in what depends on other fields and refuse misspelt ones."""
         # A ViT's config.json names its own model type; as an instance attribute it would shadow ours.
         kwargs.pop("model_type", None)
@@ -111,7 +111,7 @@ class EViTConfig(ViTConfig):
         super().__post_init__(**kwargs)
         self._is_complete = True
 
-    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
+    def __setattr__(self, name: str, value: Any) -> None:
         """Set a field; once the configuration is built, our own fields are checked before anything changes."""
         if name in OWN_FIELDS and isinstance(value, tuple):
             value = list(value)  # JSON has no tuples: a saved and reloaded configuration must equal this one
@@ -166,14 +166,15 @@ class EViTConfig(ViTConfig):
         rate = self.drop_path_rate
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
             raise ValueError(
-                f"`drop_path_rate` must be in [0, 1), got {rate!r}: 0 switches stochastic depth off, the paper uses 0.1."
+                f"`drop_path_rate` must be in [0, 1), got {rate!r}: 0 switches stochastic depth off, the paper has "
+                "0.1."
             )
 
     @classmethod
     def get_config_dict(
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read a config.json of an EViT, or of a ViT, which becomes one.
 
@@ -189,7 +190,7 @@ class EViTConfig(ViTConfig):
         return {**config_dict, "model_type": cls.model_type}, kwargs
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "EViTConfig":  # noqa: ANN401
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "EViTConfig":
         """Build the configuration from a dictionary, overridden by keywords, and check the result as a whole.
 
         Transformers sets the keywords one after another on the finished object; a new `keep_rate` list would then be

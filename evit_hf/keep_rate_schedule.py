@@ -31,8 +31,8 @@ def scheduled_keep_rate(
     """
     if min(step, dense_steps, shrink_steps) < 0:
         raise ValueError(
-            f"`step`, `dense_steps` and `shrink_steps` must not be negative, got {step}, {dense_steps}, {shrink_steps}: "
-            "pass 0 for no such phase."
+            "`step`, `dense_steps` and `shrink_steps` must not be negative, got "
+            f"{step}, {dense_steps}, {shrink_steps}: pass 0 for no such phase."
         )
     if isinstance(keep_rate, (list, tuple)):
         return [scheduled_keep_rate(step, rate, dense_steps, shrink_steps) for rate in keep_rate]
@@ -74,7 +74,7 @@ class KeepRateCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> None:
         """Count the optimizer steps of an epoch."""
         _scheduled_modules(model)  # refuse other models before the first step
@@ -93,7 +93,7 @@ class KeepRateCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> None:
         """Set the rate at which this optimizer step trains."""
         for module in _scheduled_modules(model):
@@ -105,7 +105,7 @@ class KeepRateCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, Any] | None = None,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> None:
         """Add the keep rate of the step before to the training log."""
         model = kwargs.get("model")
@@ -122,7 +122,7 @@ class KeepRateCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> None:
         """End the schedule: whoever trains on without it trains at the target."""
         for module in _scheduled_modules(model):
@@ -140,7 +140,8 @@ def _scheduled_modules(model: nn.Module) -> list[nn.Module]:
     modules = [module for module in model.modules() if hasattr(module, "training_keep_rate")]
     if not modules:
         raise ValueError(
-            f"KeepRateCallback needs an EViT model, got {type(model).__name__}: load it with `EViTForImageClassification`."
+            f"KeepRateCallback needs an EViT model, got {type(model).__name__}: "
+            "load it with `EViTForImageClassification`."
         )
     return modules
 

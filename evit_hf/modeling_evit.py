@@ -155,8 +155,8 @@ class EViTEmbeddings(ViTEmbeddings):
         batch_size, _, height, width = pixel_values.shape
         if not interpolate_pos_encoding and (height, width) != tuple(self.image_size):
             raise ValueError(
-                f"`pixel_values` is {height}x{width} but this model expects {self.image_size[0]}x{self.image_size[1]}: "
-                "resize, or pass `interpolate_pos_encoding=True`."
+                f"`pixel_values` is {height}x{width} but this model expects "
+                f"{self.image_size[0]}x{self.image_size[1]}: resize, or pass `interpolate_pos_encoding=True`."
             )
         patches = self.patch_embeddings(pixel_values)
         embeddings = torch.cat((self.cls_token.expand(batch_size, -1, -1), patches), dim=1)
@@ -182,7 +182,7 @@ class EViTAttention(ViTAttention):
         score_tokens: bool = False,
         token_mask: torch.Tensor | None = None,
         num_prefix_tokens: int = 1,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Attend.
 
@@ -270,7 +270,7 @@ class EViTLayer(ViTLayer):
         num_attentive: int | None = None,
         token_scores: torch.Tensor | None = None,
         token_mask: torch.Tensor | None = None,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One layer.
 
@@ -337,13 +337,14 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike | None,
-        *model_args: Any,  # noqa: ANN401
+        *model_args: Any,
         ignore_mismatched_sizes: bool = True,
         output_loading_info: bool = False,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> "EViTPreTrainedModel | tuple[EViTPreTrainedModel, dict]":
-        """Load an EViT or ViT checkpoint of Transformers 4.x or 5.x; keywords such as `keep_rate=0.7` go to the config.
+        """Load an EViT or ViT checkpoint of Transformers 4.x or 5.x.
 
+        Keywords such as `keep_rate=0.7` go to the configuration.
         A classifier for another number of classes, or for a backbone without one, is newly initialized, with a
         warning. A checkpoint without pooling layer loads into `EViTModel` without one.
 
@@ -376,7 +377,9 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
 
         lost = sorted(key for key in missing | mismatched.keys() if not key.startswith(("classifier.", "pooler.")))
         if lost:
-            shapes = [f"{key} ({mismatched[key][0]} in the checkpoint, {mismatched[key][1]} here)" for key in mismatched]
+            shapes = [
+                f"{key} ({mismatched[key][0]} in the checkpoint, {mismatched[key][1]} here)" for key in mismatched
+            ]
             raise RuntimeError(
                 f"`{source}` does not fill {len(lost)} of {len(self.state_dict())} parameters, which would be left at "
                 f"random values. Missing: {sorted(missing)}. Of another shape: {sorted(shapes)}. Unexpected in the "
@@ -385,7 +388,9 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
             )
         if any(key.startswith("pooler.") for key in missing | mismatched.keys()):
             self.pooler = None
-            logger.warning(f"`{source}` has no pooling layer: the model is loaded without one, `pooler_output` is None.")
+            logger.warning(
+                f"`{source}` has no pooling layer: the model is loaded without one, `pooler_output` is None."
+            )
         if any(key.startswith("classifier.") for key in missing | mismatched.keys()):
             logger.warning(
                 f"The classifier for {self.config.num_labels} classes is newly initialized, `{source}` has "
@@ -395,9 +400,9 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
-        *args: Any,  # noqa: ANN401
+        *args: Any,
         save_original_format: bool = False,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> None:
         """Save weights, configuration and the code that `trust_remote_code=True` needs.
 
@@ -462,7 +467,7 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
         attention_mask: torch.Tensor | None = None,
         keep_rate: float | Sequence[float] | None = None,
         patch_scores: torch.Tensor | Sequence[torch.Tensor] | None = None,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> EViTModelOutput:
         """Run the images through all layers.
 
@@ -589,7 +594,7 @@ class EViTForImageClassification(EViTPreTrainedModel, ViTForImageClassification)
         attention_mask: torch.Tensor | None = None,
         keep_rate: float | Sequence[float] | None = None,
         patch_scores: torch.Tensor | Sequence[torch.Tensor] | None = None,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> EViTImageClassifierOutput:
         """Classify images.
 

@@ -49,8 +49,8 @@ def num_macs(
 
     Counted are the patch embedding, the attention layers (3 T d^2 for query, key and value, 2 T^2 d for the map and
     its product with the values, T d^2 for the projection), the MLP (2 T' d m) and the classifier, as the official code
-    counts them; norms, activations, softmax and the reorganization itself (below 0.1 %) are not. T and T' are the tokens
-    before and behind the reorganization.
+    counts them; norms, activations, softmax and the reorganization itself (below 0.1 %) are not. T and T' are the
+    tokens before and behind the reorganization.
 
     Args:
         config: the model's configuration.

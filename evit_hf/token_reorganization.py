@@ -1,7 +1,7 @@
 """Token reorganization, the core of EViT, as pure functions of tensors.
 
-Nothing here knows a model: any Vision Transformer with a class token can call `reorganize_tokens` between attention and
-MLP. Source of every formula: "Not All Patches are What You Need: Expediting Vision Transformers via Token
+Nothing here knows a model: any Vision Transformer with a class token can call `reorganize_tokens` between attention
+and MLP. Source of every formula: "Not All Patches are What You Need: Expediting Vision Transformers via Token
 Reorganizations" (Liang et al., ICLR 2022, arXiv 2202.07800) and its official implementation,
 https://github.com/youweiliang/evit/blob/5ca95a7/evit.py#L186-L270.
 
@@ -13,8 +13,8 @@ Terms:
     attentive tokens: the image tokens with the highest class token attention; they are kept.
     inattentive tokens: the others; they are fused into one token or dropped.
 
-A worked example: 196 image tokens at keep rate 0.7 become 139, 99 and 71 after three layers with fusion, and 138, 97 and
-68 without.
+A worked example: 196 image tokens at keep rate 0.7 become 139, 99 and 71 after three layers with fusion, and 138, 97
+and 68 without.
 """
 
 import math
@@ -40,7 +40,7 @@ def num_attentive_tokens(keep_rate: float, num_image_tokens: int) -> int:
 def class_token_probabilities(
     query: torch.Tensor, key: torch.Tensor, scaling: float, token_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Attention probabilities of the class token alone: one row of the attention map, at 1/sequence_length of its cost.
+    """Attention probabilities of the class token alone: one row of the attention map, at a fraction of its cost.
 
     It stands beside whichever attention kernel runs, since fused kernels (sdpa, flash, flex) do not return the map.
     The softmax runs in float32 whatever the input.
@@ -134,8 +134,8 @@ def reorganize_tokens(
             attentive tokens by falling score, fused token.
         attentive_index: (batch_size, num_attentive), positions among the image tokens of the input.
 
-    Raises: ValueError if `num_attentive` is not in [1, num_image_tokens], if both choices are given, or if a choice has
-        the wrong shape.
+    Raises: ValueError if `num_attentive` is not in [1, num_image_tokens], if both choices are given, or if a choice
+        has the wrong shape.
 
     Source: evit.py:253-266 of the official implementation.
     """
@@ -153,8 +153,9 @@ def reorganize_tokens(
         scores = attention if token_scores is None else token_scores
         if tuple(scores.shape) != (hidden_states.shape[0], num_image_tokens):
             raise ValueError(
-                f"`{'attention' if token_scores is None else 'token_scores'}` must be (batch_size, num_image_tokens) = "
-                f"{(hidden_states.shape[0], num_image_tokens)}, got {tuple(scores.shape)}: leave out the prefix tokens."
+                f"`{'attention' if token_scores is None else 'token_scores'}` must be (batch_size, num_image_tokens) "
+                f"= {(hidden_states.shape[0], num_image_tokens)}, got {tuple(scores.shape)}: leave out the prefix "
+                "tokens."
             )
         attentive_index = top_attentive_index(scores, num_attentive)
     elif tuple(attentive_index.shape) != (hidden_states.shape[0], num_attentive):

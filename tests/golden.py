@@ -42,7 +42,9 @@ def official_names():
 
 def official_state_dict():
     """The official weights under our names."""
-    weights = {name.removeprefix("weights."): x for name, x in official_tensors().items() if name.startswith("weights.")}
+    weights = {
+        name.removeprefix("weights."): x for name, x in official_tensors().items() if name.startswith("weights.")
+    }
     state_dict = {ours: weights[official] for ours, official in official_names().items()}
     for i in range(12):
         for kind in ("weight", "bias"):

@@ -123,7 +123,9 @@ def test_a_parameter_left_to_chance_is_an_error(tmp_path, tiny_model):
 
 def test_a_parameter_of_another_shape_is_an_error(tmp_path, tiny_model):
     tiny_model.save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match=r"position_embeddings \(\(1, 17, 32\) in the checkpoint, \(1, 65, 32\) here"):
+    with pytest.raises(
+        RuntimeError, match=r"position_embeddings \(\(1, 17, 32\) in the checkpoint, \(1, 65, 32\) here"
+    ):
         EViTForImageClassification.from_pretrained(tmp_path, image_size=64)
     with pytest.raises(RuntimeError, match="does not fill"):
         EViTForImageClassification.from_pretrained(tmp_path, image_size=64, ignore_mismatched_sizes=True)

@@ -331,7 +331,9 @@ def test_own_attention_as_patch_scores_changes_nothing_at_the_first_layer(images
 
 
 def test_bad_patch_scores_are_refused(tiny_model, images):
-    with pytest.raises(ValueError, match=r"`patch_scores` must be .* = \(3, 16\), got \(3, 17\): .*none for the class"):
+    with pytest.raises(
+        ValueError, match=r"`patch_scores` must be .* = \(3, 16\), got \(3, 17\): .*none for the class"
+    ):
         tiny_model(images, patch_scores=torch.rand(3, 17))
     with pytest.raises(ValueError, match="has 2 tensors but there are 3 reorganization layers"):
         tiny_model(images, patch_scores=[torch.rand(3, 16)] * 2)

@@ -161,7 +161,9 @@ def test_scores_from_outside_choose_and_attention_still_weighs():
 
 def test_index_from_outside_is_the_choice():
     hidden_states, attention = random_tokens(batch_size=1)
-    reorganized, attentive_index = reorganize_tokens(hidden_states, attention, 2, attentive_index=torch.tensor([[7, 3]]))
+    reorganized, attentive_index = reorganize_tokens(
+        hidden_states, attention, 2, attentive_index=torch.tensor([[7, 3]])
+    )
     assert attentive_index.tolist() == [[7, 3]]
     assert torch.equal(reorganized[:, 1:3], hidden_states[:, [8, 4]])
 

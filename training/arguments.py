@@ -16,7 +16,7 @@ import yaml
 RECIPES = Path(__file__).parent / "recipes"
 
 
-def setting(default: Any, text: str) -> Any:  # noqa: ANN401 (any default)
+def setting(default: Any, text: str) -> Any:
     """A dataclass field with its help text."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": text})
@@ -154,6 +154,13 @@ class TrainArguments:
 
 
 PARTS = (DataArguments, AugmentationArguments, ModelArguments, OptimizationArguments, RunArguments)
+SETTINGS = [field.name for part in PARTS for field in dataclasses.fields(part)]
+
+
+def probably_meant(name: str) -> str:
+    """Return the way out for a setting that does not exist."""
+    close = difflib.get_close_matches(str(name).lstrip("-").replace("-", "_"), SETTINGS, n=1)
+    return f"did you mean `{close[0]}`?" if close else "see `evit train --help`."
 
 
 def recipe_path(name_or_path: str) -> Path:
@@ -179,13 +186,10 @@ def recipe_flags(path: Path) -> list[str]:
         raise ValueError(f"`{path}` is no YAML: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"`{path}` must hold `name: value` lines, got a {type(settings).__name__}.")
-    known = [f.name for part in PARTS for f in dataclasses.fields(part)]
     flags = []
     for name, value in settings.items():
-        if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            meant = f"did you mean `{close[0]}`?" if close else "see `evit train --help`."
-            raise ValueError(f"`{path}` has an unknown setting `{name}`: {meant}")
+        if name not in SETTINGS:
+            raise ValueError(f"`{path}` has an unknown setting `{name}`: {probably_meant(name)}")
         if value is not None:
             flags += [f"--{name}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
     return flags
@@ -214,7 +218,12 @@ def parse_train_arguments(argv: Sequence[str]) -> TrainArguments:
     try:
         if argv and not argv[0].startswith("-"):
             argv = recipe_flags(recipe_path(argv[0])) + argv[1:]
-        arguments = TrainArguments(*parser.parse_args_into_dataclasses(argv))
+        *parts, unknown = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+        if unknown:
+            raise ValueError(f"unknown flag `{unknown[0]}`: {probably_meant(unknown[0])}")
+        arguments = TrainArguments(*parts)
         arguments.check()
     except ValueError as error:
         parser.error(str(error))

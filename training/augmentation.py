@@ -78,7 +78,10 @@ def training_transform(
     if arguments.affine_degrees:
         steps.append(
             v2.RandomAffine(
-                arguments.affine_degrees, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=InterpolationMode.BILINEAR
+                arguments.affine_degrees,
+                translate=(0.1, 0.1),
+                scale=(0.9, 1.1),
+                interpolation=InterpolationMode.BILINEAR,
             )
         )
     if arguments.horizontal_flip:

@@ -1,8 +1,8 @@
 """The command `evit`.
 
-    evit train digits                            # a packaged recipe
-    evit train --model google/vit-base-patch16-224 --dataset beans --keep-rate 0.7
-    evit train --help
+evit train digits                            # a packaged recipe
+evit train --model google/vit-base-patch16-224 --dataset beans --keep-rate 0.7
+evit train --help
 """
 
 import importlib

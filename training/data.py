@@ -57,7 +57,7 @@ def load_splits(arguments: "DataArguments", seed: int) -> tuple[datasets.Dataset
 
     Args:
         arguments: where the data is and what its columns are called.
-        seed: draws the held-out part where there is no evaluation split, and the samples where their number is limited.
+        seed: draws the held-out part where there is no evaluation split, and the samples where they are limited.
 
     Raises: ValueError naming what there is, if a split or column cannot be found or a label is no class.
     """
@@ -88,11 +88,17 @@ def load_splits(arguments: "DataArguments", seed: int) -> tuple[datasets.Dataset
 def _load(arguments: "DataArguments") -> datasets.DatasetDict:
     """All splits of a packaged data set, a Hub id, a folder, or files."""
     sources = arguments.dataset
-    if len(sources) == 1 and (PACKAGED / sources[0]).is_dir():
+    if len(sources) == 1 and sources[0] in (path.name for path in PACKAGED.iterdir()):
         return datasets.load_dataset("parquet", data_dir=str(PACKAGED / sources[0]))
     files = [file for source in sources for file in (sorted(glob.glob(source)) or [source])]
     if all(Path(file).is_file() for file in files):
-        return datasets.load_dataset("parquet", data_files=_files_by_split(files))
+        # Each split by itself: together they would be forced under the labels of the first.
+        return datasets.DatasetDict(
+            {
+                split: datasets.load_dataset("parquet", data_files=files, split="train")
+                for split, files in _files_by_split(files).items()
+            }
+        )
     if len(sources) == 1:
         return datasets.load_dataset(sources[0], arguments.dataset_config)
     missing = [file for file in files if not Path(file).is_file()]

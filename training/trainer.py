@@ -6,6 +6,7 @@ each epoch: evaluate; at the end: save, compare with the dense model, draw. Sett
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -31,6 +32,9 @@ from .data import LabelledImages, load_splits
 from .evaluation import accuracy, compare_keep_rates, comparison_table
 
 
+RUN_FILES = ("model", "metrics.jsonl", "results.json", "arguments.yaml", "kept_patches.png")
+
+
 def train(arguments: TrainArguments) -> list[dict]:
     """Train a model and leave it in `arguments.run.output_dir`.
 
@@ -43,11 +47,9 @@ def train(arguments: TrainArguments) -> list[dict]:
     Raises: ValueError for settings or data that cannot work.
     """
     optimization = arguments.optimization
-    accelerator = Accelerator(mixed_precision=arguments.run.mixed_precision)
     output_dir = Path(arguments.run.output_dir)
-    if accelerator.is_main_process:
-        prepare_output_dir(output_dir, arguments)
-    accelerator.wait_for_everyone()
+    refuse_finished_run(output_dir, arguments.run.overwrite)
+    accelerator = build_accelerator(arguments.run.mixed_precision)
 
     # Data, model, optimizer
     train_data, eval_data, image_column, label_column = load_splits(arguments.data, arguments.run.seed)
@@ -84,10 +86,15 @@ def train(arguments: TrainArguments) -> list[dict]:
     dense_steps = round(optimization.keep_rate_dense_epochs * steps_per_epoch)
     shrink_steps = round(optimization.keep_rate_shrink_epochs * steps_per_epoch)
 
+    if accelerator.is_main_process:  # nothing was written before all of the above worked
+        prepare_output_dir(output_dir, arguments)
+    accelerator.wait_for_everyone()
     accelerator.print(describe(accelerator, model, arguments, len(train_images), len(eval_images), num_steps))
     log = MetricsLog(output_dir / "metrics.jsonl", accelerator.is_main_process)
-    progress = tqdm(total=num_steps, desc="train", unit="step", disable=None if accelerator.is_local_main_process else True)
-    # The cost of the loop: loss is summed on the device and read only where it is logged.
+    progress = tqdm(
+        total=num_steps, desc="train", unit="step", disable=None if accelerator.is_local_main_process else True
+    )
+    # The loss is summed on the device and read only where it is logged: reading it waits for the device.
     loss_sum, loss_steps, log_time = torch.zeros((), device=accelerator.device), 0, time.perf_counter()
     for step, (epoch, batch, ends_epoch) in enumerate(batches(train_loader, num_steps)):
         # Keep rate
@@ -154,23 +161,41 @@ def train(arguments: TrainArguments) -> list[dict]:
     return results
 
 
-def prepare_output_dir(output_dir: Path, arguments: TrainArguments) -> None:
-    """Make the folder of a run and write down its settings.
-
-    Raises: ValueError if it holds a run already and `--overwrite` was not given.
-    """
-    ours = ("model", "metrics.jsonl", "results.json", "arguments.yaml", "kept_patches.png")
-    left = [name for name in ours if (output_dir / name).exists()]
-    if left and not arguments.run.overwrite:
+def refuse_finished_run(output_dir: Path, overwrite: bool) -> None:
+    """Raise ValueError if the folder holds a run that must not be overwritten."""
+    left = [name for name in RUN_FILES if (output_dir / name).exists()]
+    if left and not overwrite:
         raise ValueError(
             f"`{output_dir}` holds a run already ({', '.join(left)}): choose another `--output_dir`, or pass "
             "`--overwrite` to delete it."
         )
-    for name in left:
+
+
+def prepare_output_dir(output_dir: Path, arguments: TrainArguments) -> None:
+    """Make the folder of a run, without what an earlier one left, and write down the settings."""
+    for name in RUN_FILES:
         path = output_dir / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "arguments.yaml").write_text(yaml.safe_dump(arguments.as_dict(), sort_keys=False))
+
+
+def build_accelerator(mixed_precision: str) -> Accelerator:
+    """Build the Accelerator, on the CPU where there is nothing better, on as many processes as were launched.
+
+    Raises: RuntimeError if Accelerate would run each process alone, as it silently does with some launch commands.
+    """
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=not torch.accelerator.is_available())
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != launched:
+        raise RuntimeError(
+            f"{launched} processes were launched but Accelerate uses {accelerator.num_processes}: launch with "
+            "`torchrun --nproc_per_node N -m evit_training.train`."
+        )
+    return accelerator
 
 
 def build_model(arguments: TrainArguments, label_names: list[str]) -> EViTForImageClassification:
@@ -241,7 +266,12 @@ def shown(keep_rate: float | list[float]) -> str:
 
 
 def describe(
-    accelerator: Accelerator, model: nn.Module, arguments: TrainArguments, num_train: int, num_eval: int, num_steps: int
+    accelerator: Accelerator,
+    model: nn.Module,
+    arguments: TrainArguments,
+    num_train: int,
+    num_eval: int,
+    num_steps: int,
 ) -> str:
     """Return the settings of the run, and what they come to, as text."""
     config = accelerator.unwrap_model(model).config

@@ -1,0 +1,111 @@
+import dataclasses
+
+import pytest
+import yaml
+
+from evit_training.arguments import PARTS, RECIPES, parse_train_arguments, recipe_path
+
+
+RECIPE_FILES = sorted(RECIPES.glob("*.yaml"))
+
+
+def refusal(argv, capsys):
+    """What `evit train` says when it refuses to start."""
+    with pytest.raises(SystemExit) as exit_:
+        parse_train_arguments(argv)
+    assert exit_.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", RECIPE_FILES, ids=lambda path: path.stem)
+def test_every_recipe_parses_and_names_its_command(path):
+    arguments = parse_train_arguments([path.stem])
+    for name, value in yaml.safe_load(path.read_text()).items():
+        parsed = arguments.as_dict()[name]
+        expected = value if isinstance(parsed, list) == isinstance(value, list) else [value]
+        assert parsed == pytest.approx(expected) if isinstance(parsed, float) else parsed == expected
+    header = path.read_text().split("\n\n")[0]
+    for line in ("# Command:", "# Hardware:", "# Expected:"):
+        assert line in header
+
+
+def test_there_are_recipes():
+    assert {"digits", "cifar10"} <= {path.stem for path in RECIPE_FILES}
+
+
+def test_flags_win_over_the_recipe():
+    arguments = parse_train_arguments(
+        ["digits", "--epochs", "3", "--keep-rate", "0.9", "0.8", "0.7", "--keep_rate", "0.5"]
+    )
+    assert arguments.optimization.epochs == 3
+    assert arguments.keep_rate == 0.5
+    assert arguments.model.hidden_size == 64  # the recipe's
+
+
+def test_one_keep_rate_is_a_number_and_several_a_list():
+    assert parse_train_arguments([]).keep_rate == 0.7
+    assert parse_train_arguments(["--keep_rate", "0.9", "0.8", "0.7"]).keep_rate == [0.9, 0.8, 0.7]
+
+
+def test_a_recipe_can_be_any_file(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "epochs: 2\nlearning_rate: 1e-3\nfuse_inattentive_tokens: no\nkeep_rate: [0.9, 0.8, 0.7]\nmodel:\n"
+    )
+    arguments = parse_train_arguments([str(recipe)])
+    assert arguments.optimization.learning_rate == 0.001  # YAML itself reads 1e-3 as a string
+    assert arguments.model.fuse_inattentive_tokens is False
+    assert arguments.keep_rate == [0.9, 0.8, 0.7]
+    assert arguments.model.model is None
+
+
+def test_written_settings_are_a_recipe_again(tmp_path):
+    arguments = parse_train_arguments(["digits", "--max_steps", "7"])
+    path = tmp_path / "arguments.yaml"
+    path.write_text(yaml.safe_dump(arguments.as_dict()))
+    assert parse_train_arguments([str(path)]) == arguments
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("keep_rat: 0.5", "unknown setting `keep_rat`: did you mean `keep_rate`?"),
+        ("- 1\n- 2", "must hold `name: value` lines, got a list"),
+        ("a: [", "is no YAML"),
+        ("epochs: many", "invalid int value: 'many'"),
+        ("crop: square", "invalid choice: 'square'"),
+    ],
+)
+def test_bad_recipes_are_refused(text, sentence, tmp_path, capsys):
+    recipe = tmp_path / "bad.yaml"
+    recipe.write_text(text)
+    assert sentence in refusal([str(recipe)], capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--keep_rat", "0.5"], "unknown flag `--keep_rat`: did you mean `keep_rate`?"),
+        (["--learning-rat", "0.5"], "unknown flag `--learning-rat`: did you mean `learning_rate`?"),
+        (["--epochs", "0"], "`--epochs` must be at least 1, got 0"),
+        (["--max_steps", "0"], "`--max_steps` must be at least 1, got 0: leave it out"),
+        (["--horizontal_flip", "2"], "`--horizontal_flip` must be in [0, 1], got 2.0"),
+        (["--weight_decay", "-1"], "`--weight_decay` must not be negative"),
+        (
+            ["no_such_recipe"],
+            "There is no recipe `no_such_recipe`: give the path of a YAML file, or one of cifar10, digits",
+        ),
+    ],
+)
+def test_bad_flags_are_refused(flags, sentence, capsys):
+    assert sentence in refusal(flags, capsys)
+
+
+def test_every_setting_has_a_help_text_and_one_name():
+    fields = [field for part in PARTS for field in dataclasses.fields(part)]
+    assert all(field.metadata["help"].endswith(".") for field in fields)
+    assert len({field.name for field in fields}) == len(fields)
+
+
+def test_packaged_recipes_are_found_by_name():
+    assert recipe_path("digits") == RECIPES / "digits.yaml"

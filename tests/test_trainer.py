@@ -1,0 +1,267 @@
+"""The trainer end to end, on real digits, in as few steps as show the claim."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+
+from evit_hf import EViTForImageClassification
+from evit_hf.keep_rate_schedule import scheduled_keep_rate
+from evit_hf.profiling import num_macs
+from evit_training import trainer
+from evit_training.arguments import OptimizationArguments, parse_train_arguments
+from evit_training.evaluation import accuracy, comparison_table, images_per_second
+from evit_training.trainer import batches, build_optimizer, train
+
+
+SHORT = ["digits", "--max_train_samples", "128", "--max_eval_samples", "50", "--batch_size", "32", "--epochs", "2"]
+
+
+def short_run(output_dir, *flags):
+    return train(parse_train_arguments([*SHORT, "--log_steps", "1", "--output_dir", str(output_dir), *flags]))
+
+
+def read_log(output_dir):
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps device and precision for the whole process; each run here starts anew."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("run")
+    results = short_run(output_dir, "--keep_rate_dense_epochs", "0.5", "--keep_rate_shrink_epochs", "1")
+    return output_dir, results
+
+
+def test_run_leaves_model_metrics_settings_and_picture(finished_run):
+    output_dir, results = finished_run
+    assert {path.name for path in output_dir.iterdir()} == {
+        "model",
+        "metrics.jsonl",
+        "results.json",
+        "arguments.yaml",
+        "kept_patches.png",
+    }
+    model = AutoModelForImageClassification.from_pretrained(output_dir / "model")
+    assert model.config.keep_rate == 0.7
+    assert model.config.id2label == {digit: str(digit) for digit in range(10)}
+    assert AutoImageProcessor.from_pretrained(output_dir / "model").size == {"height": 32, "width": 32}
+    assert json.loads((output_dir / "results.json").read_text()) == results
+    assert Image.open(output_dir / "kept_patches.png").size == (4 * 104, 8 * 104)  # image and three stages, 8 images
+    assert parse_train_arguments([str(output_dir / "arguments.yaml")]).optimization.epochs == 2
+
+
+def test_log_follows_the_schedules(finished_run):
+    output_dir, _ = finished_run
+    steps = [entry for entry in read_log(output_dir) if "loss" in entry]
+    assert [entry["step"] for entry in steps] == list(range(1, 9))  # 128 images in batches of 32, twice
+    assert [entry["keep_rate"] for entry in steps] == [scheduled_keep_rate(step, 0.7, 2, 4) for step in range(8)]
+    rates = [entry["learning_rate"] for entry in steps]
+    assert rates[0] == 0 and max(rates) == rates[-1]  # the recipe warms up over two epochs, all that there are
+    evaluations = [entry for entry in read_log(output_dir) if "eval_top1" in entry]
+    assert [entry["step"] for entry in evaluations] == [4, 8]
+
+
+def test_results_are_those_of_the_saved_model(finished_run):
+    output_dir, results = finished_run
+    assert [result["keep_rate"] for result in results] == [1.0, 0.7]
+    model = EViTForImageClassification.from_pretrained(output_dir / "model")
+    for result in results:
+        assert result["gmacs"] == num_macs(model.config, result["keep_rate"]) / 1e9
+        assert result["images_per_second"] > 0
+        assert result["dtype"] == "float32" and result["device"].startswith("cpu")
+    evaluations = [entry for entry in read_log(output_dir) if "eval_top1" in entry]
+    assert evaluations[-1]["eval_top1"] == results[1]["top1"]
+    table = comparison_table(results)
+    assert "1.0 (dense ViT)" in table and f"{100 * results[1]['top1']:.2f}" in table
+
+
+def test_same_seed_gives_the_same_weights_and_another_seed_others(finished_run, tmp_path):
+    schedule = ["--keep_rate_dense_epochs", "0.5", "--keep_rate_shrink_epochs", "1"]
+    short_run(tmp_path / "same", *schedule, "--num_workers", "2")
+    short_run(tmp_path / "other", *schedule, "--seed", "1")
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in (finished_run[0], tmp_path / "other")]
+    assert not torch.equal(*(w["vit.layers.0.mlp.fc1.weight"] for w in weights))
+    # Workers draw their augmentation from seeds of their own: the order of images is the same, the variation is not.
+    logs = [read_log(folder) for folder in (finished_run[0], tmp_path / "same")]
+    assert [entry["step"] for entry in logs[0]] == [entry["step"] for entry in logs[1]]
+    short_run(tmp_path / "again", *schedule)
+    again = load_file(tmp_path / "again" / "model" / "model.safetensors")
+    for name, tensor in weights[0].items():
+        assert torch.equal(again[name], tensor), name
+
+
+def test_fine_tunes_a_vit_of_transformers(tmp_path):
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
+        num_labels=3,
+    )
+    vit = ViTForImageClassification(config)
+    vit.save_pretrained(tmp_path / "vit")
+    from transformers import ViTImageProcessor
+
+    ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.3] * 3).save_pretrained(tmp_path / "vit")
+    results = short_run(
+        tmp_path / "run",
+        "--model",
+        str(tmp_path / "vit"),
+        "--keep_rate",
+        "0.9",
+        "0.7",
+        "0.5",
+        "--learning_rate",
+        "1e-9",
+        "--weight_decay",
+        "0",
+    )
+    assert results[1]["keep_rate"] == [0.9, 0.7, 0.5]
+    model = EViTForImageClassification.from_pretrained(tmp_path / "run" / "model")
+    assert model.config.layer_keep_rates == {1: 0.9, 2: 0.7, 3: 0.5}
+    assert model.classifier.weight.shape == (10, 32)
+    for name, tensor in model.vit.state_dict().items():  # hardly moved: it did start from the checkpoint
+        torch.testing.assert_close(tensor, vit.vit.state_dict()[name], rtol=0, atol=1e-6)
+    assert list(AutoImageProcessor.from_pretrained(tmp_path / "run" / "model").image_mean) == [0.3] * 3
+
+
+def test_loss_falls(tmp_path):
+    short_run(tmp_path, "--epochs", "40", "--warmup_epochs", "2", "--affine_degrees", "0", "--learning_rate", "2e-3")
+    losses = [entry["loss"] for entry in read_log(tmp_path) if "loss" in entry]
+    assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
+
+
+@pytest.mark.parametrize(
+    "flags", [["--mixed_precision", "bf16"], ["--gradient_checkpointing"], ["--keep_rate", "1.0"]]
+)
+def test_other_ways_to_train(flags, tmp_path):
+    results = short_run(tmp_path, "--max_steps", "2", "--max_grad_norm", "1", "--label_smoothing", "0.1", *flags)
+    assert len(results) == (1 if "1.0" in flags else 2)
+    assert len([entry for entry in read_log(tmp_path) if "loss" in entry]) == 2
+
+
+def test_a_run_is_not_overwritten_by_accident(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "metrics.jsonl").write_text("precious")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds a run already \(model, metrics.jsonl\): choose another"):
+        short_run(tmp_path, "--max_steps", "1")
+    assert (tmp_path / "metrics.jsonl").read_text() == "precious"
+    short_run(tmp_path, "--max_steps", "1", "--overwrite")
+    assert "precious" not in (tmp_path / "metrics.jsonl").read_text()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_diverging_run_stops_with_the_reason(tmp_path):
+    with pytest.raises(FloatingPointError, match="The training loss is nan at step .*lower `--learning_rate`"):
+        short_run(tmp_path, "--learning_rate", "1e30", "--warmup_epochs", "0")
+
+
+def test_another_resolution_than_the_checkpoints_is_refused(tmp_path, tiny_model):
+    tiny_model.save_pretrained(tmp_path / "evit")
+    with pytest.raises(ValueError, match="`--image_size` is 64 but .* was made for 32"):
+        short_run(tmp_path / "run", "--model", str(tmp_path / "evit"), "--image_size", "64")
+
+
+# Pieces
+
+
+def test_norms_biases_positions_and_tokens_have_no_weight_decay(tiny_model):
+    optimizer = build_optimizer(tiny_model, OptimizationArguments(weight_decay=0.3))
+    names = {id(parameter): name for name, parameter in tiny_model.named_parameters()}
+    decayed, spared = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    assert decayed | spared == set(names.values())
+    assert {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings", "vit.layernorm.weight"} <= spared
+    assert all(name.endswith("weight") and "norm" not in name for name in decayed)
+
+
+def test_batches_run_over_epochs_and_stop_at_the_step():
+    assert [(epoch, batch, ends) for epoch, batch, ends in batches(["a", "b", "c"], 5)] == [
+        (0, "a", False),
+        (0, "b", False),
+        (0, "c", True),
+        (1, "a", False),
+        (1, "b", False),
+    ]
+
+
+def test_accuracy_counts_as_a_loop_does(tiny_model):
+    from accelerate import Accelerator
+
+    pixel_values, labels = torch.randn(23, 3, 32, 32), torch.arange(23) % 5
+    loader = torch.utils.data.DataLoader(
+        [{"pixel_values": x, "labels": y} for x, y in zip(pixel_values, labels, strict=True)], batch_size=7
+    )
+    metrics = accuracy(Accelerator(cpu=True), tiny_model, loader, keep_rate=0.5)
+    logits = torch.cat([tiny_model(x[None], keep_rate=0.5).logits for x in pixel_values])
+    hits = sum(int(row.argmax() == label) for row, label in zip(logits, labels, strict=True))
+    assert metrics["top1"] == hits / 23
+    assert metrics["top5"] == 1.0  # five classes
+    assert metrics["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
+
+
+def test_timing_alternates_the_keep_rates_and_restores_the_mode(tiny_model, images, monkeypatch):
+    seen = []
+    original = tiny_model.vit.layer_keep_rates
+    monkeypatch.setattr(tiny_model.vit, "layer_keep_rates", lambda rate: seen.append(rate) or original(rate))
+    speeds = images_per_second(tiny_model.train(), images, [1.0, 0.5], rounds=3)
+    assert len(speeds) == 2 and min(speeds) > 0
+    assert seen == [1.0, 0.5] * 5
+    assert tiny_model.training
+
+
+# Processes
+
+
+def run_command(command, cwd):
+    process = subprocess.run(command, cwd=cwd, env=os.environ, capture_output=True, text=True)
+    return process.returncode, process.stdout + process.stderr
+
+
+def test_two_processes_share_the_work_and_count_each_image_once(tmp_path):
+    """51 evaluation images on two processes: one is repeated to fill up, and must not be counted."""
+    flags = [*SHORT, "--max_eval_samples", "51", "--output_dir", "run", "--log_steps", "1"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    status, output = run_command([*launch, "-m", "evit_training.train", *flags], tmp_path)
+    assert status == 0, output
+    assert "steps on 2 x cpu" in output
+    assert output.count("1.0 (dense ViT)") == 1
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results[1]["top1"] * 51 == pytest.approx(round(results[1]["top1"] * 51))
+    steps = [entry["step"] for entry in read_log(tmp_path / "run") if "loss" in entry]
+    assert steps == [1, 2, 3, 4]  # 128 images in batches of 2 x 32, twice
+    rates = [entry["learning_rate"] for entry in read_log(tmp_path / "run") if "loss" in entry]
+    assert rates == pytest.approx([0, 0.000375, 0.00075, 0.001125])  # warm-up counts optimizer steps, not processes'
+
+
+@pytest.mark.slow
+def test_digits_recipe_reaches_97_percent(tmp_path):
+    results = train(parse_train_arguments(["digits", "--output_dir", str(tmp_path)]))
+    assert results[1]["keep_rate"] == 0.7
+    assert results[1]["top1"] >= 0.97
+    assert results[1]["gmacs"] < 0.7 * results[0]["gmacs"]
+
+
+def test_a_silent_single_process_launch_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(trainer, "Accelerator", lambda **settings: SimpleNamespace(num_processes=1))
+    with pytest.raises(RuntimeError, match="2 processes were launched but Accelerate uses 1: launch with `torchrun"):
+        trainer.build_accelerator("no")
