@@ -7,7 +7,7 @@ from pathlib import Path
 # Set before any library is imported, here and in child processes: nothing may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist runs one process for each core
+os.environ["OMP_NUM_THREADS"] = "1"  # pytest-xdist runs one process for each core
 
 import pytest
 import torch

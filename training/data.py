@@ -151,7 +151,7 @@ def _with_class_labels(
         if unknown:
             raise ValueError(f"The evaluation split has classes that the training split has not: {unknown}.")
         numbers = [known.str2int(here.int2str(label)) for label in dataset[column]]
-        dataset = dataset.remove_columns(column).add_column(column, numbers, feature=known)
+        dataset = dataset.remove_columns(column).add_column(column, numbers).cast_column(column, known)
     labels = dataset.with_format("numpy")[column][:]
     if len(labels) and (labels.min() < 0 or labels.max() >= dataset.features[column].num_classes):
         raise ValueError(

@@ -1,0 +1,104 @@
+"""Every code block of the README runs as it stands, on stand-ins for what it would download."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from conftest import ROOT, tiny_config_with
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from evit_hf import EViTForImageClassification
+from evit_training.arguments import parse_train_arguments
+
+
+README = (ROOT / "README.md").read_text()
+SETUP_COMMANDS = [line for line in README.splitlines() if line.startswith("python3 -m venv")]
+
+
+def code_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with small local files under the names that the README uses."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 12, "num_attention_heads": 4, "intermediate_size": 64}
+    vit = ViTForImageClassification(ViTConfig(**small, image_size=224, patch_size=16, num_labels=10))
+    vit.save_pretrained("google/vit-base-patch16-224")
+    processor = ViTImageProcessor(size={"height": 224, "width": 224}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    processor.save_pretrained("google/vit-base-patch16-224")
+    EViTForImageClassification(tiny_config_with()).save_pretrained("runs/digits/model")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained("runs/digits/model")
+    Image.effect_noise((300, 200), 60).convert("RGB").save("cat.jpg")
+    Image.effect_noise((8, 8), 60).save("digit.png")
+    features = datasets.Features({"image": datasets.Image(), "labels": datasets.ClassLabel(names=["a", "b", "c"])})
+    for split in ("train", "validation"):
+        rows = {"image": [Image.new("RGB", (50, 50), (80 * i, 9, 9)) for i in range(3)], "labels": [0, 1, 2]}
+        (tmp_path / "AI-Lab-Makerere" / "beans").mkdir(parents=True, exist_ok=True)
+        rows = datasets.Dataset.from_dict(rows, features=features)
+        rows.to_parquet(tmp_path / "AI-Lab-Makerere" / "beans" / f"{split}.parquet")
+    return tmp_path
+
+
+def test_python_blocks_run_one_after_another(workplace, capsys):
+    blocks, namespace = code_blocks("python"), {}
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    printed = capsys.readouterr().out
+    assert "[138, 98, 70]" in printed
+    assert "eval_loss" in printed
+    assert Image.open("kept.png").height > 224
+    assert EViTForImageClassification.from_pretrained("runs/beans/checkpoint-5").config.keep_rate == 0.7
+
+
+def test_training_command_runs(workplace):
+    (command,) = [block for block in code_blocks("bash") if block.startswith("evit train")]
+    words = shlex.split(command.replace("\\\n", " "))
+    assert parse_train_arguments(words[2:]).optimization.epochs == 5
+    # The dataset of the stand-in is as small as three images.
+    words[0] = str(Path(sys.executable).with_name("evit"))
+    process = subprocess.run([*words, "--num_workers", "0"], cwd=workplace, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert (workplace / "runs" / "beans" / "model" / "model.safetensors").is_file()
+
+
+def test_ci_runs_the_commands_of_the_readme():
+    assert len(SETUP_COMMANDS) == 2
+    ci = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert set(SETUP_COMMANDS) <= set(ci)
+
+
+def test_readme_names_files_that_exist():
+    for name in re.findall(r"\]\(([\w/.]+)\)", README):
+        assert (ROOT / name).exists(), name
+    for line in re.findall(r"^\| (`.*?`) \|", README, re.MULTILINE):
+        folder = ""
+        for name in re.findall(r"`(.*?)`", line):
+            path = name if "/" in name else f"{folder}/{name}"
+            folder = path.rsplit("/", 1)[0]
+            assert (ROOT / path).exists(), path
+
+
+def test_readme_table_holds_the_computed_costs():
+    from evit_hf import EViTConfig
+    from evit_hf.profiling import num_macs, num_tokens_by_layer
+
+    rows = re.findall(r"^\| (0\.\d) \| ([\d /]+) \| ([\d.]+) / ([\d.]+) \|", README, re.MULTILINE)
+    assert [row[0] for row in rows] == ["0.9", "0.8", "0.7", "0.6", "0.5"]
+    for keep_rate, tokens, fused, dropped in rows:
+        size = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "num_labels": 1000}
+        config = EViTConfig(**size, keep_rate=float(keep_rate))
+        counts = num_tokens_by_layer(config)
+        assert tokens == " / ".join(str(counts[layer][1] - 1) for layer in (3, 6, 9))
+        assert f"{num_macs(config) / 1e9:.2f}" == fused
+        config.fuse_inattentive_tokens = False
+        assert f"{num_macs(config) / 1e9:.2f}" == dropped
