@@ -7,6 +7,7 @@ from pathlib import Path
 # Set before any library is imported, here and in child processes: nothing may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HOME"] = str(Path(__file__).parent.parent / ".pytest_cache" / "huggingface")
 os.environ["OMP_NUM_THREADS"] = "1"  # pytest-xdist runs one process for each core
 
 import pytest
