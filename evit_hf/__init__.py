@@ -7,27 +7,44 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 from transformers.utils import is_vision_available
 
 from .configuration_evit import EViTConfig
+from .configuration_evit_lv import EViTLVConfig
 from .modeling_evit import (
     EViTForImageClassification,
+    EViTForImageClassificationWithTeacher,
+    EViTForImageClassificationWithTeacherOutput,
     EViTImageClassifierOutput,
     EViTModel,
     EViTModelOutput,
     EViTPreTrainedModel,
 )
+from .modeling_evit_lv import EViTLVForImageClassification, EViTLVImageClassifierOutput, EViTLVModel
 
 
 __version__ = "0.1.0"
 
 AutoConfig.register("evit", EViTConfig, exist_ok=True)
 AutoModel.register(EViTConfig, EViTModel, exist_ok=True)
-AutoModelForImageClassification.register(EViTConfig, EViTForImageClassification, exist_ok=True)
+# Two classes: the saved `architectures` tell which one a folder needs.
+AutoModelForImageClassification._model_mapping.register(
+    EViTConfig, (EViTForImageClassification, EViTForImageClassificationWithTeacher), exist_ok=True
+)
+AutoConfig.register("evit_lv", EViTLVConfig, exist_ok=True)
+AutoModel.register(EViTLVConfig, EViTLVModel, exist_ok=True)
+AutoModelForImageClassification.register(EViTLVConfig, EViTLVForImageClassification, exist_ok=True)
 if is_vision_available():  # without Pillow there are no image processors to register with
-    AutoImageProcessor.register(EViTConfig, ViTImageProcessor, exist_ok=True)
+    for _config in (EViTConfig, EViTLVConfig):
+        AutoImageProcessor.register(_config, ViTImageProcessor, exist_ok=True)
 
 __all__ = [
     "EViTConfig",
     "EViTForImageClassification",
+    "EViTForImageClassificationWithTeacher",
+    "EViTForImageClassificationWithTeacherOutput",
     "EViTImageClassifierOutput",
+    "EViTLVConfig",
+    "EViTLVForImageClassification",
+    "EViTLVImageClassifierOutput",
+    "EViTLVModel",
     "EViTModel",
     "EViTModelOutput",
     "EViTPreTrainedModel",

@@ -3,7 +3,7 @@
 import difflib
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import ViTConfig
@@ -64,7 +64,7 @@ def default_reorganization_layers(num_hidden_layers: int) -> list[int]:
 
 @strict
 class EViTConfig(ViTConfig):
-    r"""Configuration of an EViT: all fields of `transformers.ViTConfig`, and four of its own.
+    r"""Configuration of an EViT: all fields of `transformers.ViTConfig`, and six of its own.
 
     What rebuilds the network stands here; schedules and other matters of training do not.
 
@@ -78,6 +78,10 @@ class EViTConfig(ViTConfig):
             (the paper's default) or they are dropped.
         drop_path_rate: stochastic depth rate of the last layer, in [0, 1); layer i of n gets `rate * i / (n - 1)`. It
             acts in training alone. The paper trains with 0.1.
+        use_distillation_token: whether a distillation token stands behind the class token, as in distilled DeiT. It
+            is no candidate: never dropped, fused or moved.
+        scoring_tokens: whose attention scores the image tokens: "class", as in the paper, or "class_and_distillation",
+            the mean over both tokens.
 
     Raises: an error that names the field, its value and the way out, for values out of range, of the wrong type or
         in contradiction. It is a `StrictDataclassError` of huggingface_hub when the configuration is built and a
@@ -92,14 +96,26 @@ class EViTConfig(ViTConfig):
     """
 
     model_type = "evit"
-    # `attentive_index` is for pictures, not for metrics: transformers.Trainer leaves it out of its predictions.
-    keys_to_ignore_at_inference = ["attentive_index"]
+    # Whose config.json becomes one of ours when it is read.
+    source_model_types: ClassVar[tuple[str, ...]] = ("vit", "deit")
+    # What transformers.Trainer leaves out of its predictions: metrics want the logits alone.
+    keys_to_ignore_at_inference = [
+        "attentive_index",
+        "patch_index",
+        "cls_logits",
+        "distillation_logits",
+        "aux_logits",
+        "hidden_states",
+        "attentions",
+    ]
 
     # Typed `Any` for `@strict`, whose own type errors name no way out: the validators below check types as well.
     keep_rate: Any = 0.7  # float | list[float]
     reorganization_layers: Any = None  # list[int] | None
     fuse_inattentive_tokens: Any = True  # bool
     drop_path_rate: Any = 0.0  # float
+    use_distillation_token: Any = False  # bool
+    scoring_tokens: Any = "class"  # "class" | "class_and_distillation"
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in what depends on other fields and refuse misspelt ones."""
@@ -128,6 +144,7 @@ class EViTConfig(ViTConfig):
         self.validate_keep_rate()
         self.validate_fuse_inattentive_tokens()
         self.validate_drop_path_rate()
+        self.validate_scoring_tokens()
 
     def validate_reorganization_layers(self) -> None:
         """Raise ValueError unless `reorganization_layers` names existing layers in strictly increasing order."""
@@ -170,24 +187,55 @@ class EViTConfig(ViTConfig):
                 "0.1."
             )
 
+    def validate_scoring_tokens(self) -> None:
+        """Raise ValueError unless the tokens that shall score are there."""
+        if not isinstance(self.use_distillation_token, bool):
+            raise ValueError(f"`use_distillation_token` must be True or False, got {self.use_distillation_token!r}.")
+        if self.scoring_tokens not in ("class", "class_and_distillation"):
+            raise ValueError(
+                "`scoring_tokens` must be 'class' or 'class_and_distillation', got "
+                f"{self.scoring_tokens!r}: the paper's is 'class'."
+            )
+        if self.scoring_tokens == "class_and_distillation" and not self.use_distillation_token:
+            raise ValueError(
+                "`scoring_tokens` is 'class_and_distillation' but there is no distillation token: pass 'class', or "
+                "`use_distillation_token=True`."
+            )
+
     @classmethod
     def get_config_dict(
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         **kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read a config.json of an EViT, or of a ViT, which becomes one.
+        """Read a config.json of an EViT, or of a ViT or DeiT, which becomes one.
 
         Raises: ValueError for other model types, whose weights would not fit.
         """
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = config_dict.get("model_type", cls.model_type)
-        if model_type not in (cls.model_type, "vit"):
+        if model_type not in (cls.model_type, *cls.source_model_types):
             raise ValueError(
-                f"`{pretrained_model_name_or_path}` holds a model of type '{model_type}', but EViT loads 'evit' and "
-                "'vit': its weights have other names or tokens. Convert it to a ViT first."
+                f"`{pretrained_model_name_or_path}` holds a model of type '{model_type}', but {cls.__name__} loads "
+                f"{', '.join(repr(name) for name in (cls.model_type, *cls.source_model_types))}: its weights have "
+                "other names or tokens."
             )
-        return {**config_dict, "model_type": cls.model_type}, kwargs
+        own = {"model_type": cls.model_type}
+        if model_type == "deit":  # Transformers' DeiT always has the token, also with a single classifier
+            own["use_distillation_token"] = True
+        return {**config_dict, **own}, kwargs
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "EViTConfig":
+        """Build the configuration of one of the paper's models, see `presets.preset_config`.
+
+        Example:
+            >>> EViTConfig.preset("evit-deit-s", keep_rate=0.7).hidden_size
+            384
+        """
+        from .presets import preset_config
+
+        return preset_config(name, **overrides)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "EViTConfig":
@@ -209,6 +257,16 @@ class EViTConfig(ViTConfig):
         return output
 
     @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens in front of the image tokens: the class token, and the distillation token if there is one."""
+        return 2 if self.use_distillation_token else 1
+
+    @property
+    def num_scoring_tokens(self) -> int:
+        """Prefix tokens whose attention scores the image tokens."""
+        return 2 if self.scoring_tokens == "class_and_distillation" else 1
+
+    @property
     def layer_keep_rates(self) -> dict[int, float]:
         """Keep rate of each reorganization layer, by zero-based layer number."""
         return keep_rate_by_layer(self.keep_rate, self.reorganization_layers)
@@ -220,7 +278,14 @@ def keep_rate_by_layer(keep_rate: float | Sequence[float], reorganization_layers
     return dict(zip(reorganization_layers, rates, strict=True))
 
 
-OWN_FIELDS = ("keep_rate", "reorganization_layers", "fuse_inattentive_tokens", "drop_path_rate")
+OWN_FIELDS = (
+    "keep_rate",
+    "reorganization_layers",
+    "fuse_inattentive_tokens",
+    "drop_path_rate",
+    "use_distillation_token",
+    "scoring_tokens",
+)
 
 EViTConfig.register_for_auto_class()
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.masking_utils import create_bidirectional_mask
@@ -32,6 +33,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_evit import EViTConfig, check_keep_rate, keep_rate_by_layer, refuse_misspelt_names
+from .token_labelling import mix_tokens
 from .token_reorganization import (
     append_fused_patch,
     class_token_attention,
@@ -46,17 +48,11 @@ from .token_reorganization import (
 
 logger = logging.get_logger(__name__)
 
-# Classes that load a saved folder with `trust_remote_code=True`, without this package.
-AUTO_MAP = {
-    "AutoConfig": "configuration_evit.EViTConfig",
-    "AutoModel": "modeling_evit.EViTModel",
-    "AutoModelForImageClassification": "modeling_evit.EViTForImageClassification",
-}
-
 # Until 5.8 Transformers named the parameters of a ViT differently, and it still writes those names to disk.
 register_checkpoint_conversion_mapping(
     "evit",
     [
+        WeightRenaming(r"^deit\.", "vit."),
         WeightRenaming(r"encoder\.layer\.", "layers."),
         WeightRenaming("attention.query", "q_proj"),
         WeightRenaming("attention.key", "k_proj"),
@@ -68,7 +64,7 @@ register_checkpoint_conversion_mapping(
     overwrite=True,
 )
 
-FORWARD_KEYWORDS = ("keep_rate", "patch_scores", "interpolate_pos_encoding", "attention_mask", "labels")
+FORWARD_KEYWORDS = ("keep_rate", "patch_scores", "mix_box", "interpolate_pos_encoding", "attention_mask", "labels")
 
 
 @dataclass
@@ -76,8 +72,9 @@ class EViTModelOutput(BaseModelOutputWithPooling):
     """Output of `EViTModel`.
 
     Args:
-        last_hidden_state: (batch_size, num_tokens_left, hidden_size), after the final layer norm: class token, the
-            attentive tokens of the last reorganization by falling score, the fused token.
+        last_hidden_state: (batch_size, num_tokens_left, hidden_size), after the final layer norm: prefix tokens (class
+            token, distillation token if there is one), the attentive tokens of the last reorganization by falling
+            score, the fused token.
         pooler_output: (batch_size, pooler_output_size), or None without pooling layer.
         hidden_states: with `output_hidden_states=True`, num_hidden_layers + 1 tensors (batch_size, num_tokens,
             hidden_size); the number of tokens shrinks at each reorganization layer.
@@ -86,9 +83,12 @@ class EViTModelOutput(BaseModelOutputWithPooling):
         attentive_index: one tensor (batch_size, num_attentive_tokens) for each reorganization layer: the kept tokens
             as positions in the original patch grid (row * grid width + column), by falling score; -1 stands for the
             fused token of an earlier layer, where it was kept. A layer that keeps all tokens lists all of them.
+        patch_index: (batch_size, num_image_tokens_left), position in the original patch grid of each token in
+            `last_hidden_state` behind the prefix tokens; -1 for a fused token.
     """
 
     attentive_index: tuple[torch.LongTensor, ...] | None = None
+    patch_index: torch.LongTensor | None = None
 
 
 @dataclass
@@ -107,15 +107,21 @@ class EViTImageClassifierOutput(ImageClassifierOutput):
 
 
 class EViTEmbeddings(ViTEmbeddings):
-    """Patches to tokens: a class token in front, positions added.
+    """Patches to tokens: a class token in front, perhaps a distillation token behind it, positions added.
 
     Differences from ViTEmbeddings:
+        - a distillation token, as in DeiT, with a position of its own;
         - position embeddings of a model with a non-square `image_size` are interpolated on their true grid;
         - no mask token: masked image modeling needs all patches.
     """
 
     def __init__(self, config: EViTConfig) -> None:
         super().__init__(config)
+        self.num_prefix_tokens = config.num_prefix_tokens
+        if config.use_distillation_token:
+            self.distillation_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+            num_positions = config.num_prefix_tokens + self.patch_embeddings.num_patches
+            self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, config.hidden_size))
         patch_size = config.patch_size
         self.patch_height, self.patch_width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
 
@@ -123,11 +129,11 @@ class EViTEmbeddings(ViTEmbeddings):
         """Resize the position embeddings bicubically to the patch grid of a height x width image.
 
         Args:
-            embeddings: (batch_size, 1 + num_patches, hidden_size), the tokens that need positions.
+            embeddings: (batch_size, num_prefix_tokens + num_patches, hidden_size), the tokens that need positions.
             height: image height in pixels.
             width: image width in pixels.
 
-        Returns: (1, 1 + num_patches, hidden_size); the class token's position is not resized.
+        Returns: (1, num_prefix_tokens + num_patches, hidden_size); positions of prefix tokens are not resized.
 
         Source: transformers.models.vit.modeling_vit.ViTEmbeddings, after
             https://github.com/facebookresearch/dinov2/blob/e1277af/dinov2/models/vision_transformer.py#L179-L211.
@@ -136,19 +142,26 @@ class EViTEmbeddings(ViTEmbeddings):
         trained_grid = (self.image_size[0] // self.patch_height, self.image_size[1] // self.patch_width)
         if not torch.jit.is_tracing() and grid == trained_grid:
             return self.position_embeddings
-        class_position, patch_positions = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
+        prefix_positions = self.position_embeddings[:, : self.num_prefix_tokens]
+        patch_positions = self.position_embeddings[:, self.num_prefix_tokens :]
         patch_positions = patch_positions.unflatten(1, trained_grid).permute(0, 3, 1, 2)
         patch_positions = nn.functional.interpolate(patch_positions, size=grid, mode="bicubic", align_corners=False)
-        return torch.cat((class_position, patch_positions.flatten(2).transpose(1, 2)), dim=1)
+        return torch.cat((prefix_positions, patch_positions.flatten(2).transpose(1, 2)), dim=1)
 
-    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool | None = None,
+        mix_box: tuple[int, int, int, int] | None = None,
+    ) -> torch.Tensor:
         """Tokens of the images.
 
         Args:
             pixel_values: (batch_size, num_channels, height, width).
             interpolate_pos_encoding: whether images of another size than `image_size` are welcome.
+            mix_box: see `EViTModel.forward`.
 
-        Returns: (batch_size, 1 + num_patches, hidden_size).
+        Returns: (batch_size, num_prefix_tokens + num_patches, hidden_size).
 
         Raises: ValueError for another number of channels, or another size without `interpolate_pos_encoding`.
         """
@@ -159,7 +172,10 @@ class EViTEmbeddings(ViTEmbeddings):
                 f"{self.image_size[0]}x{self.image_size[1]}: resize, or pass `interpolate_pos_encoding=True`."
             )
         patches = self.patch_embeddings(pixel_values)
-        embeddings = torch.cat((self.cls_token.expand(batch_size, -1, -1), patches), dim=1)
+        if mix_box is not None:
+            patches = mix_tokens(patches, mix_box, (height // self.patch_height, width // self.patch_width))
+        prefix = [self.cls_token] if self.num_prefix_tokens == 1 else [self.cls_token, self.distillation_token]
+        embeddings = torch.cat([*(token.expand(batch_size, -1, -1) for token in prefix), patches], dim=1)
         if interpolate_pos_encoding:
             embeddings = embeddings + self.interpolate_pos_encoding(embeddings, height, width)
         else:
@@ -181,7 +197,6 @@ class EViTAttention(ViTAttention):
         attention_mask: torch.Tensor | None = None,
         score_tokens: bool = False,
         token_mask: torch.Tensor | None = None,
-        num_prefix_tokens: int = 1,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Attend.
@@ -191,7 +206,6 @@ class EViTAttention(ViTAttention):
             attention_mask: in the form that the attention implementation wants, or None.
             score_tokens: whether to return the class token's attention.
             token_mask: (batch_size, sequence_length), the mask that `attention_mask` was made of.
-            num_prefix_tokens: tokens in front of the image tokens.
             **kwargs: handed to the attention implementation.
 
         Returns: output (batch_size, sequence_length, hidden_size); attention map or None; class token attention
@@ -216,10 +230,14 @@ class EViTAttention(ViTAttention):
         if not score_tokens:
             return output, attention_map, None
         has_clean_map = self.config._attn_implementation == "eager" and not dropout
+        num_scoring = self.config.num_scoring_tokens
         probabilities = (
-            attention_map if has_clean_map else class_token_probabilities(query, key, self.scaling, token_mask)
+            attention_map
+            if has_clean_map
+            else class_token_probabilities(query, key, self.scaling, token_mask, num_scoring)
         )
-        return output, attention_map, class_token_attention(probabilities, num_prefix_tokens)
+        scores = class_token_attention(probabilities, self.config.num_prefix_tokens, num_scoring)
+        return output, attention_map, scores
 
 
 class EViTDropPath(nn.Module):
@@ -299,6 +317,7 @@ class EViTLayer(ViTLayer):
                 hidden_states,
                 attention,
                 num_attentive,
+                num_prefix_tokens=self.config.num_prefix_tokens,
                 fuse_inattentive_tokens=self.config.fuse_inattentive_tokens,
                 token_scores=token_scores,
             )
@@ -320,8 +339,21 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
     """
 
     config: EViTConfig
+    # Classes that load a saved folder with `trust_remote_code=True`, without this package. The one that is registered
+    # for the saving class itself wins.
+    auto_map = {
+        "AutoConfig": "configuration_evit.EViTConfig",
+        "AutoModel": "modeling_evit.EViTModel",
+        "AutoModelForImageClassification": "modeling_evit.EViTForImageClassification",
+    }
     _no_split_modules = ["EViTEmbeddings", "EViTLayer"]
     _can_record_outputs = {"hidden_states": EViTLayer, "attentions": EViTAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, EViTEmbeddings) and self.config.use_distillation_token:
+            init.trunc_normal_(module.distillation_token, mean=0.0, std=self.config.initializer_range)
 
     def set_keep_rate(self, keep_rate: float | Sequence[float]) -> None:
         """Change the share of image tokens that is kept, from the next forward on. No weight depends on it.
@@ -375,7 +407,8 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
         missing = set(loading_info["missing_keys"])
         mismatched = {key: (tuple(found), tuple(here)) for key, found, here in loading_info["mismatched_keys"]}
 
-        lost = sorted(key for key in missing | mismatched.keys() if not key.startswith(("classifier.", "pooler.")))
+        heads = ("classifier.", "cls_classifier.", "distillation_classifier.", "aux_classifier.")
+        lost = sorted(key for key in missing | mismatched.keys() if not key.startswith((*heads, "pooler.")))
         if lost:
             shapes = [
                 f"{key} ({mismatched[key][0]} in the checkpoint, {mismatched[key][1]} here)" for key in mismatched
@@ -391,11 +424,13 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
             logger.warning(
                 f"`{source}` has no pooling layer: the model is loaded without one, `pooler_output` is None."
             )
-        if any(key.startswith("classifier.") for key in missing | mismatched.keys()):
-            logger.warning(
-                f"The classifier for {self.config.num_labels} classes is newly initialized, `{source}` has "
-                f"{mismatched['classifier.weight'][0][0] if 'classifier.weight' in mismatched else 'none'}: train it."
-            )
+        for head in heads:
+            weight = f"{head}weight"
+            if weight in missing | mismatched.keys():
+                logger.warning(
+                    f"The {head.removesuffix('.')} for {self.config.num_labels} classes is newly initialized, "
+                    f"`{source}` has {mismatched[weight][0][0] if weight in mismatched else 'none'}: train it."
+                )
 
     def save_pretrained(
         self,
@@ -416,7 +451,7 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
             save_original_format: True writes the names of Transformers 4.x.
             **kwargs: see `transformers.PreTrainedModel.save_pretrained`.
         """
-        self.config.auto_map = dict(AUTO_MAP)
+        self.config.auto_map = dict(self.auto_map)
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
 
@@ -432,13 +467,16 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
         add_pooling_layer: whether to add ViT's pooling layer.
     """
 
+    embeddings_class = EViTEmbeddings
+    layer_class = EViTLayer
+
     def __init__(self, config: EViTConfig, add_pooling_layer: bool = True) -> None:
         config.validate()
         super(ViTModel, self).__init__(config)  # ViTModel would build its own layers first
-        self.embeddings = EViTEmbeddings(config)
+        self.embeddings = self.embeddings_class(config)
         last_layer = max(config.num_hidden_layers - 1, 1)
         self.layers = nn.ModuleList(
-            EViTLayer(config, config.drop_path_rate * i / last_layer) for i in range(config.num_hidden_layers)
+            self.layer_class(config, config.drop_path_rate * i / last_layer) for i in range(config.num_hidden_layers)
         )
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.pooler = ViTPooler(config) if add_pooling_layer else None
@@ -467,6 +505,7 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
         attention_mask: torch.Tensor | None = None,
         keep_rate: float | Sequence[float] | None = None,
         patch_scores: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        mix_box: tuple[int, int, int, int] | None = None,
         **kwargs: Any,
     ) -> EViTModelOutput:
         """Run the images through all layers.
@@ -474,12 +513,14 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
         Args:
             pixel_values: (batch_size, num_channels, height, width).
             interpolate_pos_encoding: whether images of another size than `config.image_size` are welcome.
-            attention_mask: (batch_size, 1 + num_patches), 0 where a token must not be attended to.
+            attention_mask: (batch_size, num_prefix_tokens + num_patches), 0 where a token must not be attended to.
             keep_rate: for this call, instead of `config.keep_rate`: in (0, 1], one number or one for each
                 reorganization layer.
             patch_scores: (batch_size, num_patches), or one such tensor for each reorganization layer: scores from
                 outside, by patch of the original grid, that choose the tokens instead of the class token's attention
                 (an oracle, a random baseline, a mask of ones and zeros). That attention still weighs the fused token.
+            mix_box: (top, left, height, width) in patches: inside, each image takes the patch tokens of the image
+                that mirrors it in the batch (mix-token of LV-ViT, for training). `mix_targets` mixes the labels alike.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, and what the attention takes.
 
         Returns: `EViTModelOutput`.
@@ -492,9 +533,10 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
             raise ValueError("`pixel_values` is missing: pass a tensor (batch_size, num_channels, height, width).")
         keep_rates = self.layer_keep_rates(keep_rate)
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
-        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding, mix_box)
 
-        batch_size, num_patches = hidden_states.shape[0], hidden_states.shape[1] - 1
+        num_prefix_tokens = self.config.num_prefix_tokens
+        batch_size, num_patches = hidden_states.shape[0], hidden_states.shape[1] - num_prefix_tokens
         patch_scores = self._scores_by_layer(patch_scores, batch_size, num_patches)
         token_mask = self._checked_token_mask(attention_mask, batch_size, num_patches)
         mask = self._attention_mask(hidden_states, token_mask)
@@ -520,7 +562,7 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
             if fuse:
                 patch_index = append_fused_patch(patch_index)
             if token_mask is not None:
-                token_mask = reorganize_token_mask(token_mask, attentive_index, fuse_inattentive_tokens=fuse)
+                token_mask = reorganize_token_mask(token_mask, attentive_index, num_prefix_tokens, fuse)
             if mask is not None:  # flex attention has one without `attention_mask` too, made for one length
                 mask = self._attention_mask(hidden_states, token_mask)
 
@@ -529,6 +571,7 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
             last_hidden_state=hidden_states,
             pooler_output=self.pooler(hidden_states) if self.pooler is not None else None,
             attentive_index=tuple(kept_patches),
+            patch_index=patch_index,
         )
 
     def _scores_by_layer(
@@ -552,14 +595,14 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
                 )
         return dict(zip(layers, by_layer, strict=True))
 
-    @staticmethod
     def _checked_token_mask(
-        attention_mask: torch.Tensor | None, batch_size: int, num_patches: int
+        self, attention_mask: torch.Tensor | None, batch_size: int, num_patches: int
     ) -> torch.Tensor | None:
-        """Return the mask, (batch_size, 1 + num_patches), if it is one that can follow the tokens."""
-        if attention_mask is not None and tuple(attention_mask.shape) != (batch_size, 1 + num_patches):
+        """Return the mask, (batch_size, num_prefix_tokens + num_patches), if it is one that can follow the tokens."""
+        expected = (batch_size, self.config.num_prefix_tokens + num_patches)
+        if attention_mask is not None and tuple(attention_mask.shape) != expected:
             raise ValueError(
-                f"`attention_mask` must be (batch_size, 1 + num_patches) = {(batch_size, 1 + num_patches)}, got "
+                f"`attention_mask` must be (batch_size, num_prefix_tokens + num_patches) = {expected}, got "
                 f"{tuple(attention_mask.shape)}: it follows the tokens, so it needs one entry for each of them."
             )
         return attention_mask
@@ -628,11 +671,94 @@ class EViTForImageClassification(EViTPreTrainedModel, ViTForImageClassification)
         )
 
 
+@dataclass
+class EViTForImageClassificationWithTeacherOutput(EViTImageClassifierOutput):
+    """Output of `EViTForImageClassificationWithTeacher`.
+
+    Args:
+        loss: scalar, if `labels` were given, from `logits`.
+        logits: (batch_size, num_labels), mean of the two below.
+        cls_logits: (batch_size, num_labels), from the class token.
+        distillation_logits: (batch_size, num_labels), from the distillation token.
+        hidden_states: see `EViTModelOutput`.
+        attentions: see `EViTModelOutput`.
+        attentive_index: see `EViTModelOutput`.
+    """
+
+    cls_logits: torch.Tensor | None = None
+    distillation_logits: torch.Tensor | None = None
+
+
+class EViTForImageClassificationWithTeacher(EViTPreTrainedModel):
+    """Distilled EViT: one classifier on the class token, one on the distillation token, as in DeiT.
+
+    In training a distillation loss wants the two logits apart; the answer is their mean.
+
+    Args:
+        config: with `use_distillation_token=True`.
+
+    Raises: ValueError without distillation token.
+    """
+
+    def __init__(self, config: EViTConfig) -> None:
+        super().__init__(config)
+        if not config.use_distillation_token:
+            raise ValueError(
+                "EViTForImageClassificationWithTeacher needs a distillation token: pass "
+                "`use_distillation_token=True`, or take EViTForImageClassification."
+            )
+        self.num_labels = config.num_labels
+        self.vit = EViTModel(config, add_pooling_layer=False)
+        self.cls_classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.distillation_classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: torch.Tensor | None = None,
+        keep_rate: float | Sequence[float] | None = None,
+        patch_scores: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> EViTForImageClassificationWithTeacherOutput:
+        """Classify images; arguments as in `EViTForImageClassification.forward`.
+
+        Returns: `EViTForImageClassificationWithTeacherOutput`.
+        """
+        outputs: EViTModelOutput = self.vit(
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            attention_mask=attention_mask,
+            keep_rate=keep_rate,
+            patch_scores=patch_scores,
+            **kwargs,
+        )
+        cls_logits = self.cls_classifier(outputs.last_hidden_state[:, 0])
+        distillation_logits = self.distillation_classifier(outputs.last_hidden_state[:, 1])
+        logits = (cls_logits + distillation_logits) / 2
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        return EViTForImageClassificationWithTeacherOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            attentive_index=outputs.attentive_index,
+            cls_logits=cls_logits,
+            distillation_logits=distillation_logits,
+        )
+
+
 EViTModel.register_for_auto_class("AutoModel")
 EViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+EViTForImageClassificationWithTeacher.register_for_auto_class("AutoModelForImageClassification")
 
 __all__ = [
     "EViTForImageClassification",
+    "EViTForImageClassificationWithTeacher",
+    "EViTForImageClassificationWithTeacherOutput",
     "EViTImageClassifierOutput",
     "EViTModel",
     "EViTModelOutput",

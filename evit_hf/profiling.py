@@ -6,6 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .configuration_evit import EViTConfig, check_keep_rate, keep_rate_by_layer
+from .configuration_evit_lv import EViTLVConfig
 from .token_reorganization import num_attentive_tokens
 
 
@@ -14,15 +15,15 @@ def num_tokens_by_layer(
     keep_rate: float | list[float] | None = None,
     image_size: int | tuple[int, int] | None = None,
 ) -> list[tuple[int, int]]:
-    """Tokens that each layer's attention and MLP see, class token included.
+    """Tokens that each layer's attention and MLP see.
 
     Args:
         config: the model's configuration.
         keep_rate: instead of `config.keep_rate`: in (0, 1], one number or one for each reorganization layer.
         image_size: pixels, (height, width) or one number for both, instead of `config.image_size`.
 
-    Returns: (tokens in attention, tokens in the MLP) of each layer. DeiT-S at keep rate 0.7 with fusion has 197 tokens
-        before the first reorganization and 140, 100, 72 behind the three.
+    Returns: (tokens in attention, tokens in the MLP) of each layer, prefix tokens included. DeiT-S at keep rate 0.7
+        with fusion has 197 tokens before the first reorganization and 140, 100, 72 behind the three.
     """
     keep_rate = config.keep_rate if keep_rate is None else keep_rate
     check_keep_rate(keep_rate, len(config.reorganization_layers))
@@ -37,7 +38,7 @@ def num_tokens_by_layer(
         num_attentive = num_attentive_tokens(keep_rates.get(i, 1.0), before)
         if num_attentive < before:
             num_image_tokens = num_attentive + config.fuse_inattentive_tokens
-        num_tokens.append((1 + before, 1 + num_image_tokens))
+        num_tokens.append((config.num_prefix_tokens + before, config.num_prefix_tokens + num_image_tokens))
     return num_tokens
 
 
@@ -48,10 +49,10 @@ def num_macs(
 ) -> int:
     """Multiply-accumulate operations of one image through the classifier, by formula.
 
-    Counted are the patch embedding, the attention layers (3 T d^2 for query, key and value, 2 T^2 d for the map and
-    its product with the values, T d^2 for the projection), the MLP (2 T' d m) and the classifier, as the official code
-    counts them; norms, activations, softmax and the reorganization itself (below 0.1 %) are not. T and T' are the
-    tokens before and behind the reorganization.
+    Counted are the patch embedding (with LV-ViT's stem), the attention layers (3 T d^2 for query, key and value,
+    2 T^2 d for the map and its product with the values, T d^2 for the projection), the MLP (2 T' d m) and the
+    classifiers, as the official code counts them; norms, activations, softmax and the reorganization itself (below
+    0.1 %) are not. T and T' are the tokens before and behind the reorganization.
 
     Args:
         config: the model's configuration.
@@ -63,13 +64,25 @@ def num_macs(
     """
     num_tokens = num_tokens_by_layer(config, keep_rate, image_size)
     hidden_size = config.hidden_size
-    patch_height, patch_width = _pair(config.patch_size)
-    num_patches = num_tokens[0][0] - 1 if num_tokens else 0
-    macs = num_patches * hidden_size * config.num_channels * patch_height * patch_width
+    macs = _patch_embedding_macs(config, *_pair(config.image_size if image_size is None else image_size))
     for attention_tokens, mlp_tokens in num_tokens:
         macs += 4 * attention_tokens * hidden_size**2 + 2 * attention_tokens**2 * hidden_size
         macs += 2 * mlp_tokens * hidden_size * config.intermediate_size
-    return macs + hidden_size * config.num_labels
+    # One classifier for each prefix token and, in LV-ViT, one for every image token that is left.
+    num_classified = num_tokens[-1][1] if isinstance(config, EViTLVConfig) else config.num_prefix_tokens
+    return macs + num_classified * hidden_size * config.num_labels
+
+
+def _patch_embedding_macs(config: EViTConfig, height: int, width: int) -> int:
+    """Multiply-accumulate operations from the image to its patches."""
+    patch_height, patch_width = _pair(config.patch_size)
+    num_patches = (height // patch_height) * (width // patch_width)
+    if not isinstance(config, EViTLVConfig):
+        return num_patches * config.hidden_size * config.num_channels * patch_height * patch_width
+    stem = config.stem_hidden_size
+    stem_pixels = -(-height // 2) * -(-width // 2)
+    convolutions = stem_pixels * stem * (7 * 7 * config.num_channels + 2 * 3 * 3 * stem)
+    return convolutions + num_patches * config.hidden_size * stem * (patch_height // 2) * (patch_width // 2)
 
 
 def count_macs(model: nn.Module, pixel_values: torch.Tensor, **kwargs: object) -> int:

@@ -38,7 +38,11 @@ def num_attentive_tokens(keep_rate: float, num_image_tokens: int) -> int:
 
 
 def class_token_probabilities(
-    query: torch.Tensor, key: torch.Tensor, scaling: float, token_mask: torch.Tensor | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scaling: float,
+    token_mask: torch.Tensor | None = None,
+    num_scoring_tokens: int = 1,
 ) -> torch.Tensor:
     """Attention probabilities of the class token alone: one row of the attention map, at a fraction of its cost.
 
@@ -46,33 +50,38 @@ def class_token_probabilities(
     The softmax runs in float32 whatever the input.
 
     Args:
-        query: (batch_size, num_heads, sequence_length, head_dim); only its first position, the class token, is read.
+        query: (batch_size, num_heads, sequence_length, head_dim); only its first position, the class token, is read,
+            or as many as `num_scoring_tokens` says.
         key: (batch_size, num_heads, sequence_length, head_dim).
         scaling: factor on the dot products, head_dim ** -0.5 in a ViT.
         token_mask: (batch_size, sequence_length), True or nonzero where a token may be attended to.
+        num_scoring_tokens: 2 to let a distillation token behind the class token have its say as well.
 
-    Returns: (batch_size, num_heads, 1, sequence_length), float32.
+    Returns: (batch_size, num_heads, num_scoring_tokens, sequence_length), float32.
     """
-    logits = (query[:, :, :1] @ key.transpose(-2, -1)).float() * scaling
+    logits = (query[:, :, :num_scoring_tokens] @ key.transpose(-2, -1)).float() * scaling
     if token_mask is not None:
         logits = logits.masked_fill(token_mask[:, None, None, :] == 0, float("-inf"))
     return logits.softmax(dim=-1)
 
 
-def class_token_attention(attention_probabilities: torch.Tensor, num_prefix_tokens: int = 1) -> torch.Tensor:
+def class_token_attention(
+    attention_probabilities: torch.Tensor, num_prefix_tokens: int = 1, num_scoring_tokens: int = 1
+) -> torch.Tensor:
     """Attention that the class token pays to every image token, averaged over the heads.
 
     Args:
         attention_probabilities: (batch_size, num_heads, num_queries, sequence_length) after softmax, first query the
-            class token: a whole attention map, or the one row of `class_token_probabilities`.
+            class token: a whole attention map, or what `class_token_probabilities` returns.
         num_prefix_tokens: tokens in front of the image tokens, class token included.
+        num_scoring_tokens: 2 to average over the class token and a distillation token behind it.
 
     Returns: (batch_size, num_image_tokens), float32. A row sums to less than 1: the share of the prefix tokens is cut
         off and nothing is renormalised.
 
     Source: evit.py:206-208 of the official implementation.
     """
-    return attention_probabilities[:, :, 0, num_prefix_tokens:].mean(dim=1, dtype=torch.float32)
+    return attention_probabilities[:, :, :num_scoring_tokens, num_prefix_tokens:].mean(dim=(1, 2), dtype=torch.float32)
 
 
 def top_attentive_index(scores: torch.Tensor, num_attentive: int) -> torch.Tensor:

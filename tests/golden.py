@@ -52,3 +52,35 @@ def official_state_dict():
             for letter, third in zip("qkv", thirds, strict=True):
                 state_dict[f"vit.layers.{i}.attention.{letter}_proj.{kind}"] = third.clone()
     return state_dict
+
+
+@lru_cache
+def lvvit_tensors():
+    """Weights and dense outputs of the official LV-ViT."""
+    return load_file(DATA / "lvvit_official_tiny.safetensors")
+
+
+def lvvit_state_dict():
+    """The official LV-ViT weights under our names."""
+    weights = {name.removeprefix("weights."): x for name, x in lvvit_tensors().items() if name.startswith("weights.")}
+    state_dict = {}
+    for name, tensor in weights.items():
+        head, _, rest = name.partition(".")
+        if head in ("head", "aux_head"):
+            state_dict[{"head": "classifier", "aux_head": "aux_classifier"}[head] + f".{rest}"] = tensor
+        elif head == "norm":
+            state_dict[f"vit.layernorm.{rest}"] = tensor
+        elif head == "patch_embed":
+            state_dict["vit.embeddings.patch_embeddings." + rest.replace("proj", "projection")] = tensor
+        elif head == "blocks":
+            layer, _, part = rest.partition(".")
+            part = part.replace("norm1", "layernorm_before").replace("norm2", "layernorm_after")
+            part = part.replace("attn.proj", "attention.o_proj")
+            if part == "attn.qkv.weight":
+                for letter, third in zip("qkv", tensor.chunk(3), strict=True):
+                    state_dict[f"vit.layers.{layer}.attention.{letter}_proj.weight"] = third.clone()
+            else:
+                state_dict[f"vit.layers.{layer}.{part}"] = tensor
+    state_dict["vit.embeddings.cls_token"] = weights["cls_token"]
+    state_dict["vit.embeddings.position_embeddings"] = weights["pos_embed"]
+    return state_dict

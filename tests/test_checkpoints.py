@@ -23,7 +23,14 @@ from transformers import (
     pipeline,
 )
 
-from evit_hf import EViTConfig, EViTForImageClassification, EViTModel
+from evit_hf import (
+    EViTConfig,
+    EViTForImageClassification,
+    EViTForImageClassificationWithTeacher,
+    EViTLVConfig,
+    EViTLVForImageClassification,
+    EViTModel,
+)
 from evit_hf.keep_rate_schedule import KeepRateCallback
 
 
@@ -131,9 +138,24 @@ def test_a_parameter_of_another_shape_is_an_error(tmp_path, tiny_model):
         EViTForImageClassification.from_pretrained(tmp_path, image_size=64, ignore_mismatched_sizes=True)
 
 
-def test_deit_is_refused_with_a_sentence():
-    with pytest.raises(ValueError, match="holds a model of type 'deit', but EViT loads 'evit' and 'vit'"):
-        EViTForImageClassification.from_pretrained(DATA / "transformers_4" / "deit")
+@pytest.mark.parametrize("folder", ["deit", "deit_distilled"])
+def test_deit_of_transformers_4_gives_its_dense_output(folder):
+    expected = load_file(DATA / "transformers_4" / folder / "expected_dense_output.safetensors")
+    model_class = EViTForImageClassification if folder == "deit" else EViTForImageClassificationWithTeacher
+    model = model_class.from_pretrained(DATA / "transformers_4" / folder, keep_rate=1.0)
+    outputs = model(expected["pixel_values"])
+    torch.testing.assert_close(outputs.logits, expected["output"], rtol=1e-5, atol=1e-5)
+    for name in {"cls_logits", "distillation_logits"} & set(expected):
+        torch.testing.assert_close(outputs[name], expected[name], rtol=1e-5, atol=1e-5)
+    assert (folder == "deit_distilled") == ("cls_logits" in expected)
+
+
+def test_backbone_of_deit_loads_into_the_model_without_head():
+    expected = load_file(DATA / "transformers_4" / "deit" / "expected_dense_output.safetensors")
+    model = EViTModel.from_pretrained(DATA / "transformers_4" / "deit", keep_rate=1.0)
+    classifier = EViTForImageClassification.from_pretrained(DATA / "transformers_4" / "deit", keep_rate=1.0)
+    hidden_states = model(expected["pixel_values"]).last_hidden_state
+    torch.testing.assert_close(classifier.classifier(hidden_states[:, 0]), expected["output"], rtol=1e-5, atol=1e-5)
 
 
 def test_loading_info_is_returned_on_request():
@@ -256,6 +278,34 @@ def test_auto_classes_load_a_saved_folder(model_folder, images):
     assert backbone.config.keep_rate == 0.5
     assert_same_weights(backbone, expected.vit)
     assert AutoImageProcessor.from_pretrained(model_folder).size == {"height": 32, "width": 32}
+
+
+def other_families():
+    small = {"image_size": 32, "patch_size": 8, "num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 2}
+    distilled = EViTConfig(**small, intermediate_size=64, use_distillation_token=True, num_labels=4)
+    lvvit = EViTLVConfig(**small, intermediate_size=96, stem_hidden_size=8, num_labels=4)
+    return [EViTForImageClassificationWithTeacher(distilled), EViTLVForImageClassification(lvvit)]
+
+
+@pytest.mark.parametrize("model", other_families(), ids=lambda model: type(model).__name__)
+def test_auto_class_and_remote_code_pick_the_right_class(model, tmp_path, images):
+    model = model.eval()
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "saved")
+    assert type(again) is type(model)
+    assert torch.equal(again(images).logits, model(images).logits)
+    torch.save(images, tmp_path / "images.pt")
+    code = """
+import torch
+from transformers import AutoModelForImageClassification
+model = AutoModelForImageClassification.from_pretrained("saved", trust_remote_code=True)
+with torch.no_grad():
+    torch.save(model(torch.load("images.pt")).logits, "logits.pt")
+print(type(model).__name__)
+"""
+    assert type(model).__name__ in run_python(code, tmp_path, without_package=True)
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "logits.pt"), model(images).logits)
 
 
 def test_pipeline_classifies_an_image(model_folder):

@@ -3,8 +3,9 @@ import json
 import pytest
 from conftest import DATA
 from huggingface_hub.errors import StrictDataclassError
+from transformers import ViTConfig
 
-from evit_hf import EViTConfig
+from evit_hf import EViTConfig, EViTLVConfig
 
 
 def test_defaults_are_the_papers():
@@ -27,11 +28,12 @@ def test_json_round_trip_is_equal(tmp_path):
     assert config.keep_rate == [0.9, 0.8]
 
 
-def test_config_json_holds_our_four_keys_and_a_vits(tmp_path):
+def test_config_json_holds_our_keys_and_a_vits(tmp_path):
     EViTConfig().save_pretrained(tmp_path)
     keys = set(json.loads((tmp_path / "config.json").read_text()))
     vit = json.loads((DATA / "transformers_4" / "vit_backbone" / "config.json").read_text())
     ours = {"keep_rate", "reorganization_layers", "fuse_inattentive_tokens", "drop_path_rate", "auto_map"}
+    ours |= {"use_distillation_token", "scoring_tokens"}
     assert keys - set(vit) == ours | ({"return_dict", "output_hidden_states"} & keys)
 
 
@@ -48,9 +50,26 @@ def test_overrides_are_checked_together(tmp_path):
     assert config.layer_keep_rates == {2: 0.5, 4: 0.4}
 
 
-def test_other_model_types_are_refused():
-    with pytest.raises(ValueError, match="model of type 'deit', but EViT loads 'evit' and 'vit'"):
-        EViTConfig.from_pretrained(DATA / "transformers_4" / "deit")
+def test_a_deits_configuration_has_a_distillation_token():
+    config = EViTConfig.from_pretrained(DATA / "transformers_4" / "deit")
+    assert (config.model_type, config.use_distillation_token, config.num_prefix_tokens) == ("evit", True, 2)
+    assert config.num_scoring_tokens == 1
+    config.scoring_tokens = "class_and_distillation"
+    assert config.num_scoring_tokens == 2
+
+
+def test_a_foreign_model_type_never_shadows_ours():
+    assert EViTConfig(model_type="vit").model_type == "evit"
+    assert EViTConfig(**ViTConfig().to_dict()).to_dict()["model_type"] == "evit"
+
+
+def test_other_model_types_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "swin"}')
+    with pytest.raises(ValueError, match="model of type 'swin', but EViTConfig loads 'evit', 'vit', 'deit'"):
+        EViTConfig.from_pretrained(tmp_path)
+    EViTConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model of type 'evit', but EViTLVConfig loads 'evit_lv': its weights"):
+        EViTLVConfig.from_pretrained(tmp_path)
 
 
 BAD_VALUES = [
@@ -72,6 +91,9 @@ BAD_VALUES = [
     ({"fuse_inattentive_tokens": 1}, r"must be True or False, got 1"),
     ({"drop_path_rate": 1.0}, r"`drop_path_rate` must be in \[0, 1\), got 1.0"),
     ({"drop_path_rate": "a"}, r"`drop_path_rate` must be in \[0, 1\), got 'a'"),
+    ({"use_distillation_token": 1}, r"`use_distillation_token` must be True or False, got 1"),
+    ({"scoring_tokens": "mean"}, r"`scoring_tokens` must be 'class' or 'class_and_distillation', got 'mean'"),
+    ({"scoring_tokens": "class_and_distillation"}, r"there is no distillation token: pass 'class', or"),
 ]
 
 

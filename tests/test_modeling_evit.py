@@ -7,7 +7,7 @@ from golden import official_cases, official_names, official_state_dict, official
 from reference import reorganize_slowly
 from transformers import ViTConfig, ViTForImageClassification
 
-from evit_hf import EViTConfig, EViTForImageClassification, EViTModel
+from evit_hf import EViTConfig, EViTForImageClassification, EViTForImageClassificationWithTeacher, EViTModel
 from evit_hf.modeling_evit import EViTDropPath
 
 
@@ -488,6 +488,76 @@ def test_drop_path_drops_whole_images_and_keeps_the_expectation():
     assert (dropped == dropped[:, :1, :1]).all()
     assert dropped.mean().item() == pytest.approx(1.0, abs=0.03)  # 4 standard errors
     assert torch.equal(drop_path.eval()(torch.ones(9, 2)), torch.ones(9, 2))
+
+
+def test_drop_path_acts_on_both_branches(tiny_model, images):
+    layer = tiny_model.vit.layers[0].train()
+    layer.drop_path.drop_probability = 1 - 1e-9
+    hidden_states = torch.randn(3, 17, 32)
+    assert torch.equal(layer(hidden_states)[0], hidden_states)
+
+
+# Distillation token
+
+
+def test_prefix_tokens_are_never_candidates(images):
+    """The official distilled model may prune its distillation token and then reads another token in its place."""
+    config = tiny_config_with(use_distillation_token=True, keep_rate=0.05, attn_implementation="eager")
+    model = EViTForImageClassificationWithTeacher(config).eval()
+    outputs = model(images, output_hidden_states=True, output_attentions=True)
+    assert [x.shape[1] for x in outputs.hidden_states] == [18, 18, 4, 4, 4]  # 2 prefix, 1 attentive, 1 fused
+    attention = outputs.attentions[1][:, :, 0, 2:].mean(1)
+    assert torch.equal(outputs.attentive_index[0][:, 0], attention.argmax(1))
+    layer = model.vit.layers[1]
+    before = outputs.hidden_states[1]
+    attended = before + layer.attention(layer.layernorm_before(before))[0]
+    expected, _ = reorganize_slowly(attended, attention, 0.05, num_prefix_tokens=2)
+    expected = expected + layer.mlp(layer.layernorm_after(expected))
+    torch.testing.assert_close(outputs.hidden_states[2], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_answer_is_the_mean_of_both_classifiers(images):
+    model = EViTForImageClassificationWithTeacher(tiny_config_with(use_distillation_token=True)).eval()
+    outputs = model(images, labels=torch.tensor([0, 1, 2]))
+    last = model.vit(images).last_hidden_state
+    torch.testing.assert_close(outputs.cls_logits, model.cls_classifier(last[:, 0]))
+    torch.testing.assert_close(outputs.distillation_logits, model.distillation_classifier(last[:, 1]))
+    torch.testing.assert_close(outputs.logits, (outputs.cls_logits + outputs.distillation_logits) / 2)
+    expected = torch.nn.functional.cross_entropy(outputs.logits, torch.tensor([0, 1, 2]))
+    torch.testing.assert_close(outputs.loss, expected)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_both_prefix_tokens_can_score(implementation, images):
+    config = tiny_config_with(use_distillation_token=True, scoring_tokens="class_and_distillation", keep_rate=0.5)
+    model = EViTForImageClassification(config).eval()
+    model.set_attn_implementation("eager")
+    attention = model(images, output_attentions=True).attentions[1][:, :, :2, 2:].mean((1, 2))
+    model.set_attn_implementation(implementation)
+    kept = model(images).attentive_index[0]
+    assert torch.equal(kept, attention.topk(8).indices)
+    model.config.scoring_tokens = "class"
+    assert not torch.equal(model(images).attentive_index[0], kept)
+
+
+def test_distilled_model_interpolates_its_positions():
+    model = EViTForImageClassification(tiny_config_with(use_distillation_token=True)).eval()
+    images = torch.randn(2, 3, 48, 64)
+    embeddings = model.vit.embeddings
+    positions = embeddings.interpolate_pos_encoding(torch.empty(1, 50, 32), 48, 64)
+    assert positions.shape == (1, 50, 32)
+    assert torch.equal(positions[:, :2], embeddings.position_embeddings[:, :2])
+    assert model(images, interpolate_pos_encoding=True).attentive_index[0].shape[1] == 29  # ceil(0.6 * 48)
+
+
+def test_a_distillation_token_starts_at_random_like_the_class_token():
+    embeddings = EViTForImageClassification(tiny_config_with(use_distillation_token=True)).vit.embeddings
+    assert embeddings.distillation_token.std() > 0.05 and embeddings.position_embeddings.std() > 0.05
+
+
+def test_two_classifiers_need_a_distillation_token(tiny_config):
+    with pytest.raises(ValueError, match="needs a distillation token: pass `use_distillation_token=True`"):
+        EViTForImageClassificationWithTeacher(tiny_config)
 
 
 def test_contradictory_config_is_refused_by_the_model(tiny_config):

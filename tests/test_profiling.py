@@ -4,7 +4,12 @@ import pytest
 import torch
 from conftest import tiny_config_with
 
-from evit_hf import EViTConfig, EViTForImageClassification
+from evit_hf import (
+    EViTConfig,
+    EViTForImageClassification,
+    EViTForImageClassificationWithTeacher,
+    EViTLVForImageClassification,
+)
 from evit_hf.profiling import count_macs, num_macs, num_tokens_by_layer
 
 
@@ -66,6 +71,70 @@ def test_formula_equals_the_count_of_pytorch(implementation, keep_rate, fuse, im
 def test_batches_cost_their_size(tiny_model):
     one, four = (count_macs(tiny_model, torch.randn(n, 3, 32, 32)) for n in (1, 4))
     assert four == 4 * one
+
+
+def meta_model(name):
+    config = EViTConfig.preset(name)
+    model_class = EViTForImageClassification
+    if "lvvit" in name:
+        model_class = EViTLVForImageClassification
+    elif config.use_distillation_token:
+        model_class = EViTForImageClassificationWithTeacher
+    with torch.device("meta"):
+        return model_class(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("evit-deit-ti", 5.72),
+        ("evit-deit-s", 22.05),
+        ("evit-deit-b", 86.57),
+        ("evit-lvvit-t", 8.53),
+        ("evit-lvvit-s", 26.15),
+        ("evit-lvvit-m", 55.83),
+    ],
+)
+def test_parameters_of_the_presets_are_the_published_ones(name, millions):
+    num_parameters = sum(parameter.numel() for parameter in meta_model(name).parameters())
+    assert num_parameters / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "keep_rate", "gmacs"),
+    [
+        ("evit-deit-s", 1.0, 4.6),
+        ("evit-deit-s", 0.9, 4.0),
+        ("evit-deit-s", 0.8, 3.5),
+        ("evit-deit-s", 0.7, 3.0),
+        ("evit-deit-s", 0.6, 2.6),
+        ("evit-deit-s", 0.5, 2.3),
+        ("evit-deit-b", 1.0, 17.6),
+        ("evit-deit-b", 0.7, 11.6),
+        ("evit-lvvit-s", 1.0, 6.6),
+        ("evit-lvvit-s", 0.7, 4.7),
+        ("evit-deit-s-272", None, 4.6),
+        ("evit-deit-s-288", None, 4.5),
+        ("evit-deit-s-304", None, 4.4),
+        ("evit-deit-s-distilled", 0.7, 3.1),
+    ],
+)
+def test_gmacs_of_the_presets_by_formula_and_counted(name, keep_rate, gmacs):
+    model = meta_model(name)
+    formula = num_macs(model.config, keep_rate) / 1e9
+    size = model.config.image_size
+    counted = count_macs(model, torch.zeros(1, 3, size, size, device="meta"), keep_rate=keep_rate) / 1e9
+    assert round(formula, 1) == gmacs
+    assert counted == pytest.approx(formula, rel=5e-4)  # the reorganization itself
+
+
+def test_presets_take_overrides_and_are_known_by_name():
+    config = EViTConfig.preset("evit-deit-s-288", num_labels=7, fuse_inattentive_tokens=False)
+    assert (config.image_size, config.keep_rate, config.num_labels) == (288, 0.6, 7)
+    assert EViTConfig.preset("evit-lvvit-m").model_type == "evit_lv"
+    assert EViTConfig.preset("evit-lvvit-s").reorganization_layers == [4, 8, 12]
+    with pytest.raises(ValueError, match="There is no preset `evit-deit-small`: take one of evit-deit-s"):
+        EViTConfig.preset("evit-deit-small")
 
 
 def test_bad_keep_rates_are_refused():

@@ -5,9 +5,9 @@ from evit_hf.visualization import attentive_patch_mask, attentive_patch_picture,
 
 
 def test_mask_marks_the_kept_patches_and_no_fused_token():
-    index = torch.tensor([[3, -1, 0], [1, 2, 3]])
+    index = torch.tensor([[3, -1, 2], [1, 2, 3]])
     mask = attentive_patch_mask(index, 4)
-    assert mask.tolist() == [[True, False, False, True], [False, True, True, True]]
+    assert mask.tolist() == [[False, False, True, True], [False, True, True, True]]
 
 
 def test_inattentive_patches_are_blank_and_the_others_untouched():

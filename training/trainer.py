@@ -78,7 +78,7 @@ def train(arguments: TrainArguments) -> list[dict]:
     steps_per_epoch = len(train_loader)
     num_steps = optimization.max_steps or optimization.epochs * steps_per_epoch
     learning_rate = get_cosine_with_min_lr_schedule_with_warmup(
-        optimizer.optimizer,  # not the prepared one: the schedule steps once for each optimizer step on all processes
+        optimizer.optimizer,  # and the schedule itself is not prepared: it would step once for each process
         num_warmup_steps=round(optimization.warmup_epochs * steps_per_epoch),
         num_training_steps=num_steps,
         min_lr=optimization.min_learning_rate,

@@ -39,7 +39,7 @@ def main() -> int:
             members = [member for member in tar.getmembers() if "/tests/" in member.name]
             tar.extractall(folder, members, filter="data")
         tests = Path(folder) / archive.name.removesuffix(".tar.gz") / "tests"
-        shutil.copy(Path(__file__).with_name("evit_test.py"), tests / "test_evit.py")
+        shutil.copy(Path(__file__).with_name("evit_common_tests.py"), tests / "test_evit.py")
         for name, text in MISSING_HELPERS.items():
             (tests / name).parent.mkdir(exist_ok=True)
             (tests / name).write_text(text)

@@ -1,0 +1,199 @@
+"""EViT on LV-ViT: a convolutional stem, scaled residual branches, and a classifier on every image token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_evit_lv import EViTLVConfig
+from .modeling_evit import (
+    EViTDropPath,
+    EViTEmbeddings,
+    EViTImageClassifierOutput,
+    EViTLayer,
+    EViTModel,
+    EViTModelOutput,
+    EViTPreTrainedModel,
+)
+from .token_labelling import token_labelling_loss
+
+
+@dataclass
+class EViTLVImageClassifierOutput(EViTImageClassifierOutput):
+    """Output of `EViTLVForImageClassification`.
+
+    Args:
+        loss: scalar, if `labels` were given: token labelling in training, cross-entropy of `logits` in evaluation.
+        logits: (batch_size, num_labels). In evaluation `cls_logits` plus the weighted highest auxiliary logit of each
+            class over the patches that are left; in training `cls_logits` alone.
+        hidden_states: see `EViTModelOutput`.
+        attentions: see `EViTModelOutput`.
+        attentive_index: see `EViTModelOutput`.
+        cls_logits: (batch_size, num_labels), from the class token.
+        aux_logits: (batch_size, num_image_tokens_left, num_labels), from every image token that is left.
+        patch_index: (batch_size, num_image_tokens_left), original patch position of those tokens, -1 if fused.
+    """
+
+    cls_logits: torch.Tensor | None = None
+    aux_logits: torch.Tensor | None = None
+    patch_index: torch.LongTensor | None = None
+
+
+class EViTLVPatchEmbeddings(nn.Module):
+    """Three convolutions at half the resolution, then one for each patch.
+
+    Source: `PatchEmbed4_2` of https://github.com/zihangJiang/TokenLabeling/blob/main/models/layers.py.
+    """
+
+    def __init__(self, config: EViTLVConfig) -> None:
+        super().__init__()
+        size = config.image_size
+        self.image_size = (size, size) if isinstance(size, int) else tuple(size)
+        self.num_patches = (self.image_size[0] // config.patch_size) * (self.image_size[1] // config.patch_size)
+        stem = config.stem_hidden_size
+        self.conv1 = nn.Conv2d(config.num_channels, stem, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        self.conv2 = nn.Conv2d(stem, stem, kernel_size=3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(stem)
+        self.conv3 = nn.Conv2d(stem, stem, kernel_size=3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(stem)
+        patch = config.patch_size // 2
+        self.projection = nn.Conv2d(stem, config.hidden_size, kernel_size=patch, stride=patch)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the patches, (batch_size, num_patches, hidden_size), of (batch_size, num_channels, height, width)."""
+        features = self.bn1(self.conv1(pixel_values)).relu()
+        features = self.bn2(self.conv2(features)).relu()
+        features = self.bn3(self.conv3(features)).relu()
+        return self.projection(features).flatten(2).transpose(1, 2)
+
+
+class EViTLVEmbeddings(EViTEmbeddings):
+    """Differences from EViTEmbeddings: the convolutional stem."""
+
+    def __init__(self, config: EViTLVConfig) -> None:
+        super().__init__(config)
+        self.patch_embeddings = EViTLVPatchEmbeddings(config)
+
+
+class EViTLVDropPath(EViTDropPath):
+    """Differences from EViTDropPath: the branch is divided by `residual_scale`, in evaluation too."""
+
+    def __init__(self, drop_probability: float, residual_scale: float) -> None:
+        super().__init__(drop_probability)
+        self.residual_scale = residual_scale
+
+    def forward(self, branch: torch.Tensor) -> torch.Tensor:
+        """Return `branch`, (batch_size, ...), scaled, for some images set to zero in training."""
+        return super().forward(branch) / self.residual_scale
+
+
+class EViTLVLayer(EViTLayer):
+    """Differences from EViTLayer: scaled residual branches."""
+
+    def __init__(self, config: EViTLVConfig, drop_path_rate: float = 0.0) -> None:
+        super().__init__(config, drop_path_rate)
+        self.drop_path = EViTLVDropPath(drop_path_rate, config.residual_scale)
+
+
+class EViTLVPreTrainedModel(EViTPreTrainedModel):
+    """Differences from EViTPreTrainedModel: the classes that a saved folder names."""
+
+    config: EViTLVConfig
+    auto_map = {
+        "AutoConfig": "configuration_evit_lv.EViTLVConfig",
+        "AutoModel": "modeling_evit_lv.EViTLVModel",
+        "AutoModelForImageClassification": "modeling_evit_lv.EViTLVForImageClassification",
+    }
+    _no_split_modules = ["EViTLVEmbeddings", "EViTLVLayer"]
+
+
+class EViTLVModel(EViTLVPreTrainedModel, EViTModel):
+    """The bare EViT on LV-ViT; see `EViTModel`."""
+
+    embeddings_class = EViTLVEmbeddings
+    layer_class = EViTLVLayer
+
+
+class EViTLVForImageClassification(EViTLVPreTrainedModel):
+    """EViT on LV-ViT with a classifier on the class token and an auxiliary one on every image token."""
+
+    def __init__(self, config: EViTLVConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.vit = EViTLVModel(config, add_pooling_layer=False)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.aux_classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: torch.Tensor | None = None,
+        keep_rate: float | Sequence[float] | None = None,
+        patch_scores: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        mix_box: tuple[int, int, int, int] | None = None,
+        token_labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> EViTLVImageClassifierOutput:
+        """Classify images; arguments as in `EViTForImageClassification.forward`, and two more.
+
+        Args:
+            pixel_values: (batch_size, num_channels, height, width).
+            labels: (batch_size,) class numbers or, in training, (batch_size, num_labels) probabilities; gives `loss`.
+            interpolate_pos_encoding: see `EViTModel.forward`.
+            attention_mask: see `EViTModel.forward`.
+            keep_rate: see `EViTModel.forward`.
+            patch_scores: see `EViTModel.forward`.
+            mix_box: see `EViTModel.forward`.
+            token_labels: (batch_size, num_patches, num_labels), probabilities by patch of the original grid, for the
+                loss in training; without them every patch has the label of its image.
+            **kwargs: see `EViTModel.forward`.
+
+        Returns: `EViTLVImageClassifierOutput`.
+        """
+        outputs: EViTModelOutput = self.vit(
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            attention_mask=attention_mask,
+            keep_rate=keep_rate,
+            patch_scores=patch_scores,
+            mix_box=mix_box,
+            **kwargs,
+        )
+        cls_logits = self.classifier(outputs.last_hidden_state[:, 0])
+        aux_logits = self.aux_classifier(outputs.last_hidden_state[:, self.config.num_prefix_tokens :])
+        logits = cls_logits
+        if not self.training:
+            is_fused = (outputs.patch_index < 0).unsqueeze(-1)
+            logits = cls_logits + self.config.aux_logits_weight * aux_logits.masked_fill(is_fused, float("-inf")).amax(
+                dim=1
+            )
+
+        loss = None
+        if labels is not None and self.training:
+            loss = token_labelling_loss(cls_logits, aux_logits, outputs.patch_index, labels, token_labels)
+        elif labels is not None:
+            loss = self.loss_function(labels, logits, self.config, **kwargs)
+        return EViTLVImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            attentive_index=outputs.attentive_index,
+            cls_logits=cls_logits,
+            aux_logits=aux_logits,
+            patch_index=outputs.patch_index,
+        )
+
+
+EViTLVModel.register_for_auto_class("AutoModel")
+EViTLVForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+
+__all__ = ["EViTLVForImageClassification", "EViTLVImageClassifierOutput", "EViTLVModel", "EViTLVPreTrainedModel"]

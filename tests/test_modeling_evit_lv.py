@@ -1,0 +1,93 @@
+import pytest
+import torch
+from golden import lvvit_state_dict, lvvit_tensors
+
+from evit_hf import EViTLVConfig, EViTLVForImageClassification
+from evit_hf.modeling_evit_lv import EViTLVDropPath
+
+
+def golden_model(**changes):
+    """The geometry of the golden file: 64 patches, 16 layers, reorganized at 4, 8 and 12."""
+    settings = {"image_size": 128, "hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 144}
+    model = EViTLVForImageClassification(EViTLVConfig(**settings, num_labels=10, **changes)).eval()
+    model.load_state_dict(lvvit_state_dict())
+    return model
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_dense_outputs_are_the_official_ones(implementation):
+    golden = lvvit_tensors()
+    model = golden_model(keep_rate=1.0, attn_implementation=implementation)
+    outputs = model(golden["pixel_values"])
+    for name in ("logits", "cls_logits", "aux_logits"):
+        torch.testing.assert_close(outputs[name], golden[name], rtol=1e-4, atol=1e-4)
+    hidden_states = model.vit(golden["pixel_values"]).last_hidden_state
+    torch.testing.assert_close(hidden_states, golden["last_hidden_state"], rtol=1e-4, atol=1e-4)
+    assert outputs.patch_index.tolist() == [list(range(64))] * 2
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_auxiliary_head_sees_the_patches_that_are_left(fuse):
+    model = golden_model(keep_rate=0.5, fuse_inattentive_tokens=fuse)
+    outputs = model(lvvit_tensors()["pixel_values"])
+    assert outputs.aux_logits.shape == (2, 10 if fuse else 8, 10)  # 64, 33, 18, 10 or 64, 32, 16, 8
+    assert (outputs.patch_index[:, -1] == -1).all() == fuse
+    for logits, cls_logits, aux_logits, patches in zip(
+        outputs.logits, outputs.cls_logits, outputs.aux_logits, outputs.patch_index, strict=True
+    ):
+        best = torch.stack([aux_logits[i] for i in range(len(patches)) if patches[i] >= 0]).max(dim=0).values
+        torch.testing.assert_close(logits, cls_logits + 0.5 * best)
+
+
+def test_a_fused_token_with_high_logits_does_not_answer():
+    model = golden_model(keep_rate=0.5)
+    with torch.no_grad():
+        hidden_states = model.vit(lvvit_tensors()["pixel_values"]).last_hidden_state
+        fused = hidden_states[0, -1]
+        model.aux_classifier.weight[3] = 100 * fused / fused.norm()
+    outputs = model(lvvit_tensors()["pixel_values"])
+    assert outputs.aux_logits[0, :, 3].argmax() == outputs.aux_logits.shape[1] - 1
+    patches = outputs.patch_index[0] >= 0
+    expected = outputs.cls_logits[0, 3] + 0.5 * outputs.aux_logits[0, patches, 3].max()
+    torch.testing.assert_close(outputs.logits[0, 3], expected)
+
+
+def test_positions_follow_a_mixed_image_through_the_reorganization():
+    """A box over the whole grid swaps the two images; positions and choices swap with them."""
+    model, pixel_values = golden_model(keep_rate=0.5), lvvit_tensors()["pixel_values"]
+    plain = model(pixel_values)
+    mixed = model(pixel_values, mix_box=(0, 0, 8, 8))
+    torch.testing.assert_close(mixed.logits, plain.logits.flip(0))
+    assert torch.equal(mixed.patch_index, plain.patch_index.flip(0))
+
+
+def test_training_gives_the_class_logits_and_a_finite_loss():
+    model, pixel_values = golden_model(keep_rate=0.7, drop_path_rate=0.1).train(), lvvit_tensors()["pixel_values"]
+    token_labels = torch.rand(2, 64, 10).softmax(-1)
+    outputs = model(pixel_values, labels=torch.tensor([1, 2]), mix_box=(1, 2, 3, 4), token_labels=token_labels)
+    assert torch.equal(outputs.logits, outputs.cls_logits)
+    outputs.loss.backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+    evaluated = model.eval()(pixel_values, labels=torch.tensor([1, 2]))
+    expected = torch.nn.functional.cross_entropy(evaluated.logits, torch.tensor([1, 2]))
+    torch.testing.assert_close(evaluated.loss, expected)
+
+
+def test_residual_branches_are_scaled_in_evaluation_too():
+    drop_path = EViTLVDropPath(0.5, residual_scale=2.0)
+    assert torch.equal(drop_path.eval()(torch.ones(3, 2)), torch.full((3, 2), 0.5))
+    torch.manual_seed(0)
+    assert drop_path.train()(torch.ones(100, 1)).unique().tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("bad", "sentence"),
+    [
+        ({"residual_scale": 0}, "`residual_scale` must be a positive number, got 0"),
+        ({"stem_hidden_size": "64"}, "`stem_hidden_size` must be a positive number"),
+        ({"patch_size": 7}, "`patch_size` must be one even number, got 7"),
+    ],
+)
+def test_impossible_lvvits_are_refused(bad, sentence):
+    with pytest.raises(Exception, match=sentence):
+        EViTLVConfig(**bad)
