@@ -124,6 +124,8 @@ class EViTConfig(ViTConfig):
         refuse_misspelt_names(kwargs, OWN_FIELDS)
         if self.reorganization_layers is None:
             self.reorganization_layers = default_reorganization_layers(self.num_hidden_layers)
+        # Auto classes walk through it where a configuration has several classes, and stumble over None.
+        self.architectures = self.architectures or []
         super().__post_init__(**kwargs)
         self._is_complete = True
 

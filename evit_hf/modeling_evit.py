@@ -637,6 +637,7 @@ class EViTForImageClassification(EViTPreTrainedModel, ViTForImageClassification)
         attention_mask: torch.Tensor | None = None,
         keep_rate: float | Sequence[float] | None = None,
         patch_scores: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        mix_box: tuple[int, int, int, int] | None = None,
         **kwargs: Any,
     ) -> EViTImageClassifierOutput:
         """Classify images.
@@ -648,6 +649,7 @@ class EViTForImageClassification(EViTPreTrainedModel, ViTForImageClassification)
             attention_mask: see `EViTModel.forward`.
             keep_rate: see `EViTModel.forward`.
             patch_scores: see `EViTModel.forward`.
+            mix_box: see `EViTModel.forward`; `token_labelling.mix_targets` mixes the labels.
             **kwargs: see `EViTModel.forward`.
 
         Returns: `EViTImageClassifierOutput`.
@@ -658,6 +660,7 @@ class EViTForImageClassification(EViTPreTrainedModel, ViTForImageClassification)
             attention_mask=attention_mask,
             keep_rate=keep_rate,
             patch_scores=patch_scores,
+            mix_box=mix_box,
             **kwargs,
         )
         logits = self.classifier(outputs.last_hidden_state[:, 0])
@@ -722,6 +725,7 @@ class EViTForImageClassificationWithTeacher(EViTPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         keep_rate: float | Sequence[float] | None = None,
         patch_scores: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        mix_box: tuple[int, int, int, int] | None = None,
         **kwargs: Any,
     ) -> EViTForImageClassificationWithTeacherOutput:
         """Classify images; arguments as in `EViTForImageClassification.forward`.
@@ -734,6 +738,7 @@ class EViTForImageClassificationWithTeacher(EViTPreTrainedModel):
             attention_mask=attention_mask,
             keep_rate=keep_rate,
             patch_scores=patch_scores,
+            mix_box=mix_box,
             **kwargs,
         )
         cls_logits = self.cls_classifier(outputs.last_hidden_state[:, 0])

@@ -308,6 +308,12 @@ print(type(model).__name__)
         assert torch.equal(torch.load(tmp_path / "logits.pt"), model(images).logits)
 
 
+def test_auto_class_builds_a_new_model_from_a_configuration(tiny_config):
+    assert type(AutoModelForImageClassification.from_config(tiny_config)) is EViTForImageClassification
+    lvvit = EViTConfig.preset("evit-lvvit-t", num_labels=3)
+    assert type(AutoModelForImageClassification.from_config(lvvit)) is EViTLVForImageClassification
+
+
 def test_pipeline_classifies_an_image(model_folder):
     classify = pipeline("image-classification", model=str(model_folder))
     picture = Image.effect_noise((50, 40), 80).convert("RGB")

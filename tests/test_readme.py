@@ -102,3 +102,10 @@ def test_readme_table_holds_the_computed_costs():
         assert f"{num_macs(config) / 1e9:.2f}" == fused
         config.fuse_inattentive_tokens = False
         assert f"{num_macs(config) / 1e9:.2f}" == dropped
+
+
+def test_conversion_command_parses():
+    from evit_training.convert import parser
+
+    (command,) = [block for block in code_blocks("bash") if block.startswith("evit convert")]
+    assert parser().parse_args(shlex.split(command)[2:]).keep_rate == [0.7]

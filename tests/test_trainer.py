@@ -11,9 +11,22 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
-from evit_hf import EViTForImageClassification
+from evit_hf import (
+    EViTConfig,
+    EViTForImageClassification,
+    EViTForImageClassificationWithTeacher,
+    EViTImageClassifierOutput,
+    EViTLVConfig,
+    EViTLVForImageClassification,
+)
 from evit_hf.keep_rate_schedule import scheduled_keep_rate
 from evit_hf.profiling import num_macs
 from evit_training import trainer
@@ -117,8 +130,6 @@ def test_fine_tunes_a_vit_of_transformers(tmp_path):
     )
     vit = ViTForImageClassification(config)
     vit.save_pretrained(tmp_path / "vit")
-    from transformers import ViTImageProcessor
-
     ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.3] * 3).save_pretrained(tmp_path / "vit")
     results = short_run(
         tmp_path / "run",
@@ -142,8 +153,48 @@ def test_fine_tunes_a_vit_of_transformers(tmp_path):
     assert list(AutoImageProcessor.from_pretrained(tmp_path / "run" / "model").image_mean) == [0.3] * 3
 
 
+@pytest.mark.parametrize("family", ["lvvit", "distilled"])
+def test_fine_tunes_the_other_backbones(family, tmp_path):
+    small = {"image_size": 32, "patch_size": 8, "num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 2}
+    if family == "lvvit":
+        model = EViTLVForImageClassification(EViTLVConfig(**small, intermediate_size=64, stem_hidden_size=8))
+    else:
+        config = EViTConfig(**small, intermediate_size=64, use_distillation_token=True)
+        model = EViTForImageClassificationWithTeacher(config)
+    model.save_pretrained(tmp_path / "start")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "start")
+    short_run(tmp_path / "run", "--model", str(tmp_path / "start"), "--mix_token", "1", "--learning_rate", "1e-2")
+    trained = AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "model")
+    assert type(trained) is type(model)
+    for head in ("aux_classifier", "distillation_classifier", "cls_classifier", "classifier"):
+        if hasattr(model, head):
+            assert getattr(trained, head).weight.shape == (10, 32)
+            assert getattr(trained, head).bias.abs().max() > 0  # it started at zero, and was trained
+
+
+def test_trains_a_preset_from_scratch(tmp_path):
+    flags = ["--preset", "evit-deit-ti", "--max_steps", "1", "--batch_size", "4", "--max_eval_samples", "4"]
+    results = short_run(tmp_path, *flags)
+    assert results[1]["gmacs"] < 0.05  # 64 patches: the recipe's image size stands over the preset's
+    config = EViTForImageClassification.from_pretrained(tmp_path / "model").config
+    assert (config.hidden_size, config.num_labels, config.image_size) == (192, 10, 32)
+
+
+def test_training_loss_of_mixed_images_is_that_of_mixed_labels():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 4), torch.tensor([1, 3])
+    cross_entropy = torch.nn.functional.cross_entropy
+    outputs = EViTImageClassifierOutput(logits=logits)
+    plain = trainer.training_loss(outputs, labels, 0.1, None, (2, 2))
+    torch.testing.assert_close(plain, cross_entropy(logits, labels, label_smoothing=0.1))
+    mixed = trainer.training_loss(outputs, labels, 0.0, (0, 0, 1, 1), (2, 2))
+    expected = 0.75 * cross_entropy(logits, labels) + 0.25 * cross_entropy(logits, labels.flip(0))
+    torch.testing.assert_close(mixed, expected)
+
+
 def test_loss_falls(tmp_path):
-    short_run(tmp_path, "--epochs", "40", "--warmup_epochs", "2", "--affine_degrees", "0", "--learning_rate", "2e-3")
+    flags = ["--epochs", "25", "--warmup_epochs", "2", "--affine_degrees", "0", "--learning_rate", "2e-3"]
+    short_run(tmp_path, *flags, "--keep_rate_shrink_epochs", "0", "--keep_rate_dense_epochs", "0")
     losses = [entry["loss"] for entry in read_log(tmp_path) if "loss" in entry]
     assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
 

@@ -65,7 +65,10 @@ class ModelArguments:
     """Which network to train: a checkpoint, or one from scratch."""
 
     model: str | None = setting(
-        None, "ViT or EViT checkpoint to fine-tune, a folder or Hub id; by default a model from scratch."
+        None, "ViT, DeiT or EViT checkpoint to fine-tune, a folder or Hub id; by default a model from scratch."
+    )
+    preset: str | None = setting(
+        None, "Model of the paper to train from scratch, for example evit-deit-s or evit-lvvit-s."
     )
     keep_rate: list[float] = setting(
         [0.7], "Share of image tokens to keep, in (0, 1]: one number, or one for each reorganization layer."
@@ -74,7 +77,7 @@ class ModelArguments:
         None, "Zero-based layers that reorganize; by default at one, two and three quarters of the depth."
     )
     fuse_inattentive_tokens: bool = setting(True, "Fuse the inattentive tokens into one; otherwise drop them.")
-    image_size: int | None = setting(None, "Pixels; by default the checkpoint's, 224 from scratch.")
+    image_size: int | None = setting(None, "Pixels; by default the checkpoint's or preset's, 224 from scratch.")
     drop_path_rate: float = setting(0.0, "Stochastic depth rate of the last layer; the paper has 0.1.")
     patch_size: int = setting(16, "Pixels, from scratch.")
     hidden_size: int = setting(384, "Width, from scratch.")
@@ -96,6 +99,9 @@ class OptimizationArguments:
     warmup_epochs: float = setting(0.0, "Epochs of linear warm-up from zero.")
     weight_decay: float = setting(0.05, "Weight decay; norms, biases, positions and tokens have none.")
     label_smoothing: float = setting(0.0, "Share of the target spread over all classes; the paper has 0.1.")
+    mix_token: float = setting(
+        0.0, "Probability that a step mixes the patch tokens of two images, and their labels; LV-ViT has 1."
+    )
     max_grad_norm: float = setting(0.0, "Clip gradients to this norm; 0 is off.")
     keep_rate_dense_epochs: float = setting(0.0, "Epochs at keep rate 1.0; the paper has 10 from scratch.")
     keep_rate_shrink_epochs: float = setting(0.0, "Epochs of cosine down to the keep rate; the paper has 100.")
@@ -137,12 +143,22 @@ class TrainArguments:
         for name in ("max_steps", "max_train_samples", "max_eval_samples", "image_size"):
             if settings[name] is not None and settings[name] < 1:
                 raise ValueError(f"`--{name}` must be at least 1, got {settings[name]}: leave it out for no limit.")
-        for name in ("horizontal_flip", "random_erasing", "label_smoothing", "eval_fraction", "crop_min_scale"):
+        shares = (
+            "horizontal_flip",
+            "random_erasing",
+            "label_smoothing",
+            "mix_token",
+            "eval_fraction",
+            "crop_min_scale",
+        )
+        for name in shares:
             if not 0 <= settings[name] <= 1:
                 raise ValueError(f"`--{name}` must be in [0, 1], got {settings[name]}.")
         for name in ("keep_rate_dense_epochs", "keep_rate_shrink_epochs", "warmup_epochs", "weight_decay"):
             if settings[name] < 0:
                 raise ValueError(f"`--{name}` must not be negative, got {settings[name]}.")
+        if self.model.model is not None and self.model.preset is not None:
+            raise ValueError("`--model` and `--preset` both name the model: give one of them.")
         if self.data.num_workers < 0:
             raise ValueError(f"`--num_workers` must not be negative, got {self.data.num_workers}.")
 

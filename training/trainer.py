@@ -20,10 +20,23 @@ from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import BaseImageProcessor, get_cosine_with_min_lr_schedule_with_warmup
+from transformers import (
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    get_cosine_with_min_lr_schedule_with_warmup,
+)
+from transformers.utils import ModelOutput
 
-from evit_hf import EViTConfig, EViTForImageClassification
+from evit_hf import (
+    EViTConfig,
+    EViTForImageClassification,
+    EViTForImageClassificationWithTeacher,
+    EViTLVForImageClassification,
+    EViTPreTrainedModel,
+)
 from evit_hf.keep_rate_schedule import scheduled_keep_rate
+from evit_hf.token_labelling import mix_targets, random_mix_box, token_labelling_loss
 from evit_hf.visualization import attentive_patch_picture
 
 from .arguments import OptimizationArguments, TrainArguments
@@ -56,6 +69,7 @@ def train(arguments: TrainArguments) -> list[dict]:
     set_seed(arguments.run.seed)  # the same weights on every process
     model = build_model(arguments, train_data.features[label_column].names)
     image_size = model.config.image_size
+    grid = (image_size // model.config.patch_size,) * 2
     processor = image_processor(arguments.model.model, image_size)
     augment = training_transform(arguments.augmentation, image_size, processor)
     train_images = LabelledImages(train_data, image_column, label_column, augment)
@@ -102,10 +116,9 @@ def train(arguments: TrainArguments) -> list[dict]:
 
         # Forward, backward, step
         model.train()
-        logits = model(batch["pixel_values"], keep_rate=keep_rate).logits
-        loss = nn.functional.cross_entropy(
-            logits.float(), batch["labels"], label_smoothing=optimization.label_smoothing
-        )
+        mix_box = random_mix_box(grid) if torch.rand(()) < optimization.mix_token else None
+        outputs = model(batch["pixel_values"], keep_rate=keep_rate, mix_box=mix_box)
+        loss = training_loss(outputs, batch["labels"], optimization.label_smoothing, mix_box, grid)
         accelerator.backward(loss)
         if optimization.max_grad_norm:
             accelerator.clip_grad_norm_(model.parameters(), optimization.max_grad_norm)
@@ -198,8 +211,8 @@ def build_accelerator(mixed_precision: str) -> Accelerator:
     return accelerator
 
 
-def build_model(arguments: TrainArguments, label_names: list[str]) -> EViTForImageClassification:
-    """Build the network: a checkpoint with a head for these classes, or one from scratch."""
+def build_model(arguments: TrainArguments, label_names: list[str]) -> EViTPreTrainedModel:
+    """Build the network: a checkpoint with a head for these classes, a model of the paper, or one of any size."""
     model = arguments.model
     labels: dict[str, Any] = {
         "id2label": dict(enumerate(label_names)),
@@ -212,12 +225,16 @@ def build_model(arguments: TrainArguments, label_names: list[str]) -> EViTForIma
         **({"reorganization_layers": model.reorganization_layers} if model.reorganization_layers is not None else {}),
     }
     if model.model is not None:
-        network = EViTForImageClassification.from_pretrained(model.model, **labels, **settings)
+        network = load_classifier(model.model, **labels, **settings)
         if model.image_size not in (None, network.config.image_size):
             raise ValueError(
                 f"`--image_size` is {model.image_size} but `{model.model}` was made for {network.config.image_size}: "
                 "leave it out; training at another resolution is not built yet."
             )
+    elif model.preset is not None:
+        size = {} if model.image_size is None else {"image_size": model.image_size}
+        config = EViTConfig.preset(model.preset, num_labels=len(label_names), **labels, **settings, **size)
+        network = AutoModelForImageClassification.from_config(config)
     else:
         config = EViTConfig(
             image_size=model.image_size or 224,
@@ -237,11 +254,51 @@ def build_model(arguments: TrainArguments, label_names: list[str]) -> EViTForIma
     return network
 
 
+def load_classifier(name_or_path: str, **settings: Any) -> EViTPreTrainedModel:
+    """Load a checkpoint as the EViT classifier that its configuration asks for; a ViT or DeiT becomes one."""
+    config_dict, _ = PreTrainedConfig.get_config_dict(name_or_path)
+    if config_dict.get("model_type") == "evit_lv":
+        return EViTLVForImageClassification.from_pretrained(name_or_path, **settings)
+    if (config_dict.get("architectures") or [""])[0].endswith("WithTeacher"):
+        return EViTForImageClassificationWithTeacher.from_pretrained(name_or_path, **settings)
+    return EViTForImageClassification.from_pretrained(name_or_path, **settings)
+
+
+def training_loss(
+    outputs: ModelOutput,
+    labels: torch.Tensor,
+    label_smoothing: float,
+    mix_box: tuple[int, int, int, int] | None,
+    grid: tuple[int, int],
+) -> torch.Tensor:
+    """Cross-entropy, for mixed images with mixed labels; token labelling too where there is an auxiliary classifier.
+
+    Args:
+        outputs: of the model in training.
+        labels: (batch_size,), class numbers.
+        label_smoothing: share of the target that is spread over all classes.
+        mix_box: what the model was given, or None.
+        grid: (rows, columns) of patches.
+
+    Returns: scalar.
+    """
+    logits = outputs.logits.float()
+    num_labels = logits.shape[-1]
+    targets = nn.functional.one_hot(labels, num_labels) * (1 - label_smoothing) + label_smoothing / num_labels
+    token_targets = None
+    if mix_box is not None:
+        each_token = targets.unsqueeze(1).expand(-1, grid[0] * grid[1], -1)
+        targets, token_targets = mix_targets(targets, each_token, mix_box, grid)
+    if outputs.get("aux_logits") is None:
+        return nn.functional.cross_entropy(logits, targets)
+    return token_labelling_loss(logits, outputs.aux_logits.float(), outputs.patch_index, targets, token_targets)
+
+
 def build_optimizer(model: nn.Module, arguments: OptimizationArguments) -> torch.optim.AdamW:
     """Build AdamW without weight decay on norms, biases, positions and tokens."""
     decayed, spared = [], []
     for name, parameter in model.named_parameters():
-        is_spared = parameter.ndim < 2 or name.endswith(("cls_token", "position_embeddings"))
+        is_spared = parameter.ndim < 2 or name.endswith(("cls_token", "distillation_token", "position_embeddings"))
         (spared if is_spared else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": arguments.weight_decay}, {"params": spared, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=arguments.learning_rate)
@@ -287,7 +344,7 @@ def describe(
 
 
 def draw_kept_patches(
-    model: EViTForImageClassification,
+    model: EViTPreTrainedModel,
     processor: BaseImageProcessor,
     images: LabelledImages,
     num_images: int,
