@@ -27,8 +27,9 @@ class EViTLVImageClassifierOutput(EViTImageClassifierOutput):
 
     Args:
         loss: scalar, if `labels` were given: token labelling in training, cross-entropy of `logits` in evaluation.
-        logits: (batch_size, num_labels). In evaluation `cls_logits` plus the weighted highest auxiliary logit of each
-            class over the patches that are left; in training `cls_logits` alone.
+            Regression and multi-label problems have the loss of `logits` in training too.
+        logits: (batch_size, num_labels), `cls_logits` plus the weighted highest auxiliary logit of each class over the
+            patches that are left; where tokens are labelled in training `cls_logits` alone.
         hidden_states: see `EViTModelOutput`.
         attentions: see `EViTModelOutput`.
         attentive_index: see `EViTModelOutput`.
@@ -169,15 +170,19 @@ class EViTLVForImageClassification(EViTLVPreTrainedModel):
         )
         cls_logits = self.classifier(outputs.last_hidden_state[:, 0])
         aux_logits = self.aux_classifier(outputs.last_hidden_state[:, self.config.num_prefix_tokens :])
+        learns_token_labels = (
+            self.training
+            and self.config.num_labels > 1
+            and self.config.problem_type in (None, "single_label_classification")
+        )
         logits = cls_logits
-        if not self.training:
+        if not learns_token_labels:
             is_fused = (outputs.patch_index < 0).unsqueeze(-1)
-            logits = cls_logits + self.config.aux_logits_weight * aux_logits.masked_fill(is_fused, float("-inf")).amax(
-                dim=1
-            )
+            best = aux_logits.masked_fill(is_fused, float("-inf")).amax(dim=1)
+            logits = cls_logits + self.config.aux_logits_weight * best
 
         loss = None
-        if labels is not None and self.training:
+        if labels is not None and learns_token_labels:
             loss = token_labelling_loss(cls_logits, aux_logits, outputs.patch_index, labels, token_labels)
         elif labels is not None:
             loss = self.loss_function(labels, logits, self.config, **kwargs)

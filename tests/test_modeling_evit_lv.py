@@ -73,6 +73,14 @@ def test_training_gives_the_class_logits_and_a_finite_loss():
     torch.testing.assert_close(evaluated.loss, expected)
 
 
+def test_multi_label_problems_train_both_classifiers():
+    model = golden_model(keep_rate=0.7, problem_type="multi_label_classification").train()
+    outputs = model(lvvit_tensors()["pixel_values"], labels=torch.tensor([[1.0, 0, 1] + [0] * 7, [0] * 9 + [1.0]]))
+    outputs.loss.backward()
+    assert model.aux_classifier.weight.grad.abs().sum() > 0
+    assert not torch.equal(outputs.logits, outputs.cls_logits)
+
+
 def test_residual_branches_are_scaled_in_evaluation_too():
     drop_path = EViTLVDropPath(0.5, residual_scale=2.0)
     assert torch.equal(drop_path.eval()(torch.ones(3, 2)), torch.full((3, 2), 0.5))

@@ -46,7 +46,7 @@ def accuracy(accelerator: Accelerator, model: nn.Module, loader: DataLoader, kee
 
 @torch.no_grad()
 def images_per_second(
-    model: nn.Module, pixel_values: torch.Tensor, keep_rates: Sequence[KeepRate], rounds: int = 10
+    model: nn.Module, pixel_values: torch.Tensor, keep_rates: Sequence[KeepRate], rounds: int = 20
 ) -> list[float]:
     """Speed of one model at several keep rates, in images per second: medians over rounds that alternate the rates.
 
