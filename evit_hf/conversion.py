@@ -253,6 +253,8 @@ def _from_state_dict(
     source_format = "LV-ViT" if is_lvvit else source_format
     config_class, keys = EViTConfig, DISTILLED_DEIT_KEYS if is_distilled else DEIT_KEYS
     images = ImageSettings()
+    if not settings and not is_lvvit:
+        notes.append("images are normalized and cropped as for DeiT: no tensor tells")
     if is_lvvit:
         config_class, keys = EViTLVConfig, LVVIT_KEYS
         images = ImageSettings(crop_fraction=0.9)

@@ -1,7 +1,7 @@
 """EViT models: Vision Transformers that reorganize their tokens between attention and MLP.
 
 The classes stand in the order in which data flows and take their parameters, and the names of their parameters, from
-`transformers.models.vit`: an EViT has no weights that a ViT has not.
+`transformers.models.vit`: an EViT has no weights that a ViT has not, a distilled one none that a DeiT has not.
 """
 
 import os
@@ -374,11 +374,11 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> "EViTPreTrainedModel | tuple[EViTPreTrainedModel, dict]":
-        """Load an EViT or ViT checkpoint of Transformers 4.x or 5.x.
+        """Load an EViT, ViT or DeiT checkpoint of Transformers 4.x or 5.x.
 
-        Keywords such as `keep_rate=0.7` go to the configuration.
-        A classifier for another number of classes, or for a backbone without one, is newly initialized, with a
-        warning. A checkpoint without pooling layer loads into `EViTModel` without one.
+        Keywords such as `keep_rate=0.7` go to the configuration. A classifier for another number of classes, or for a
+        backbone without one, is newly initialized, with a warning. A checkpoint without pooling layer loads into
+        `EViTModel` without one.
 
         Args:
             pretrained_model_name_or_path: folder or Hub id.
@@ -388,7 +388,7 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
             **kwargs: see `transformers.PreTrainedModel.from_pretrained`.
 
         Raises:
-            ValueError: the folder holds another model type than 'evit' or 'vit'.
+            ValueError: the folder holds another model type than 'evit', 'vit' or 'deit'.
             RuntimeError: a parameter other than the classifier would be left at its random initialization; the message
                 names all of them.
         """
@@ -425,11 +425,12 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
                 f"`{source}` has no pooling layer: the model is loaded without one, `pooler_output` is None."
             )
         for head in heads:
-            weight = f"{head}weight"
-            if weight in missing | mismatched.keys():
+            renewed = {key for key in missing | mismatched.keys() if key.startswith(head)}
+            if renewed:
+                num_classes = next((mismatched[key][0][0] for key in renewed if key in mismatched), "none")
                 logger.warning(
                     f"The {head.removesuffix('.')} for {self.config.num_labels} classes is newly initialized, "
-                    f"`{source}` has {mismatched[weight][0][0] if weight in mismatched else 'none'}: train it."
+                    f"`{source}` has {num_classes}: train it."
                 )
 
     def save_pretrained(
@@ -529,6 +530,8 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
             the wrong shape. TypeError for a misspelt keyword.
         """
         refuse_misspelt_names(kwargs, FORWARD_KEYWORDS)
+        if kwargs.pop("bool_masked_pos", None) is not None:
+            raise ValueError("`bool_masked_pos` is for masked image modeling, which needs all patches: take a ViT.")
         if pixel_values is None:
             raise ValueError("`pixel_values` is missing: pass a tensor (batch_size, num_channels, height, width).")
         keep_rates = self.layer_keep_rates(keep_rate)

@@ -395,6 +395,8 @@ def test_wrong_images_are_refused_with_the_way_out(tiny_model):
         tiny_model(torch.randn(1, 1, 32, 32))
     with pytest.raises(ValueError, match="`pixel_values` is missing"):
         tiny_model()
+    with pytest.raises(ValueError, match="`bool_masked_pos` is for masked image modeling"):
+        tiny_model(torch.randn(1, 3, 32, 32), bool_masked_pos=torch.ones(1, 16))
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import tiny_config_with
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
@@ -229,6 +230,12 @@ def test_another_resolution_than_the_checkpoints_is_refused(tmp_path, tiny_model
     tiny_model.save_pretrained(tmp_path / "evit")
     with pytest.raises(ValueError, match="`--image_size` is 64 but .* was made for 32"):
         short_run(tmp_path / "run", "--model", str(tmp_path / "evit"), "--image_size", "64")
+
+
+def test_models_for_other_than_square_images_are_refused(tmp_path):
+    EViTForImageClassification(tiny_config_with(image_size=[32, 48])).save_pretrained(tmp_path / "evit")
+    with pytest.raises(ValueError, match=r"made for images of \[32, 48\] pixels .*: this trainer takes square ones"):
+        short_run(tmp_path / "run", "--model", str(tmp_path / "evit"))
 
 
 # Pieces

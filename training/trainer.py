@@ -45,6 +45,7 @@ from .data import LabelledImages, load_splits
 from .evaluation import accuracy, compare_keep_rates, comparison_table
 
 
+# What a run leaves in its output folder.
 RUN_FILES = ("model", "metrics.jsonl", "results.json", "arguments.yaml", "kept_patches.png")
 
 
@@ -169,7 +170,9 @@ def train(arguments: TrainArguments) -> list[dict]:
         if arguments.run.num_pictures:
             draw_kept_patches(network, processor, eval_images, arguments.run.num_pictures, output_dir)
     accelerator.print(comparison_table(results))
-    accelerator.print(f"Saved in {output_dir}: model/, metrics.jsonl, results.json, kept_patches.png")
+    accelerator.print(
+        f"Saved in {output_dir}: {', '.join(name for name in RUN_FILES if (output_dir / name).exists())}"
+    )
     accelerator.end_training()
     return results
 
@@ -249,6 +252,11 @@ def build_model(arguments: TrainArguments, label_names: list[str]) -> EViTPreTra
             **settings,
         )
         network = EViTForImageClassification(config)
+    if not isinstance(network.config.image_size, int) or not isinstance(network.config.patch_size, int):
+        raise ValueError(
+            f"`{model.model}` was made for images of {network.config.image_size} pixels in patches of "
+            f"{network.config.patch_size}: this trainer takes square ones, `transformers.Trainer` takes all."
+        )
     if arguments.run.gradient_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     return network
