@@ -36,8 +36,8 @@ def test_packaged_digits_are_the_uci_set():
 
 
 def test_parquet_files_tell_their_split_by_name(tmp_path):
-    train = write_parquet(tmp_path / "train-00000.parquet", [0, 1, 1], ["a", "b"], "img")
-    test = write_parquet(tmp_path / "test.parquet", [1], ["a", "b"], "img")
+    train = write_parquet(tmp_path / "constraint_train-00000.parquet", [0, 1, 1], ["a", "b"], "img")
+    test = write_parquet(tmp_path / "constraint_test.parquet", [1], ["a", "b"], "img")
     one, other, image, label = load_splits(DataArguments(dataset=[test, train]), seed=0)
     assert (len(one), len(other), image, label) == (3, 1, "img", "label")
     same, *_ = load_splits(DataArguments(dataset=[str(tmp_path / "*.parquet")]), seed=0)
@@ -114,4 +114,5 @@ def test_bad_data_is_refused_with_the_way_out(tmp_path):
     refused("does not tell its split", dataset=[good, str(tmp_path / "two.parquet")])
     refused("takes one folder or Hub id, or several parquet files", dataset=[good, str(tmp_path / "none.parquet")])
     (tmp_path / "labels.csv").write_text("a,b")
+    refused("`--dataset no/folder` is no folder and could not be loaded", dataset=["no/folder"])
     refused("files must be parquet", dataset=[str(tmp_path / "labels.csv")])

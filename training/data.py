@@ -1,6 +1,7 @@
 """Data sets of images and labels, whatever form they come in."""
 
 import glob
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +101,10 @@ def _load(arguments: "DataArguments") -> datasets.DatasetDict:
             }
         )
     if len(sources) == 1:
-        return datasets.load_dataset(sources[0], arguments.dataset_config)
+        try:
+            return datasets.load_dataset(sources[0], arguments.dataset_config)
+        except (OSError, datasets.exceptions.DatasetsError) as error:
+            raise ValueError(f"`--dataset {sources[0]}` is no folder and could not be loaded: {error}") from None
     missing = [file for file in files if not Path(file).is_file()]
     raise ValueError(f"`--dataset` takes one folder or Hub id, or several parquet files; {missing} are no files.")
 
@@ -111,8 +115,8 @@ def _files_by_split(files: list[str]) -> dict[str, list[str]]:
     for file in files:
         if not file.endswith(".parquet"):
             raise ValueError(f"`--dataset` names the file `{file}`: files must be parquet; give a folder for images.")
-        stem = Path(file).stem.lower()
-        split = next((name for name in ("train", *EVAL_SPLITS) if name in stem), None)
+        words = re.split(r"[^a-z]+", Path(file).stem.lower())
+        split = next((name for name in ("train", *EVAL_SPLITS) if name in words), None)
         if split is None and len(files) > 1:
             raise ValueError(f"`{file}` does not tell its split: put train, validation or test into its name.")
         by_split.setdefault(split or "train", []).append(file)
