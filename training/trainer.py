@@ -229,6 +229,11 @@ def build_model(arguments: TrainArguments, label_names: list[str]) -> EViTPreTra
     }
     if model.model is not None:
         network = load_classifier(model.model, **labels, **settings)
+        if not isinstance(network.config.image_size, int) or not isinstance(network.config.patch_size, int):
+            raise ValueError(
+                f"`{model.model}` was made for images of {network.config.image_size} pixels in patches of "
+                f"{network.config.patch_size}: this trainer takes square ones, `transformers.Trainer` takes all."
+            )
         if model.image_size not in (None, network.config.image_size):
             raise ValueError(
                 f"`--image_size` is {model.image_size} but `{model.model}` was made for {network.config.image_size}: "
@@ -252,11 +257,6 @@ def build_model(arguments: TrainArguments, label_names: list[str]) -> EViTPreTra
             **settings,
         )
         network = EViTForImageClassification(config)
-    if not isinstance(network.config.image_size, int) or not isinstance(network.config.patch_size, int):
-        raise ValueError(
-            f"`{model.model}` was made for images of {network.config.image_size} pixels in patches of "
-            f"{network.config.patch_size}: this trainer takes square ones, `transformers.Trainer` takes all."
-        )
     if arguments.run.gradient_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     return network
