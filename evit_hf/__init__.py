@@ -24,10 +24,7 @@ __version__ = "0.1.0"
 
 AutoConfig.register("evit", EViTConfig, exist_ok=True)
 AutoModel.register(EViTConfig, EViTModel, exist_ok=True)
-# Two classes: the saved `architectures` tell which one a folder needs.
-AutoModelForImageClassification._model_mapping.register(
-    EViTConfig, (EViTForImageClassification, EViTForImageClassificationWithTeacher), exist_ok=True
-)
+AutoModelForImageClassification.register(EViTConfig, EViTForImageClassification, exist_ok=True)
 AutoConfig.register("evit_lv", EViTLVConfig, exist_ok=True)
 AutoModel.register(EViTLVConfig, EViTLVModel, exist_ok=True)
 AutoModelForImageClassification.register(EViTLVConfig, EViTLVForImageClassification, exist_ok=True)

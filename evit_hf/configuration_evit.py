@@ -1,6 +1,7 @@
 """EViT configuration: a ViT configuration that says where and how much to reorganize."""
 
 import difflib
+import importlib
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
@@ -124,8 +125,6 @@ class EViTConfig(ViTConfig):
         refuse_misspelt_names(kwargs, OWN_FIELDS)
         if self.reorganization_layers is None:
             self.reorganization_layers = default_reorganization_layers(self.num_hidden_layers)
-        # Auto classes walk through it where a configuration has several classes, and stumble over None.
-        self.architectures = self.architectures or []
         super().__post_init__(**kwargs)
         self._is_complete = True
 
@@ -235,9 +234,8 @@ class EViTConfig(ViTConfig):
             >>> EViTConfig.preset("evit-deit-s", keep_rate=0.7).hidden_size
             384
         """
-        from .presets import preset_config
-
-        return preset_config(name, **overrides)
+        # Not a relative import: the presets are no part of a model, and stay behind when its files travel.
+        return importlib.import_module("evit_hf.presets").preset_config(name, **overrides)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "EViTConfig":

@@ -624,6 +624,22 @@ class EViTForImageClassification(EViTPreTrainedModel, ViTForImageClassification)
         >>> model.set_keep_rate(0.5)  # faster, from the next forward on
     """
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
+    ) -> "EViTPreTrainedModel | tuple[EViTPreTrainedModel, dict]":
+        """Load a checkpoint, see `EViTPreTrainedModel.from_pretrained`.
+
+        Auto classes know one class for each configuration, this one, and hand over the configuration; where that names
+        `EViTForImageClassificationWithTeacher`, what was saved with two classifiers keeps them.
+        """
+        architectures = getattr(kwargs.get("config"), "architectures", None) or [""]
+        if architectures[0] == "EViTForImageClassificationWithTeacher":
+            return EViTForImageClassificationWithTeacher.from_pretrained(
+                pretrained_model_name_or_path, *model_args, **kwargs
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
     def __init__(self, config: EViTConfig) -> None:
         super(ViTForImageClassification, self).__init__(config)
         self.num_labels = config.num_labels

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.utils.generic import can_return_tuple
 
+from .configuration_evit import EViTConfig  # noqa: F401 (remote code: Transformers 5.9 copies direct imports alone)
 from .configuration_evit_lv import EViTLVConfig
 from .modeling_evit import (
     EViTDropPath,
@@ -19,6 +20,7 @@ from .modeling_evit import (
     EViTPreTrainedModel,
 )
 from .token_labelling import token_labelling_loss
+from .token_reorganization import reorganize_tokens  # noqa: F401 (as above)
 
 
 @dataclass
