@@ -34,6 +34,7 @@ from .modeling_evit import (
     EViTPreTrainedModel,
 )
 from .modeling_evit_lv import EViTLVForImageClassification
+from .profiling import height_and_width
 from .token_reorganization import num_attentive_tokens
 
 
@@ -122,13 +123,13 @@ class ConvertedCheckpoint:
                 self.notes.append("the source has no image processor: ViT's was taken (mean and deviation 0.5)")
             else:
                 size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-                if (size.get("height"), size.get("width")) == _pair(image_size):
+                if (size.get("height"), size.get("width")) == height_and_width(image_size):
                     processor.save_pretrained(folder)
                     return
                 self.images = ImageSettings(
                     tuple(processor.image_mean), tuple(processor.image_std), 1.0, processor.resample
                 )
-        height, width = _pair(image_size)
+        height, width = height_and_width(image_size)
         crop = {"height": height, "width": width}
         style = {
             "image_mean": list(self.images.mean),
@@ -191,7 +192,7 @@ def convert_checkpoint(
         converted = _from_file(Path(source), geometry, overrides)
     else:
         converted = _from_transformers(str(source), overrides)
-    if image_size is not None and _pair(converted.model.config.image_size) != (image_size, image_size):
+    if image_size is not None and height_and_width(converted.model.config.image_size) != (image_size, image_size):
         converted.model = _resized(converted.model, image_size)
         converted.notes.append(f"position embeddings were resized bicubically to {image_size} pixels")
     if labels is not None:
@@ -521,10 +522,6 @@ def read_labels(path: str | os.PathLike) -> list[str]:
             raise ConversionError(f"`{path}` must number its labels 0, 1, 2, ..., got {sorted(by_number)[:5]} ...")
         labels = [by_number[number] for number in range(len(by_number))]
     return [str(label) for label in labels]
-
-
-def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 __all__ = ["ConversionError", "ConvertedCheckpoint", "ImageSettings", "convert_checkpoint", "read_labels"]

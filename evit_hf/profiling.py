@@ -28,8 +28,8 @@ def num_tokens_by_layer(
     keep_rate = config.keep_rate if keep_rate is None else keep_rate
     check_keep_rate(keep_rate, len(config.reorganization_layers))
     keep_rates = keep_rate_by_layer(keep_rate, config.reorganization_layers)
-    height, width = _pair(config.image_size if image_size is None else image_size)
-    patch_height, patch_width = _pair(config.patch_size)
+    height, width = height_and_width(config.image_size if image_size is None else image_size)
+    patch_height, patch_width = height_and_width(config.patch_size)
     num_image_tokens = (height // patch_height) * (width // patch_width)
 
     num_tokens = []
@@ -64,7 +64,7 @@ def num_macs(
     """
     num_tokens = num_tokens_by_layer(config, keep_rate, image_size)
     hidden_size = config.hidden_size
-    macs = _patch_embedding_macs(config, *_pair(config.image_size if image_size is None else image_size))
+    macs = _patch_embedding_macs(config, *height_and_width(config.image_size if image_size is None else image_size))
     for attention_tokens, mlp_tokens in num_tokens:
         macs += 4 * attention_tokens * hidden_size**2 + 2 * attention_tokens**2 * hidden_size
         macs += 2 * mlp_tokens * hidden_size * config.intermediate_size
@@ -75,7 +75,7 @@ def num_macs(
 
 def _patch_embedding_macs(config: EViTConfig, height: int, width: int) -> int:
     """Multiply-accumulate operations from the image to its patches."""
-    patch_height, patch_width = _pair(config.patch_size)
+    patch_height, patch_width = height_and_width(config.patch_size)
     num_patches = (height // patch_height) * (width // patch_width)
     if not isinstance(config, EViTLVConfig):
         return num_patches * config.hidden_size * config.num_channels * patch_height * patch_width
@@ -106,7 +106,7 @@ def count_macs(model: nn.Module, pixel_values: torch.Tensor, **kwargs: object) -
     return counter.get_total_flops() // 2
 
 
-def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+def height_and_width(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     """Return (height, width) of a size that is one number or both."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
