@@ -44,6 +44,30 @@ def scheduled_keep_rate(
     return keep_rate + (1 - keep_rate) * (1 + math.cos(math.pi * shrink_step / shrink_steps)) / 2
 
 
+def rounded_keep_rate(
+    rate: float | Sequence[float], keep_rate: float | Sequence[float], levels: int
+) -> float | list[float]:
+    """Scheduled keep rate, rounded up to one of `levels` evenly spaced rates above the target, or the target itself.
+
+    A schedule in few levels has few numbers of tokens: a compiled model is compiled once for each.
+
+    Args:
+        rate: what `scheduled_keep_rate` returned.
+        keep_rate: target of the schedule, one number or one for each reorganization layer.
+        levels: number of rates above the target; the highest is 1.0.
+
+    Returns: a number, or a list if `keep_rate` is one. With target 0.6 and 4 levels 0.65 becomes 0.7.
+    """
+    if isinstance(keep_rate, (list, tuple)):
+        rates = rate if isinstance(rate, (list, tuple)) else [rate] * len(keep_rate)
+        return [rounded_keep_rate(x, target, levels) for x, target in zip(rates, keep_rate, strict=True)]
+    if keep_rate == 1.0:
+        return 1.0
+    # The small number keeps a rate that is a level at that level, whatever the rounding of the division.
+    level = math.ceil((rate - keep_rate) / (1 - keep_rate) * levels - 1e-9)
+    return keep_rate + (1 - keep_rate) * level / levels if level else float(keep_rate)
+
+
 class KeepRateCallback(TrainerCallback):
     """Train an EViT with `transformers.Trainer` under the paper's keep-rate schedule.
 
@@ -146,4 +170,4 @@ def _scheduled_modules(model: nn.Module) -> list[nn.Module]:
     return modules
 
 
-__all__ = ["KeepRateCallback", "scheduled_keep_rate"]
+__all__ = ["KeepRateCallback", "rounded_keep_rate", "scheduled_keep_rate"]

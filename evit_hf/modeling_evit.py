@@ -365,6 +365,32 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
         """
         self.config.keep_rate = list(keep_rate) if isinstance(keep_rate, (list, tuple)) else keep_rate
 
+    @torch.no_grad()
+    def set_image_size(self, image_size: int | Sequence[int]) -> None:
+        """Change the size of the images that the model expects, and resize its position embeddings bicubically.
+
+        For fine-tuning at another resolution; the keep rate then decides what it costs. To run other sizes without
+        changing the model, pass `interpolate_pos_encoding=True` to a forward.
+
+        Args:
+            image_size: pixels, (height, width) or one number for both.
+
+        Raises: ValueError if it is smaller than a patch.
+        """
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        embeddings = next(module for module in self.modules() if isinstance(module, EViTEmbeddings))
+        if height < embeddings.patch_height or width < embeddings.patch_width:
+            raise ValueError(
+                f"`image_size` is {height}x{width}, which is smaller than a patch of "
+                f"{embeddings.patch_height}x{embeddings.patch_width} pixels."
+            )
+        positions = embeddings.interpolate_pos_encoding(embeddings.position_embeddings, height, width)
+        embeddings.position_embeddings = nn.Parameter(positions.clone())
+        self.config.image_size = image_size if isinstance(image_size, int) else list(image_size)
+        num_patches = positions.shape[1] - embeddings.num_prefix_tokens
+        embeddings.image_size = embeddings.patch_embeddings.image_size = (height, width)
+        embeddings.patch_embeddings.num_patches = num_patches
+
     @classmethod
     def from_pretrained(
         cls,

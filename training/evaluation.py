@@ -2,46 +2,92 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import datasets
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
+from transformers import BaseImageProcessor
 
 from evit_hf.profiling import num_macs
+
+from .augmentation import ProcessorTransform
+from .data import EvaluationImages, ImageSplits, StreamedEvaluationImages
+from .interruption import ignore_signals
+from .metrics import ClassificationCounts, MultiLabelCounts
+from .sampling import EvaluationBatches
+from .teachers import Oracle
 
 
 KeepRate = float | Sequence[float] | None
 
 
+def evaluation_loader(
+    splits: ImageSplits,
+    processor: BaseImageProcessor,
+    batch_size: int,
+    num_workers: int,
+    accelerator: Accelerator,
+    on_bad_image: str = "error",
+) -> DataLoader:
+    """Loader of the evaluation split for one process, as the image processor prepares it."""
+    transform = ProcessorTransform(processor)
+    process, num_processes = accelerator.process_index, accelerator.num_processes
+    common = {"worker_init_fn": ignore_signals, "collate_fn": default_collate}
+    if isinstance(splits.evaluation, datasets.IterableDataset):
+        streamed = StreamedEvaluationImages(splits, transform, batch_size, process, num_processes, on_bad_image)
+        return DataLoader(streamed, batch_size=None, num_workers=min(num_workers, 1), **common)
+    images = EvaluationImages(splits, transform, on_bad_image)
+    batches = EvaluationBatches(len(images), batch_size, process, num_processes)
+    return DataLoader(
+        images, batch_sampler=batches, num_workers=num_workers, persistent_workers=num_workers > 0, **common
+    )
+
+
 @torch.no_grad()
-def accuracy(accelerator: Accelerator, model: nn.Module, loader: DataLoader, keep_rate: KeepRate = None) -> dict:
-    """Top-1 and top-5 accuracy, as fractions, each image counted once on any number of processes.
+def evaluate(
+    accelerator: Accelerator,
+    model: nn.Module,
+    loader: Iterable[dict[str, torch.Tensor]],
+    keep_rate: KeepRate = None,
+    oracle: Oracle | None = None,
+    multi_label: bool = False,
+) -> dict[str, Any]:
+    """Evaluate a model, each image counted once on any number of processes.
 
     Args:
-        accelerator: gathers the counts.
-        model: prepared by the accelerator; left in the mode it was in.
-        loader: prepared by the accelerator.
+        accelerator: adds up the counts.
+        model: left in the mode it was in.
+        loader: see `evaluation_loader`.
         keep_rate: instead of the model's own.
+        oracle: chooses the tokens instead of the model's own attention.
+        multi_label: whether labels are zeros and ones for each class.
 
-    Returns: {"top1", "top5", "loss"}; top5 counts the best min(5, num_labels) classes, loss is the mean cross-entropy.
+    Returns: see `ClassificationCounts.summarize` and `MultiLabelCounts.summarize`.
     """
-    was_training = model.training
-    model.eval()
-    hits_at_1, hits_at_5, loss, num_images = 0, 0, 0.0, 0
+    # Without the wrapper that connects processes: it would wait for them in every forward.
+    network = accelerator.unwrap_model(model)
+    was_training = network.training
+    network.eval()
+    counts_class = MultiLabelCounts if multi_label else ClassificationCounts
+    counts = counts_class(network.config.num_labels, accelerator.device)
     for batch in loader:
-        logits = model(batch["pixel_values"], keep_rate=keep_rate).logits.float()
-        losses = nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch["labels"].unsqueeze(1)
-        # Gathered for each image: the last batch of a distributed loader repeats some, and they are cut off here.
-        best, losses = accelerator.gather_for_metrics((best, losses))
-        hits_at_1 += best[:, 0].sum().item()
-        hits_at_5 += best.any(dim=1).sum().item()
-        loss += losses.sum().item()
-        num_images += len(best)
-    model.train(was_training)
-    return {"top1": hits_at_1 / num_images, "top5": hits_at_5 / num_images, "loss": loss / num_images}
+        batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+        scores = oracle(batch["pixel_values"]) if oracle is not None else None
+        logits = network(batch["pixel_values"], keep_rate=keep_rate, patch_scores=scores).logits
+        counts.add(logits, batch["labels"], batch["is_counted"])
+        counts.counts["num_bad_images"] += batch["is_bad"].sum()
+    network.train(was_training)
+    return counts.summarize(accelerator)
+
+
+def main_score(metrics: dict[str, Any]) -> tuple[str, float]:
+    """Name and value of the metric that says which model is better: top-1, or micro F1 with several labels."""
+    name = "top1" if "top1" in metrics else "micro_f1"
+    return name, metrics[name]
 
 
 @torch.no_grad()
@@ -74,20 +120,27 @@ def images_per_second(
 
 
 def compare_keep_rates(
-    accelerator: Accelerator, model: nn.Module, loader: DataLoader, keep_rates: Sequence[KeepRate]
+    accelerator: Accelerator,
+    model: nn.Module,
+    loader: DataLoader,
+    keep_rates: Sequence[KeepRate],
+    timed_model: nn.Module | None = None,
+    multi_label: bool = False,
 ) -> list[dict]:
     """Accuracy, cost and speed of one set of weights at several keep rates.
 
     Args:
-        accelerator: see `accuracy`.
-        model: prepared by the accelerator.
-        loader: evaluation images, prepared by the accelerator; its first batch is used for the timing.
+        accelerator: see `evaluate`.
+        model: as in training.
+        loader: evaluation images; its first batch is used for the timing.
         keep_rates: what to compare, for example [1.0, 0.7].
+        timed_model: the same network by itself, which the main process times alone; by default `model`.
+        multi_label: see `evaluate`.
 
-    Returns: for each keep rate {"keep_rate", "top1", "top5", "loss", "gmacs", "images_per_second", "device", "dtype",
-        "batch_size", "image_size"}; accuracies are fractions.
+    Returns: for each keep rate what `evaluate` returns, and {"keep_rate", "gmacs", "images_per_second", "device",
+        "dtype", "batch_size", "image_size"}.
     """
-    network = accelerator.unwrap_model(model)
+    network = accelerator.unwrap_model(model) if timed_model is None else timed_model
     pixel_values = next(iter(loader))["pixel_values"].to(network.device)
     speeds = [float("nan")] * len(keep_rates)
     if accelerator.is_main_process:  # alone, so that no other process disturbs the timing
@@ -97,10 +150,10 @@ def compare_keep_rates(
     return [
         {
             "keep_rate": keep_rate,
-            **accuracy(accelerator, model, loader, keep_rate),
+            **evaluate(accelerator, model, loader, keep_rate, multi_label=multi_label),
             "gmacs": num_macs(network.config, keep_rate, (height, width)) / 1e9,
             "images_per_second": speed,
-            "device": _device_name(network.device),
+            "device": device_name(network.device),
             "dtype": str(network.dtype).removeprefix("torch."),
             "batch_size": len(pixel_values),
             "image_size": [height, width],
@@ -112,22 +165,24 @@ def compare_keep_rates(
 def comparison_table(results: Sequence[dict]) -> str:
     """The results of `compare_keep_rates` as text, one line for each keep rate, the first one as the baseline."""
     first = results[0]
+    columns = {"top1": "top-1 %", "top5": "top-5 %"} if "top1" in first else {"micro_f1": "F1 %", "exact_match": "all %"}
     lines = [
-        f"{first['device']}, {first['dtype']}, batch {first['batch_size']}, "
+        f"{first['num_images']} images, {first['device']}, {first['dtype']}, batch {first['batch_size']}, "
         f"{first['image_size'][0]}x{first['image_size'][1]} pixels",
-        f"{'keep rate':<20}{'top-1 %':>9}{'top-5 %':>9}{'GMACs':>10}{'MACs':>8}{'images/s':>10}{'speed':>8}",
+        f"{'keep rate':<20}{''.join(f'{title:>9}' for title in columns.values())}"
+        f"{'GMACs':>10}{'MACs':>8}{'images/s':>10}{'speed':>8}",
     ]
     for result in results:
         name = "1.0 (dense ViT)" if result["keep_rate"] == 1.0 else str(result["keep_rate"])
         lines.append(
-            f"{name:<20}{100 * result['top1']:>9.2f}{100 * result['top5']:>9.2f}{result['gmacs']:>10.4f}"
+            f"{name:<20}{''.join(f'{100 * result[column]:>9.2f}' for column in columns)}{result['gmacs']:>10.4f}"
             f"{result['gmacs'] / first['gmacs']:>7.2f}x{result['images_per_second']:>10.0f}"
             f"{result['images_per_second'] / first['images_per_second']:>7.2f}x"
         )
     return "\n".join(lines)
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     """Name of the device for a report, with the number of threads on a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

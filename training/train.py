@@ -7,17 +7,36 @@ from .arguments import parse_train_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train with the settings of a command line; what cannot work ends with one line and status 2."""
+    """Train with the settings of a command line.
+
+    Exit status: 0 done; 1 the end could not be saved, or a process that loads images died; 2 settings, data or
+    checkpoints that cannot work, with one line that says why; 3 the loss was not finite too often; 4 out of memory;
+    143 and 130 stopped by SIGTERM and SIGINT, and saved.
+    """
     arguments = parse_train_arguments(sys.argv[1:] if argv is None else argv)
     from huggingface_hub.errors import StrictDataclassError
 
-    from .trainer import train  # behind the checks: it costs seconds to import
+    # Behind the checks: it costs seconds to import.
+    from .checkpoints import CheckpointError, NoCheckpointError
+    from .interruption import TrainingInterrupted
+    from .trainer import OutOfMemory, TrainingDiverged, train
 
+    statuses = {
+        ValueError: 2,
+        StrictDataclassError: 2,
+        NoCheckpointError: 2,
+        CheckpointError: 1,
+        TrainingDiverged: 3,
+        OutOfMemory: 4,
+    }
     try:
         train(arguments)
-    except (ValueError, StrictDataclassError) as error:
+    except TrainingInterrupted as error:
+        sys.stderr.write(f"evit train: {error}\n")
+        sys.exit(error.status)
+    except tuple(statuses) as error:
         sys.stderr.write(f"evit train: error: {error}\n")
-        sys.exit(2)
+        sys.exit(next(status for kind, status in statuses.items() if isinstance(error, kind)))
 
 
 if __name__ == "__main__":

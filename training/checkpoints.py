@@ -1,0 +1,261 @@
+"""Checkpoints that survive whatever kills a run: written beside, hashed, synchronised, renamed; verified before use.
+
+A checkpoint is a folder `step-000000123`:
+    model.safetensors     raw weights, under the names that the modules have in memory
+    ema.safetensors       averaged weights, if there are any
+    optimizer.pt          state of AdamW and of the gradient scaler, tensors and numbers only
+    progress.json         everything else: optimizer step, counts, best result, settings of the run
+    manifest.json         SHA-256 and size of each file above
+It appears under its name only when all of it is on the disk.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+
+MANIFEST = "manifest.json"
+PREFIX = "step-"
+PARTIAL = ".partial-"
+# Settings that change neither weights nor results; a run may go on with others.
+HARMLESS = {
+    "num_workers",
+    "check_images",
+    "eval_batch_size",
+    "output_dir",
+    "overwrite",
+    "resume",
+    "resume_override",
+    "checkpoint_steps",
+    "keep_checkpoints",
+    "final_weights",
+    "log_steps",
+    "trackers",
+    "num_pictures",
+    "dry_run",
+}
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all that resuming needs beside the tensors.
+
+    Args:
+        step: optimizer steps done, skipped ones counted in; it says which images come next.
+        skipped_steps: of these, steps that changed nothing because the loss or a gradient was not finite. The schedules
+            stand at `step - skipped_steps`.
+        skipped_in_row: the last ones of these, without a good one between.
+        evaluated_step: optimizer step of the last evaluation that was completed.
+        bad_images: training images that could not be decoded and were replaced.
+        accumulation_factor: into how many parts micro-batches are cut because memory ran out; 1 for not at all.
+        best: {"step", "weights": "raw" or "ema", "score"} of the best evaluation, or empty.
+        num_processes: processes of the run.
+        settings: flat settings of the run.
+    """
+
+    step: int = 0
+    skipped_steps: int = 0
+    skipped_in_row: int = 0
+    evaluated_step: int = 0
+    bad_images: int = 0
+    accumulation_factor: int = 1
+    best: dict[str, Any] = field(default_factory=dict)
+    num_processes: int = 1
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def schedule_step(self) -> int:
+        """Optimizer steps that counted."""
+        return self.step - self.skipped_steps
+
+
+class CheckpointError(RuntimeError):
+    """Something that a run leaves could not be written at its end; ends with status 1."""
+
+
+class NoCheckpointError(CheckpointError):
+    """No intact checkpoint to go on from, although there should be one; ends with status 2."""
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of an optimizer step belongs."""
+    return folder / f"{PREFIX}{step:09d}"
+
+
+def write_checkpoint(
+    folder: Path,
+    progress: Progress,
+    model: dict[str, torch.Tensor],
+    optimizer: dict[str, Any],
+    ema: dict[str, torch.Tensor] | None = None,
+) -> Path:
+    """Write a checkpoint so that it is there as a whole or not at all.
+
+    Args:
+        folder: of all checkpoints of the run.
+        progress: where the run stands.
+        model: weights by name, on the CPU.
+        optimizer: state of the optimizer and what belongs to it.
+        ema: averaged weights by name.
+
+    Returns: the folder of the checkpoint.
+
+    Raises: OSError if it cannot be written; what was there before is untouched and nothing partial stays.
+    """
+    final = checkpoint_path(folder, progress.step)
+    if problem(final) is None:
+        return final  # a run is deterministic: it holds just this
+    partial = folder / f"{PARTIAL}{final.name}"
+    buffer = BytesIO()
+    torch.save(optimizer, buffer)
+    files = {
+        "model.safetensors": save_tensors(model),
+        "optimizer.pt": buffer.getvalue(),
+        "progress.json": json.dumps(asdict(progress), indent=2).encode(),
+        **({"ema.safetensors": save_tensors(ema)} if ema is not None else {}),
+    }
+    manifest = {
+        name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in files.items()
+    }
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for name, data in {**files, MANIFEST: json.dumps(manifest, indent=2).encode()}.items():
+            write_durably(partial / name, data)
+        if final.exists():  # a damaged one of the same step
+            shutil.rmtree(final)
+        partial.rename(final)
+        _synchronize_folder(folder)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on the disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_durably(path: Path, data: bytes) -> None:
+    """Replace a file by new contents at once: whoever looks sees the old or the new ones."""
+    partial = path.with_name(f"{PARTIAL}{path.name}")
+    write_durably(partial, data)
+    partial.replace(path)
+    _synchronize_folder(path.parent)
+
+
+def _synchronize_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def problem(path: Path) -> str | None:
+    """What is wrong with a checkpoint, naming the file, or None if every byte is as it was written."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        for name, expected in manifest.items():
+            data = (path / name).read_bytes()
+            if len(data) != expected["size"]:
+                return f"{name} has {len(data)} bytes instead of {expected['size']}"
+            if hashlib.sha256(data).hexdigest() != expected["sha256"]:
+                return f"{name} was changed: its SHA-256 is not that of {MANIFEST}"
+        missing = {"model.safetensors", "optimizer.pt", "progress.json"} - manifest.keys()
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read: {type(error).__name__}: {error}"
+    return f"{MANIFEST} does not name {sorted(missing)}" if missing else None
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Newest checkpoint of a run that is intact; damaged ones are named on standard error and skipped.
+
+    Returns: its path, or None if there has never been one.
+
+    Raises: NoCheckpointError if there are checkpoints and all of them are damaged.
+    """
+    paths = sorted(folder.glob(f"{PREFIX}*"), reverse=True)
+    problems = []
+    for path in paths:
+        found = problem(path)
+        if found is None:
+            return path
+        problems.append(f"{path}: {found}")
+        sys.stderr.write(f"Skipped a damaged checkpoint, {problems[-1]}.\n")
+    if problems:
+        raise NoCheckpointError(
+            f"None of the {len(paths)} checkpoints in {folder} is intact ({'; '.join(problems)}): nothing was changed. "
+            "Restore one, or pass `--overwrite` to start from the beginning."
+        )
+    return None
+
+
+def read_checkpoint(path: Path) -> tuple[Progress, dict[str, Any]]:
+    """Read a checkpoint.
+
+    Returns: the progress, and {"model", "optimizer", "ema"} on the CPU; "ema" is None if there is none.
+
+    Raises: NoCheckpointError if it is not intact.
+    """
+    found = problem(path)
+    if found is not None:
+        raise NoCheckpointError(f"{path} is no intact checkpoint: {found}.")
+    ema = path / "ema.safetensors"
+    return Progress(**json.loads((path / "progress.json").read_text())), {
+        "model": load_tensors((path / "model.safetensors").read_bytes()),
+        "optimizer": torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
+        "ema": load_tensors(ema.read_bytes()) if ema.exists() else None,
+    }
+
+
+def rotate_checkpoints(folder: Path, keep: int, spared: Iterable[int] = ()) -> None:
+    """Delete all but the newest `keep` intact checkpoints, those of the steps `spared`, and what was left half-written.
+
+    Damaged ones do not count as kept: a run must not lose an intact one to them.
+    """
+    spared_paths = {checkpoint_path(folder, step) for step in spared}
+    num_kept = 0
+    for path in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
+        # Reading a checkpoint again costs time, and only the ones that are about to be counted are worth it.
+        is_kept = num_kept < keep and problem(path) is None
+        num_kept += is_kept
+        if not is_kept and path not in spared_paths:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(f"{PARTIAL}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def settings_that_differ(old: dict[str, Any], new: dict[str, Any], also_harmful: Iterable[str] = ()) -> list[str]:
+    """Lines of a table with the settings that change the training and are not what they were; empty if there are none.
+
+    Args:
+        old: flat settings of the checkpoint.
+        new: flat settings of this run.
+        also_harmful: settings that matter in this run though they usually do not.
+    """
+    names = [
+        name
+        for name in {**old, **new}
+        if (name not in HARMLESS or name in also_harmful) and old.get(name) != new.get(name)
+    ]
+    width = max((len(name) for name in names), default=0)
+    return [f"  {name:<{width}}  checkpoint: {old.get(name)!s:<12}  now: {new.get(name)}" for name in names]
