@@ -69,7 +69,7 @@ def test_written_settings_are_a_recipe_again(tmp_path):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("keep_rat: 0.5", "unknown setting `keep_rat`: did you mean `keep_rate`?"),
+        ("epochs: 1\nkeep_rat: 0.5", "bad.yaml:2` has an unknown setting `keep_rat`: did you mean `keep_rate`?"),
         ("- 1\n- 2", "must hold `name: value` lines, got a list"),
         ("a: [", "is no YAML"),
         ("epochs: many", "invalid int value: 'many'"),
@@ -88,12 +88,20 @@ def test_bad_recipes_are_refused(text, sentence, tmp_path, capsys):
         (["--keep_rat", "0.5"], "unknown flag `--keep_rat`: did you mean `keep_rate`?"),
         (["--learning-rat", "0.5"], "unknown flag `--learning-rat`: did you mean `learning_rate`?"),
         (["--epochs", "0"], "`--epochs` must be at least 1, got 0"),
-        (["--max_steps", "0"], "`--max_steps` must be at least 1, got 0: leave it out"),
+        (["--max_steps", "0"], "`--max_steps` must be at least 1, got 0. Leave it out for no limit."),
         (["--horizontal_flip", "2"], "`--horizontal_flip` must be in [0, 1], got 2.0"),
-        (["--weight_decay", "-1"], "`--weight_decay` must not be negative"),
+        (["--weight_decay", "-1"], "`--weight_decay` must be 0 or more, got -1.0"),
+        (["--keep_checkpoints", "1"], "`--keep_checkpoints` must be at least 2"),
+        (["--match_macs_of", "224", "--keep_rate", "0.5"], "`--match_macs_of` chooses the keep rate"),
+        (["--keep_rate_range", "0.9", "0.5"], "must be two rates in (0, 1], the lower one first"),
+        (["--mix_token", "1", "--mixup", "0.8"], "`--mix_token` mixes images already"),
+        (["--oracle", "initial"], "`--oracle initial` takes the weights of `--model`, which is missing"),
+        (["--teacher", "initial"], "`--teacher initial` takes the weights of `--model`, which is missing"),
+        (["--streaming"], "say with `--max_steps` how long to train"),
+        (["--model", "a", "--preset", "b"], "`--model` and `--preset` both name the model"),
         (
             ["no_such_recipe"],
-            "There is no recipe `no_such_recipe`: give the path of a YAML file, or one of cifar10, digits",
+            "There is no recipe `no_such_recipe`: give the path of a YAML file, or one of cifar10, d",
         ),
     ],
 )

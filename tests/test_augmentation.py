@@ -6,7 +6,14 @@ from torchvision.transforms import v2
 from transformers import AutoImageProcessor, ViTImageProcessor
 
 from evit_training.arguments import AugmentationArguments
-from evit_training.augmentation import ProcessorTransform, image_processor, training_transform
+from evit_training.augmentation import (
+    ProcessorTransform,
+    RandAugment,
+    batch_mixing,
+    image_processor,
+    three_augment,
+    training_transform,
+)
 
 
 @pytest.fixture
@@ -51,7 +58,7 @@ def test_a_checkpoints_processor_is_taken_or_resized(tmp_path):
 @pytest.mark.parametrize("crop", ["random_resized", "padded", "none"])
 def test_training_images_have_the_models_size_and_scale(crop, photo):
     arguments = AugmentationArguments(
-        crop=crop, affine_degrees=10, rand_augment=9, color_jitter=0.3, random_erasing=0.5
+        crop=crop, affine_degrees=10, rand_augment=9, rand_augment_std=0.5, three_augment=True, color_jitter=0.3
     )
     transform = training_transform(arguments, 32, image_processor(None, 32))
     torch.manual_seed(0)
@@ -62,7 +69,14 @@ def test_training_images_have_the_models_size_and_scale(crop, photo):
 
 
 def test_all_randomness_comes_from_pytorch(photo):
-    arguments = AugmentationArguments(affine_degrees=10, rand_augment=9, color_jitter=0.3, random_erasing=0.5)
+    arguments = AugmentationArguments(
+        affine_degrees=10,
+        rand_augment=9,
+        rand_augment_std=0.5,
+        three_augment=True,
+        color_jitter=0.3,
+        random_erasing=0.5,
+    )
     transform = training_transform(arguments, 32, image_processor(None, 32))
 
     def once(seed):
@@ -78,3 +92,57 @@ def test_without_augmentation_training_sees_what_evaluation_sees(photo):
     processor = image_processor(None, 32)
     transform = training_transform(AugmentationArguments(crop="none", horizontal_flip=0), 32, processor)
     torch.testing.assert_close(transform(photo), ProcessorTransform(processor)(photo), rtol=0, atol=0.05)
+
+
+def test_rand_augment_varies_its_magnitude_around_nine_tenths(photo):
+    augment = RandAugment(9, 0.5, v2.InterpolationMode.BICUBIC)
+    drawn = []
+    augment.by_magnitude = [lambda image, i=i: drawn.append(i) or image for i in range(31)]
+    torch.manual_seed(0)
+    for _ in range(300):
+        augment(photo)
+    assert np.mean(drawn) == pytest.approx(27, abs=0.3)  # of 30
+    assert np.std(drawn) == pytest.approx(1.5, abs=0.3)
+    assert max(drawn) <= 30
+
+
+def test_three_augment_is_grey_solarized_or_blurred(photo):
+    torch.manual_seed(0)
+    pixels = np.asarray(photo).astype(int)
+    seen = set()
+    for _ in range(30):
+        varied = np.asarray(three_augment(32)(photo)).astype(int)
+        if (varied == varied[..., :1]).all():
+            seen.add("grey")
+        elif (np.minimum(abs(varied - pixels), abs(varied - (255 - pixels))) == 0).all():
+            seen.add("solarized")
+        elif varied.std() < pixels.std():
+            seen.add("blurred")
+    assert seen == {"grey", "solarized", "blurred"}
+
+
+def test_mixing_gives_images_and_labels_the_same_shares():
+    images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 16, 16).clone()
+    labels = torch.arange(4)
+    torch.manual_seed(0)
+    kinds = set()
+    for _ in range(20):
+        mixed, targets = batch_mixing(AugmentationArguments(mixup=0.8, cutmix=1.0), 4)(images, labels)
+        # Image i has the value i, so the mean pixel is the expectation of the label.
+        torch.testing.assert_close(mixed.mean(dim=(1, 2, 3)), targets @ torch.arange(4.0))
+        kinds.add("cutmix" if mixed[1].unique().numel() > 1 else "mixup")
+    assert kinds == {"cutmix", "mixup"}
+    assert batch_mixing(AugmentationArguments(), 4) is None
+    several = torch.eye(4)
+    _, targets = batch_mixing(AugmentationArguments(mixup=0.8), 4)(images, several)
+    assert targets.shape == (4, 4)
+
+
+def test_erased_rectangles_hold_noise(photo):
+    arguments = AugmentationArguments(crop="none", horizontal_flip=0, random_erasing=1.0)
+    torch.manual_seed(0)
+    grey = Image.new("RGB", (32, 32), (128, 128, 128))
+    erased = training_transform(arguments, 32, image_processor(None, 32))(grey)
+    is_noise = (erased - erased[:, :1, :1]).abs().amax(dim=0) > 1e-6
+    assert 0.01 < is_noise.float().mean() < 0.4
+    assert erased[:, is_noise].std() > 0.5

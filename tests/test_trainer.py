@@ -31,9 +31,10 @@ from evit_hf import (
 from evit_hf.keep_rate_schedule import scheduled_keep_rate
 from evit_hf.profiling import num_macs
 from evit_training import trainer
-from evit_training.arguments import OptimizationArguments, parse_train_arguments
-from evit_training.evaluation import accuracy, comparison_table, images_per_second
-from evit_training.trainer import batches, build_optimizer, train
+from evit_training.arguments import parse_train_arguments
+from evit_training.data import load_splits
+from evit_training.evaluation import comparison_table, evaluate, images_per_second
+from evit_training.trainer import train
 
 
 SHORT = ["digits", "--max_train_samples", "128", "--max_eval_samples", "50", "--batch_size", "32", "--epochs", "2"]
@@ -64,8 +65,10 @@ def test_run_leaves_model_metrics_settings_and_picture(finished_run):
     output_dir, results = finished_run
     assert {path.name for path in output_dir.iterdir()} == {
         "model",
+        "checkpoints",
         "metrics.jsonl",
         "results.json",
+        "class_report.json",
         "arguments.yaml",
         "kept_patches.png",
     }
@@ -103,19 +106,35 @@ def test_results_are_those_of_the_saved_model(finished_run):
     assert "1.0 (dense ViT)" in table and f"{100 * results[1]['top1']:.2f}" in table
 
 
-def test_same_seed_gives_the_same_weights_and_another_seed_others(finished_run, tmp_path):
+def test_same_seed_gives_the_same_weights_whatever_loads_the_images(finished_run, tmp_path):
     schedule = ["--keep_rate_dense_epochs", "0.5", "--keep_rate_shrink_epochs", "1"]
     short_run(tmp_path / "same", *schedule, "--num_workers", "2")
     short_run(tmp_path / "other", *schedule, "--seed", "1")
-    weights = [load_file(folder / "model" / "model.safetensors") for folder in (finished_run[0], tmp_path / "other")]
-    assert not torch.equal(*(w["vit.layers.0.mlp.fc1.weight"] for w in weights))
-    # Workers draw their augmentation from seeds of their own: the order of images is the same, the variation is not.
-    logs = [read_log(folder) for folder in (finished_run[0], tmp_path / "same")]
-    assert [entry["step"] for entry in logs[0]] == [entry["step"] for entry in logs[1]]
-    short_run(tmp_path / "again", *schedule)
-    again = load_file(tmp_path / "again" / "model" / "model.safetensors")
-    for name, tensor in weights[0].items():
-        assert torch.equal(again[name], tensor), name
+    first, same, other = (
+        load_file(folder / "model" / "model.safetensors")
+        for folder in (finished_run[0], tmp_path / "same", tmp_path / "other")
+    )
+    assert not torch.equal(first["vit.layers.0.mlp.fc1.weight"], other["vit.layers.0.mlp.fc1.weight"])
+    for name, tensor in first.items():
+        assert torch.equal(same[name], tensor), name
+
+
+def test_class_report_belongs_to_the_results(finished_run):
+    output_dir, results = finished_run
+    report = json.loads((output_dir / "class_report.json").read_text())
+    assert report["label_names"] == [str(digit) for digit in range(10)]
+    confusion = torch.tensor(report["confusion_matrix"])
+    assert confusion.sum() == 50
+    assert confusion.trace() / 50 == pytest.approx(results[1]["top1"])
+    assert [row["support"] for row in report["by_class"]] == confusion.sum(1).tolist()
+
+
+def test_log_tells_speed_waiting_memory_and_operations(finished_run):
+    steps = [entry for entry in read_log(finished_run[0]) if "loss" in entry]
+    for entry in steps:
+        assert entry["images_per_second"] > 0 and 0 <= entry["data_wait"] <= 1 and entry["memory_gib"] > 0.01
+    assert steps[0]["gmacs"] > steps[-1]["gmacs"] > 0  # the keep rate fell
+    assert all(entry["skipped_steps"] == entry["bad_images"] == 0 for entry in steps)
 
 
 def test_fine_tunes_a_vit_of_transformers(tmp_path):
@@ -213,23 +232,27 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "metrics.jsonl").write_text("precious")
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds a run already \(model, metrics.jsonl\): choose another"):
+    with pytest.raises(ValueError, match=r"holds a run already \(model, metrics.jsonl\): go on with `--resume auto`"):
         short_run(tmp_path, "--max_steps", "1")
     assert (tmp_path / "metrics.jsonl").read_text() == "precious"
+    with pytest.raises(ValueError, match="`--overwrite` would delete what `--resume` goes on from"):
+        short_run(tmp_path, "--overwrite", "--resume", "auto")
     short_run(tmp_path, "--max_steps", "1", "--overwrite")
     assert "precious" not in (tmp_path / "metrics.jsonl").read_text()
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_a_diverging_run_stops_with_the_reason(tmp_path):
-    with pytest.raises(FloatingPointError, match="The training loss is nan at step .*lower `--learning_rate`"):
-        short_run(tmp_path, "--learning_rate", "1e30", "--warmup_epochs", "0")
-
-
-def test_another_resolution_than_the_checkpoints_is_refused(tmp_path, tiny_model):
+def test_another_resolution_resizes_the_positions_and_matches_the_operations(tmp_path, tiny_model):
     tiny_model.save_pretrained(tmp_path / "evit")
-    with pytest.raises(ValueError, match="`--image_size` is 64 but .* was made for 32"):
-        short_run(tmp_path / "run", "--model", str(tmp_path / "evit"), "--image_size", "64")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "evit")
+    flags = ["--model", str(tmp_path / "evit"), "--image_size", "40", "--match_macs_of", "32", "--learning_rate", "0"]
+    results = short_run(tmp_path / "run", *flags, "--max_steps", "1")
+    model = EViTForImageClassification.from_pretrained(tmp_path / "run" / "model")
+    assert model.config.image_size == 40
+    assert model.vit.embeddings.position_embeddings.shape[1] == 26
+    dense = num_macs(tiny_model.config, 1.0) / 1e9
+    assert 0.8 * dense < results[1]["gmacs"] <= dense * 1.05  # one more class logit than the checkpoint has
+    assert AutoImageProcessor.from_pretrained(tmp_path / "run" / "model").size == {"height": 40, "width": 40}
 
 
 def test_models_for_other_than_square_images_are_refused(tmp_path):
@@ -241,34 +264,16 @@ def test_models_for_other_than_square_images_are_refused(tmp_path):
 # Pieces
 
 
-def test_norms_biases_positions_and_tokens_have_no_weight_decay(tiny_model):
-    optimizer = build_optimizer(tiny_model, OptimizationArguments(weight_decay=0.3))
-    names = {id(parameter): name for name, parameter in tiny_model.named_parameters()}
-    decayed, spared = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
-    assert decayed | spared == set(names.values())
-    assert {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings", "vit.layernorm.weight"} <= spared
-    assert all(name.endswith("weight") and "norm" not in name for name in decayed)
-
-
-def test_batches_run_over_epochs_and_stop_at_the_step():
-    assert [(epoch, batch, ends) for epoch, batch, ends in batches(["a", "b", "c"], 5)] == [
-        (0, "a", False),
-        (0, "b", False),
-        (0, "c", True),
-        (1, "a", False),
-        (1, "b", False),
-    ]
-
-
-def test_accuracy_counts_as_a_loop_does(tiny_model):
+def test_evaluation_counts_as_a_loop_does(tiny_model):
     from accelerate import Accelerator
 
     pixel_values, labels = torch.randn(23, 3, 32, 32), torch.arange(23) % 5
-    loader = torch.utils.data.DataLoader(
-        [{"pixel_values": x, "labels": y} for x, y in zip(pixel_values, labels, strict=True)], batch_size=7
-    )
-    metrics = accuracy(Accelerator(cpu=True), tiny_model, loader, keep_rate=0.5)
+    rows = [
+        {"pixel_values": x, "labels": y, "is_counted": True, "is_bad": False}
+        for x, y in zip(pixel_values, labels, strict=True)
+    ]
+    loader = torch.utils.data.DataLoader(rows, batch_size=7)
+    metrics = evaluate(Accelerator(cpu=True), tiny_model, loader, keep_rate=0.5)
     logits = torch.cat([tiny_model(x[None], keep_rate=0.5).logits for x in pixel_values])
     hits = sum(int(row.argmax() == label) for row, label in zip(logits, labels, strict=True))
     assert metrics["top1"] == hits / 23
@@ -296,11 +301,11 @@ def run_command(command, cwd):
 
 def test_two_processes_share_the_work_and_count_each_image_once(tmp_path):
     """51 evaluation images on two processes: one is repeated to fill up, and must not be counted."""
-    flags = [*SHORT, "--max_eval_samples", "51", "--output_dir", "run", "--log_steps", "1"]
+    flags = [*SHORT, "--max_eval_samples", "51", "--output_dir", "run", "--log_steps", "1", "--batch_size", "64"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
     status, output = run_command([*launch, "-m", "evit_training.train", *flags], tmp_path)
     assert status == 0, output
-    assert "steps on 2 x cpu" in output
+    assert "steps of 64 images on 2 x cpu" in output
     assert output.count("1.0 (dense ViT)") == 1
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results[1]["top1"] * 51 == pytest.approx(round(results[1]["top1"] * 51))
@@ -322,4 +327,4 @@ def test_a_silent_single_process_launch_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(trainer, "Accelerator", lambda **settings: SimpleNamespace(num_processes=1))
     with pytest.raises(RuntimeError, match="2 processes were launched but Accelerate uses 1: launch with `torchrun"):
-        trainer.build_accelerator("no")
+        trainer.build_accelerator(parse_train_arguments([]))

@@ -223,7 +223,8 @@ class TrainArguments:
             for name in names:
                 value = settings[name]
                 if value is not None and not holds(value):
-                    raise ValueError(f"`--{name}` must be {accepted}, got {value}.")
+                    way_out = " Leave it out for no limit." if name in _LIMITS else ""
+                    raise ValueError(f"`--{name}` must be {accepted}, got {value}.{way_out}")
         model, teacher, augmentation = self.model, self.teacher, self.augmentation
         if model.model is not None and model.preset is not None:
             raise ValueError("`--model` and `--preset` both name the model: give one of them.")
@@ -256,6 +257,8 @@ class TrainArguments:
             optimization.batch_size / 512 if optimization.scale_learning_rate else 1.0
         )
 
+
+_LIMITS = ("max_steps", "max_train_samples", "max_eval_samples", "checkpoint_steps", "oracle_epochs")
 
 # Settings, what they accept in words, and the test of it.
 _RANGES = (
@@ -353,8 +356,12 @@ def recipe_path(name_or_path: str) -> Path:
     raise ValueError(f"There is no recipe `{name_or_path}`: give the path of a YAML file, or one of {names}.")
 
 
-def recipe_flags(path: Path) -> list[str]:
+def recipe_flags(path: Path, without: Sequence[str] = ()) -> list[str]:
     """The settings of a recipe as command-line flags, so that both go through the same checks.
+
+    Args:
+        path: of the recipe.
+        without: settings to leave out.
 
     Raises: ValueError for a file that is no mapping, or a setting that does not exist.
     """
@@ -370,7 +377,7 @@ def recipe_flags(path: Path) -> list[str]:
     for name, value in settings.items():
         if name not in SETTINGS:
             raise ValueError(f"`{path}:{lines[str(name)]}` has an unknown setting `{name}`: {probably_meant(name)}")
-        if value is not None and value != []:
+        if value is not None and value != [] and name not in without:
             flags += [f"--{name}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
     return flags
 
@@ -397,7 +404,9 @@ def parse_train_arguments(argv: Sequence[str]) -> TrainArguments:
     argv = list(argv)
     try:
         if argv and not argv[0].startswith("-"):
-            argv = recipe_flags(recipe_path(argv[0])) + argv[1:]
+            # A flag that chooses the keep rate stands over the rate of the recipe, as every flag does.
+            chooses = any(flag.replace("-", "_").startswith("__match_macs_of") for flag in argv)
+            argv = recipe_flags(recipe_path(argv[0]), ["keep_rate"] if chooses else []) + argv[1:]
         *parts, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )

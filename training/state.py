@@ -124,6 +124,7 @@ class TrainingState:
         except (RuntimeError, ValueError, KeyError) as error:
             raise NoCheckpointError(f"{path} does not fit this model and optimizer: {error}") from None
         for group, fresh in zip(self.optimizer.param_groups, groups, strict=True):
+            group.pop("initial_lr", None)
             group.update(fresh)
         if self.accelerator.scaler is not None and "scaler" in tensors["optimizer"]:
             self.accelerator.scaler.load_state_dict(tensors["optimizer"]["scaler"])

@@ -1,0 +1,141 @@
+"""Checkpoints of the trainer; those of models are in test_checkpoints.py."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from evit_training.checkpoints import (
+    HARMLESS,
+    NoCheckpointError,
+    Progress,
+    newest_checkpoint,
+    problem,
+    read_checkpoint,
+    replace_durably,
+    rotate_checkpoints,
+    settings_that_differ,
+    write_checkpoint,
+)
+
+
+def write(folder, step, with_ema=True):
+    weights = {"a": torch.full((3,), float(step)), "b": torch.ones(2, 2)}
+    optimizer = {"optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 0.1}]}}
+    ema = {"a": torch.zeros(3), "b": torch.zeros(2, 2)} if with_ema else None
+    return write_checkpoint(folder, Progress(step=step, settings={"seed": 1}), weights, optimizer, ema)
+
+
+def test_what_is_read_is_what_was_written(tmp_path):
+    path = write(tmp_path, 7)
+    assert path.name == "step-000000007"
+    progress, tensors = read_checkpoint(path)
+    assert progress == Progress(step=7, settings={"seed": 1})
+    assert tensors["model"]["a"].tolist() == [7, 7, 7]
+    assert tensors["ema"]["a"].tolist() == [0, 0, 0]
+    assert tensors["optimizer"]["optimizer"]["param_groups"] == [{"lr": 0.1}]
+    assert read_checkpoint(write(tmp_path, 8, with_ema=False))[1]["ema"] is None
+
+
+FILES = ["model.safetensors", "ema.safetensors", "optimizer.pt", "progress.json", "manifest.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "empty"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(name, damage, tmp_path, capsys):
+    write(tmp_path, 1)
+    newest = write(tmp_path, 2)
+    file = newest / name
+    data = bytearray(file.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    elif damage == "truncate":
+        file.write_bytes(data[:-1])
+    elif damage == "empty":
+        file.write_bytes(b"")
+    else:
+        file.unlink()
+    assert newest_checkpoint(tmp_path).name == "step-000000001"
+    said = capsys.readouterr().err
+    assert "Skipped a damaged checkpoint" in said and "step-000000002" in said
+    if name != "manifest.json":
+        assert name in said
+    with pytest.raises(NoCheckpointError, match="is no intact checkpoint"):
+        read_checkpoint(newest)
+
+
+def test_a_manifest_that_leaves_files_out_is_not_trusted(tmp_path):
+    path = write(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["optimizer.pt"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert problem(path) == "manifest.json does not name ['optimizer.pt']"
+
+
+def test_without_any_intact_checkpoint_nothing_is_restarted_in_silence(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    (write(tmp_path, 1) / "model.safetensors").unlink()
+    with pytest.raises(NoCheckpointError, match=r"None of the 1 checkpoints .* model.safetensors is missing"):
+        newest_checkpoint(tmp_path)
+
+
+def test_rotation_keeps_the_newest_intact_ones_and_the_best(tmp_path):
+    for step in range(1, 7):
+        write(tmp_path, step)
+    (tmp_path / "step-000000005" / "model.safetensors").write_bytes(b"")
+    (tmp_path / ".partial-step-000000009").mkdir()
+    rotate_checkpoints(tmp_path, keep=2, spared=[2])
+    assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["2", "4", "6"]
+
+
+def test_an_intact_checkpoint_is_not_written_again_and_a_damaged_one_is(tmp_path):
+    path = write(tmp_path, 1)
+    before = (path / "progress.json").stat().st_mtime_ns
+    assert (write(tmp_path, 1) / "progress.json").stat().st_mtime_ns == before
+    (path / "model.safetensors").write_bytes(b"")
+    assert problem(write(tmp_path, 1)) is None
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    from evit_training import checkpoints
+
+    def full(path, data):
+        if path.name == "optimizer.pt":
+            raise OSError(28, "No space left on device")
+        path.write_bytes(data)
+
+    monkeypatch.setattr(checkpoints, "write_durably", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    (tmp_path / "log").write_text("old")
+    replace_durably(tmp_path / "log", b"new")
+    assert (tmp_path / "log").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+def test_only_settings_that_change_the_training_differ():
+    old = {"learning_rate": 0.1, "num_workers": 4, "epochs": 3, "seed": 0}
+    new = {**old, "learning_rate": 0.2, "num_workers": 0, "log_steps": 9}
+    lines = settings_that_differ(old, new)
+    assert len(lines) == 1
+    assert re.fullmatch(r"  learning_rate  checkpoint: 0.1 +now: 0.2", lines[0])
+    assert len(settings_that_differ(old, new, also_harmful=["num_workers"])) == 2
+
+
+def test_harmless_settings_exist():
+    from evit_training.arguments import SETTINGS
+
+    assert set(SETTINGS) >= HARMLESS
+    for name in ("learning_rate", "batch_size", "seed", "keep_rate", "epochs", "dataset", "mixed_precision"):
+        assert name not in HARMLESS
+
+
+def test_schedules_stand_still_in_skipped_steps():
+    assert Progress(step=10, skipped_steps=3).schedule_step == 7
