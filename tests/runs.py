@@ -33,9 +33,13 @@ class ForkedRun:
     def __init__(self, flags, output_dir, *, before=None, **environment):
         self.output = Path(f"{output_dir}-{time.monotonic_ns()}.txt")
         self.process = multiprocessing.get_context("fork").Process(
-            target=self._run, args=([*flags, "--output_dir", str(output_dir)], before, environment)
+            target=self._run, args=([*self._with_folder(flags, output_dir)], before, environment)
         )
         self.process.start()
+
+    @staticmethod
+    def _with_folder(flags, output_dir):
+        return flags if "--output_dir" in flags else [*flags, "--output_dir", str(output_dir)]
 
     def _run(self, argv, before, environment):
         os.setsid()  # a group of its own, with its workers
@@ -98,7 +102,7 @@ def run(flags, output_dir, status=0, **options):
     return forked.text()
 
 
-def fork_ranks(flags, output_dir, num_processes=2, **environment):
+def fork_ranks(flags, output_dir, num_processes=2, before=None, **environment):
     """The processes of one distributed run, connected by gloo."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -107,6 +111,7 @@ def fork_ranks(flags, output_dir, num_processes=2, **environment):
         ForkedRun(
             flags,
             output_dir,
+            before=before,
             RANK=str(rank),
             LOCAL_RANK=str(rank),
             WORLD_SIZE=str(num_processes),

@@ -59,6 +59,15 @@ class Interruption:
         return self.signal_number
 
 
+def await_deaths_of_loaders() -> None:
+    """Notice the death of a loading process where its images are awaited, at the edge of a step.
+
+    PyTorch's handler, set when the first loader starts, raises wherever the training process happens to be, in the
+    middle of an optimizer step if need be; the loader itself looks after its processes too, every five seconds.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def ignore_signals(worker: int) -> None:
     """Leave signals to the training process; `worker_init_fn` of loaders, whose workers end with it."""
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -58,7 +58,7 @@ from .data import (
     load_splits,
 )
 from .evaluation import comparison_table, compare_keep_rates, evaluate, evaluation_loader, main_score
-from .interruption import Interruption, TrainingInterrupted, ignore_signals, lock
+from .interruption import Interruption, TrainingInterrupted, await_deaths_of_loaders, ignore_signals, lock
 from .metrics_log import MetricsLog, build_trackers
 from .models import build_model, load_classifier
 from .optimization import WeightAverage, build_optimizer, freeze, learning_rate_schedule
@@ -177,6 +177,7 @@ def run_training(parts: Parts, state: TrainingState, is_resumed: bool) -> list[d
         arguments.data.on_bad_image,
     )
     micro_batches = iter(training_loader(parts, progress.step)) if progress.step < num_steps else iter(())
+    await_deaths_of_loaders()
     progress_bar = tqdm(
         total=num_steps,
         initial=progress.step,
