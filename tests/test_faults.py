@@ -145,7 +145,7 @@ def test_a_diverged_run_stops_with_its_images_and_its_last_good_checkpoint(tmp_p
 
 
 def test_a_gradient_scaler_that_overflows_is_counted_and_holds_the_schedules(tmp_path):
-    """Accelerate refuses fp16 on a CPU, so PyTorch's scaler is put in place by hand."""
+    """Accelerate has no scaler on a CPU, so PyTorch's is put in place by hand."""
 
     def wrapper(original):
         def build(arguments):
@@ -170,8 +170,8 @@ def test_a_gradient_scaler_that_overflows_is_counted_and_holds_the_schedules(tmp
     plain = [entry["learning_rate"] for entry in read_log(tmp_path / "plain") if "learning_rate" in entry]
     good_before = [i - skips for i, skips in enumerate([0, *skipped[:-1]])]
     assert [entry["learning_rate"] for entry in log] == [plain[i] for i in good_before]
-    text = run(["digits", "--mixed_precision", "fp16"], tmp_path / "fp16", status=2)
-    assert "fp16" in text
+    text = run([*SMALL, "--max_steps", "1", "--mixed_precision", "fp16"], tmp_path / "fp16", status=2)
+    assert "`--mixed_precision fp16` needs a GPU" in text
 
 
 # Memory

@@ -287,7 +287,7 @@ def build_accelerator(arguments: TrainArguments) -> Accelerator:
     """Build the Accelerator, on the CPU where there is nothing better, on as many processes as were launched.
 
     Raises:
-        ValueError: for DeepSpeed, or a tracker that is not installed.
+        ValueError: for DeepSpeed, FSDP1, fp16 without a GPU, or a tracker that is not installed.
         RuntimeError: if Accelerate would run each process alone, as it silently does with some launch commands.
     """
     accelerator = Accelerator(
@@ -301,6 +301,8 @@ def build_accelerator(arguments: TrainArguments) -> Accelerator:
             f"{launched} processes were launched but Accelerate uses {accelerator.num_processes}: launch with "
             "`torchrun --nproc_per_node N -m evit_training.train`."
         )
+    if arguments.run.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise ValueError("`--mixed_precision fp16` needs a GPU, here it would train in float32: take `bf16` or `no`.")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(
             "DeepSpeed steps the optimizer inside backward, so that steps could neither be skipped nor resumed "
