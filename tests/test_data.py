@@ -53,7 +53,9 @@ def test_packaged_digits_are_the_uci_set():
     assert splits.label_names == [str(digit) for digit in range(10)]
     images = [LabelledImages(splits, name, rgb) for name in ("train", "evaluation")]
     ours = sorted(
-        (split.label(i), np.asarray(split.image(i).convert("L")).tobytes()) for split in images for i in range(len(split))
+        (split.label(i), np.asarray(split.image(i).convert("L")).tobytes())
+        for split in images
+        for i in range(len(split))
     )
     pixels, labels = load_digits(return_X_y=True)
     source = (pixels.reshape(-1, 8, 8) * 255 / 16).round().astype("uint8")
@@ -201,7 +203,9 @@ def broken_images(kind):
 
 def splits_with_a_bad_image(tmp_path, kind, bad=3, count=8):
     rows = {
-        "image": [{"bytes": broken_images(kind), "path": "bad.jpg"} if i == bad else stored(picture(i)) for i in range(count)],
+        "image": [
+            {"bytes": broken_images(kind), "path": "bad.jpg"} if i == bad else stored(picture(i)) for i in range(count)
+        ],
         "label": [i % 2 for i in range(count)],
     }
     features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")})

@@ -30,7 +30,9 @@ def loss_with(change):
     """Change the loss of some micro-batches: `change(loss, progress, batch)`."""
     return patch(
         "micro_batch_loss",
-        lambda original: lambda parts, progress, batch, rate: change(original(parts, progress, batch, rate), progress, batch),
+        lambda original: (
+            lambda parts, progress, batch, rate: change(original(parts, progress, batch, rate), progress, batch)
+        ),
     )
 
 
@@ -279,11 +281,16 @@ def test_a_broken_recipe_leaves_nothing_on_the_disk(tmp_path):
 def test_several_labels_are_trained_and_evaluated(tmp_path):
     import datasets
 
-    features = datasets.Features({"image": datasets.Image(), "labels": datasets.Sequence(datasets.ClassLabel(names=["a", "b", "c"]))})
+    features = datasets.Features(
+        {"image": datasets.Image(), "labels": datasets.Sequence(datasets.ClassLabel(names=["a", "b", "c"]))}
+    )
     rows = {"image": [picture(5 * i) for i in range(48)], "labels": [[i % 2, 2] if i % 3 else [] for i in range(48)]}
     for split in ("train", "test"):
         datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
-    run([*SMALL, "--dataset", str(tmp_path / "*.parquet"), "--mixup", "0.8", "--label_smoothing", "0.1"], tmp_path / "run")
+    run(
+        [*SMALL, "--dataset", str(tmp_path / "*.parquet"), "--mixup", "0.8", "--label_smoothing", "0.1"],
+        tmp_path / "run",
+    )
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert {"micro_f1", "macro_f1", "exact_match"} <= results[0].keys()
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
@@ -341,7 +348,9 @@ def test_a_missing_tracker_is_refused_and_a_failing_one_is_named_once(tmp_path):
 
 
 def test_secrets_of_the_environment_are_written_nowhere(tmp_path):
-    text = run([*SMALL, "--max_steps", "2"], tmp_path / "run", HF_TOKEN="hf_topsecretvalue", WANDB_API_KEY="wandbsecret")
+    text = run(
+        [*SMALL, "--max_steps", "2"], tmp_path / "run", HF_TOKEN="hf_topsecretvalue", WANDB_API_KEY="wandbsecret"
+    )
     assert "topsecret" not in text
     for path in (tmp_path / "run").rglob("*"):
         if path.is_file():

@@ -27,7 +27,9 @@ def test_classification_metrics_are_those_of_scikit_learn(predictions):
     there = list(range(7))
     assert found["top1"] == sk.accuracy_score(labels, guesses)
     assert found["top5"] == sk.top_k_accuracy_score(labels, logits.numpy(), k=5, labels=range(8))
-    assert found["balanced_accuracy"] == pytest.approx(np.mean(sk.recall_score(labels, guesses, labels=there, average=None)))
+    assert found["balanced_accuracy"] == pytest.approx(
+        np.mean(sk.recall_score(labels, guesses, labels=there, average=None))
+    )
     assert found["macro_f1"] == pytest.approx(sk.f1_score(labels, guesses, labels=there, average="macro"))
     assert found["confusion_matrix"] == sk.confusion_matrix(labels, guesses, labels=range(8)).tolist()
     columns = sk.precision_recall_fscore_support(labels, guesses, labels=range(8), zero_division=0.0)

@@ -7,7 +7,9 @@ from evit_training.sampling import EvaluationBatches, StepPlan, TrainingBatches,
 
 
 def test_seeds_differ_for_every_part_and_stay_the_same():
-    seeds = {seed_for("image", seed, epoch, position) for seed in range(3) for epoch in range(3) for position in range(9)}
+    seeds = {
+        seed_for("image", seed, epoch, position) for seed in range(3) for epoch in range(3) for position in range(9)
+    }
     assert len(seeds) == 81
     assert seed_for("order", 0, 1) == 8556750900509299915
     torch.Generator().manual_seed(max(seeds))  # accepts all of them

@@ -40,7 +40,8 @@ class DataArguments:
     eval_fraction: float = setting(0.1, "Part of the training split held out where there is no evaluation split.")
     image_column: str | None = setting(None, "Column with the images; by default the only one that holds images.")
     label_column: str | None = setting(
-        None, "Column with the labels; by default label, labels, fine_label, class and the like. Lists are multi-label."
+        None,
+        "Column with the labels; by default label, labels, fine_label, class and the like. Lists are multi-label.",
     )
     max_train_samples: int | None = setting(None, "Train on so many images only, drawn with the seed.")
     max_eval_samples: int | None = setting(None, "Evaluate on so many images only, drawn with the seed.")
@@ -69,7 +70,9 @@ class AugmentationArguments:
     rand_augment: float = setting(
         0.0, "Magnitude of RandAugment with two operations, up to 10; 0 is off, the paper has 9."
     )
-    rand_augment_std: float = setting(0.0, "Standard deviation of that magnitude from image to image; the paper has 0.5.")
+    rand_augment_std: float = setting(
+        0.0, "Standard deviation of that magnitude from image to image; the paper has 0.5."
+    )
     three_augment: bool = setting(False, "DeiT III: grey, solarized or blurred, one of the three for each image.")
     color_jitter: float = setting(0.0, "Strength of brightness, contrast and saturation changes; 0 is off.")
     random_erasing: float = setting(0.0, "Probability of filling a rectangle with noise; the paper has 0.25.")
@@ -92,10 +95,12 @@ class ModelArguments:
         None, "Model of the paper to train from scratch, for example evit-deit-s or evit-lvvit-s."
     )
     keep_rate: list[float] | None = setting(
-        None, "Share of image tokens to keep, in (0, 1]: one number, or one for each reorganization layer; default 0.7."
+        None,
+        "Share of image tokens to keep, in (0, 1]: one number, or one for each reorganization layer; default 0.7.",
     )
     match_macs_of: int | None = setting(
-        None, "Choose the keep rate at which a model for --image_size costs as much as the dense one at so many pixels."
+        None,
+        "Choose the keep rate at which a model for --image_size costs as much as the dense one at so many pixels.",
     )
     reorganization_layers: list[int] | None = setting(
         None, "Zero-based layers that reorganize; by default at one, two and three quarters of the depth."
@@ -109,7 +114,9 @@ class ModelArguments:
     hidden_size: int = setting(384, "Width, from scratch.")
     num_hidden_layers: int = setting(12, "Depth, from scratch.")
     num_attention_heads: int = setting(6, "Heads, from scratch.")
-    use_distillation_token: bool = setting(False, "A second token and classifier for a teacher, as DeiT, from scratch.")
+    use_distillation_token: bool = setting(
+        False, "A second token and classifier for a teacher, as DeiT, from scratch."
+    )
     initializer_range: float = setting(0.02, "Standard deviation of random weights, from scratch.")
     trainable: Literal["all", "head"] = setting("all", "Train everything, or the classifier alone (linear probe).")
     freeze_layers: int = setting(0, "Keep the embeddings and so many of the first layers as they are.")
@@ -123,10 +130,14 @@ class OptimizationArguments:
     max_steps: int | None = setting(None, "Stop after so many optimizer steps; the schedules end there too.")
     batch_size: int = setting(64, "Images for each optimizer step, over all processes and accumulated.")
     gradient_accumulation_steps: int = setting(1, "Forward passes into which each process cuts its share of a batch.")
-    drop_last: bool = setting(True, "Leave out the last, smaller batch of an epoch; otherwise it counts by its images.")
+    drop_last: bool = setting(
+        True, "Leave out the last, smaller batch of an epoch; otherwise it counts by its images."
+    )
     eval_batch_size: int = setting(128, "Images for each evaluation step and process.")
     learning_rate: float = setting(2e-5, "Peak learning rate of AdamW.")
-    scale_learning_rate: bool = setting(False, "Take the learning rate as that of batch size 512, and scale it linearly.")
+    scale_learning_rate: bool = setting(
+        False, "Take the learning rate as that of batch size 512, and scale it linearly."
+    )
     min_learning_rate: float = setting(0.0, "Learning rate at the end of the cosine; it is not scaled.")
     layer_decay: float = setting(1.0, "Factor on the learning rate from each layer to the one below it.")
     warmup_epochs: float = setting(0.0, "Epochs of linear warm-up from zero.")
@@ -136,7 +147,9 @@ class OptimizationArguments:
         0.0, "Probability that a step mixes the patch tokens of two images, and their labels; LV-ViT has 1."
     )
     max_grad_norm: float = setting(0.0, "Clip gradients to this norm; 0 is off.")
-    max_skipped_steps: int = setting(5, "Steps in a row with a loss or gradient that is not finite before the run ends.")
+    max_skipped_steps: int = setting(
+        5, "Steps in a row with a loss or gradient that is not finite before the run ends."
+    )
     ema_decay: float = setting(
         0.0, "Decay of an average of the weights, evaluated beside them and saved as the model; the paper has 0.99996."
     )
@@ -194,7 +207,9 @@ class RunArguments:
     gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
     compile: bool = setting(False, "Compile the model with torch.compile.")
     log_steps: int = setting(50, "Optimizer steps between two lines of the training log.")
-    trackers: list[str] = setting([], "Trackers beside metrics.jsonl, through Accelerate: tensorboard, wandb, trackio.")
+    trackers: list[str] = setting(
+        [], "Trackers beside metrics.jsonl, through Accelerate: tensorboard, wandb, trackio."
+    )
     num_pictures: int = setting(8, "Evaluation images drawn with their kept patches; 0 draws none.")
     dry_run: bool = setting(
         False, "Build everything, train two steps, report memory, GMACs and the projected time, and leave nothing."

@@ -125,9 +125,7 @@ def write_checkpoint(
         "progress.json": json.dumps(asdict(progress), indent=2).encode(),
         **({"ema.safetensors": save_tensors(ema)} if ema is not None else {}),
     }
-    manifest = {
-        name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in files.items()
-    }
+    manifest = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in files.items()}
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -219,11 +217,15 @@ def read_checkpoint(path: Path) -> tuple[Progress, dict[str, Any]]:
     found = problem(path)
     if found is not None:
         raise NoCheckpointError(f"{path} is no intact checkpoint: {found}.")
-    ema = path / "ema.safetensors"
+
+    def weights(name: str) -> dict[str, torch.Tensor]:
+        # In one order on all processes, which safetensors leaves to chance: sharding them is a collective for each.
+        return dict(sorted(load_tensors((path / name).read_bytes()).items()))
+
     return Progress(**json.loads((path / "progress.json").read_text())), {
-        "model": load_tensors((path / "model.safetensors").read_bytes()),
+        "model": weights("model.safetensors"),
         "optimizer": torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
-        "ema": load_tensors(ema.read_bytes()) if ema.exists() else None,
+        "ema": weights("ema.safetensors") if (path / "ema.safetensors").exists() else None,
     }
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 # Word: (module whose `main` gets the arguments behind it, what it does). Imported when called, to start fast.
 COMMANDS = {
     "train": ("evit_training.train", "train or fine-tune an EViT on a data set"),
+    "evaluate": ("evit_training.evaluate", "measure a model at a list of keep rates"),
     "convert": ("evit_training.convert", "make an EViT from a public checkpoint"),
 }
 

@@ -372,6 +372,26 @@ def load_splits(arguments: "DataArguments", seed: int) -> ImageSplits:
     return ImageSplits(train, evaluation, **columns, label_names=names, multi_label=multi_label)
 
 
+def load_evaluation_split(arguments: "DataArguments") -> ImageSplits:
+    """One split to evaluate on, as both splits: `--eval_split`, or validation or test, or the only one.
+
+    Raises: ValueError naming what there is.
+    """
+    splits = _load(arguments)
+    only = next(iter(splits)) if len(splits) == 1 else None
+    name = arguments.eval_split or next((name for name in EVAL_SPLITS if name in splits), only)
+    if name not in splits:
+        raise ValueError(f"`--eval_split` is `{name}`, but the data has {sorted(splits)}.")
+    image_column, dataset = _image_column(splits[name], arguments.image_column)
+    label_column = _label_column(dataset, arguments.label_column)
+    columns = {"image_column": image_column, "label_column": label_column}
+    if arguments.streaming:
+        return _streamed(dataset, dataset, arguments, columns)
+    dataset, names, multi_label = _numbered(dataset, label_column, name)
+    dataset = _limited(dataset, arguments.max_eval_samples, seed=0)
+    return ImageSplits(dataset, dataset, **columns, label_names=names, multi_label=multi_label)
+
+
 def check_images(splits: ImageSplits, num_images: int) -> None:
     """Decode images of both splits, evenly spread, and refuse those that cannot be.
 
@@ -525,7 +545,9 @@ def _numbered(
             )
         own_names = list(feature.names)
     elif flat and not isinstance(next(iter(flat)), (int, str, bool)):
-        raise ValueError(f"Column `{column}` holds {type(next(iter(flat))).__name__}, not classes: {sorted(flat)[:5]}.")
+        raise ValueError(
+            f"Column `{column}` holds {type(next(iter(flat))).__name__}, not classes: {sorted(flat)[:5]}."
+        )
     else:
         if {-1} & flat:
             raise ValueError(

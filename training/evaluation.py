@@ -165,7 +165,9 @@ def compare_keep_rates(
 def comparison_table(results: Sequence[dict]) -> str:
     """The results of `compare_keep_rates` as text, one line for each keep rate, the first one as the baseline."""
     first = results[0]
-    columns = {"top1": "top-1 %", "top5": "top-5 %"} if "top1" in first else {"micro_f1": "F1 %", "exact_match": "all %"}
+    columns = (
+        {"top1": "top-1 %", "top5": "top-5 %"} if "top1" in first else {"micro_f1": "F1 %", "exact_match": "all %"}
+    )
     lines = [
         f"{first['num_images']} images, {first['device']}, {first['dtype']}, batch {first['batch_size']}, "
         f"{first['image_size'][0]}x{first['image_size'][1]} pixels",

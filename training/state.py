@@ -124,7 +124,6 @@ class TrainingState:
         except (RuntimeError, ValueError, KeyError) as error:
             raise NoCheckpointError(f"{path} does not fit this model and optimizer: {error}") from None
         for group, fresh in zip(self.optimizer.param_groups, groups, strict=True):
-            group.pop("initial_lr", None)
             group.update(fresh)
         if self.accelerator.scaler is not None and "scaler" in tensors["optimizer"]:
             self.accelerator.scaler.load_state_dict(tensors["optimizer"]["scaler"])
@@ -132,8 +131,13 @@ class TrainingState:
     def _optimizer_state(self) -> dict[str, Any]:
         if self.is_sharded:
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            return get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=options)
-        return self.optimizer.state_dict()
+            state = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=options)
+        else:
+            state = self.optimizer.state_dict()
+        # The schedule's own note, which it makes anew; a sharded optimizer without it would refuse it.
+        groups = state.get("param_groups", [])  # a sharded state is on the main process alone
+        groups = [{key: x for key, x in group.items() if key != "initial_lr"} for group in groups]
+        return {**state, "param_groups": groups}
 
     def _load_optimizer_state(self, state: dict[str, Any]) -> None:
         if self.is_sharded:

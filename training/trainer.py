@@ -256,8 +256,10 @@ def run_training(parts: Parts, state: TrainingState, is_resumed: bool) -> list[d
 
             # Log
             window.num_images += plan.num_images_in_step(step)
-            if progress.step % run.log_steps == 0 or progress.step % plan.steps_per_epoch == 0 or (
-                progress.step == num_steps
+            if (
+                progress.step % run.log_steps == 0
+                or progress.step % plan.steps_per_epoch == 0
+                or (progress.step == num_steps)
             ):
                 entry = window.summarize(accelerator)
                 log.write(
@@ -308,6 +310,10 @@ def build_accelerator(arguments: TrainArguments) -> Accelerator:
             "DeepSpeed steps the optimizer inside backward, so that steps could neither be skipped nor resumed "
             "exactly: shard with FSDP2 (`accelerate launch --use_fsdp --fsdp_version 2`)."
         )
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and (
+        accelerator.distributed_type != DistributedType.FSDP
+    ):
+        raise ValueError("FSDP was asked for, but Accelerate shards only on GPUs: leave out `--use_fsdp`.")
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("This trainer shards with FSDP2: pass `--fsdp_version 2` to `accelerate launch`.")
     return accelerator
@@ -450,9 +456,7 @@ def accumulated_backward(
     num_images = parts.plan.num_images_in_step(progress.step)
     total = torch.zeros((), device=accelerator.device)
     for number, piece in enumerate(pieces):
-        torch.manual_seed(
-            seed_for("step", parts.arguments.run.seed, progress.step, accelerator.process_index, number)
-        )
+        torch.manual_seed(seed_for("step", parts.arguments.run.seed, progress.step, accelerator.process_index, number))
         is_last = number + 1 == len(pieces)
         with nullcontext() if is_last and synchronizes else accelerator.no_sync(parts.model):
             piece = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in piece.items()}
@@ -553,13 +557,15 @@ def cut(batch: Batch, parts: int) -> Iterator[Batch]:
 def fit_into_memory(parts: Parts, progress: Progress, batch: Batch, keep_rate: KeepRate) -> None:
     """Find a micro-batch that fits on every process, by one forward and backward pass without the others.
 
-    The keep rate never rises during training, so that the first step needs the most.
+    The keep rate never rises during training, so that the first step needs the most. Sharded models cannot run without
+    the others; they have as many images on each process, and are tried together.
     """
+    synchronizes = parts.accelerator.is_fsdp2
     while True:
         buffers = [buffer.clone() for buffer in parts.model.buffers()]
         is_too_much = False
         try:
-            accumulated_backward(parts, progress, [batch], keep_rate, synchronizes=False)
+            accumulated_backward(parts, progress, [batch], keep_rate, synchronizes)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise

@@ -1,0 +1,204 @@
+"""Parts of the recipe that need a whole run to be seen: oracle, teacher, sampled rates, averages, probes, dry runs."""
+
+import json
+
+import pytest
+import torch
+from conftest import run_python, tiny_config_with
+from runs import SMALL, ForkedRun, read_log, run, state_hash
+from safetensors.torch import load_file
+from test_faults import patch
+from transformers import ViTImageProcessor
+
+from evit_hf import EViTForImageClassification, EViTForImageClassificationWithTeacher
+from evit_hf.profiling import num_macs
+
+
+FINE_TUNE = [*SMALL, "--max_steps", "4", "--reorganization_layers", "1", "2", "3"]
+FINE_TUNE += ["--keep_rate_dense_epochs", "0", "--keep_rate_shrink_epochs", "0"]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A checkpoint to fine-tune."""
+    folder = tmp_path_factory.mktemp("start")
+    torch.manual_seed(0)
+    EViTForImageClassification(tiny_config_with(num_labels=10)).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return str(folder)
+
+
+def logged(output_dir):
+    return [entry for entry in read_log(output_dir) if "learning_rate" in entry]
+
+
+def spy_on_scores(path):
+    """Write down for each training forward whether the student got scores from outside."""
+
+    def wrapper(original):
+        def build(*args):
+            parts = original(*args)
+
+            def note(module, arguments, keywords):
+                with path.open("a") as file:
+                    file.write(f"{int(module.training)}{int(keywords.get('patch_scores') is not None)} ")
+
+            parts.network.register_forward_pre_hook(note, with_kwargs=True)
+            return parts
+
+        return build
+
+    return patch("build_parts", wrapper)
+
+
+@pytest.mark.parametrize(("flags", "expected"), [
+    ([], {"11", "00"}),
+    (["--oracle_epochs", "0.4"], {"11", "10", "00"}),
+    (["--oracle_in_evaluation"], {"11", "01", "00"}),
+])  # fmt: skip
+def test_an_oracle_names_the_tokens_as_long_as_it_is_asked_to(flags, expected, start, tmp_path):
+    flags = [*FINE_TUNE, "--model", start, "--oracle", "initial", *flags]
+    run(flags, tmp_path / "run", before=spy_on_scores(tmp_path / "seen"))
+    seen = (tmp_path / "seen").read_text().split()
+    assert set(seen) == expected
+    if "0.4" in flags:  # of an epoch of six steps
+        assert [x for x in seen if x[0] == "1"] == ["11", "11", "10", "10"]
+
+
+def test_training_under_an_oracle_differs_and_resumes_exactly(start, tmp_path):
+    flags = [*FINE_TUNE, "--model", start, "--drop_path_rate", "0.1", "--checkpoint_steps", "2"]
+    oracle = ["--oracle", start, "--oracle_layer", "last"]
+    run(flags, tmp_path / "own")
+    run([*flags, *oracle], tmp_path / "oracle")
+    assert state_hash(tmp_path / "own") != state_hash(tmp_path / "oracle")
+    killed = ForkedRun([*flags, *oracle], tmp_path / "killed")
+    killed.wait_for_step(tmp_path / "killed", 2)
+    killed.process.kill()
+    killed.wait()
+    run([*flags, *oracle, "--resume", "auto"], tmp_path / "killed")
+    assert state_hash(tmp_path / "killed") == state_hash(tmp_path / "oracle")
+
+
+@pytest.mark.parametrize("how", ["soft", "hard"])
+def test_a_student_learns_from_a_teacher_alone(how, start, tmp_path):
+    """With all weight on the teacher, random labels do not matter: the student approaches what the teacher says."""
+    flags = [*SMALL, "--model", start, "--reorganization_layers", "1", "2", "3", "--teacher", start]
+    flags += ["--distillation", how, "--distillation_weight", "1", "--learning_rate", "3e-3", "--epochs", "6"]
+    run(flags, tmp_path / "run")
+    losses = [entry["loss"] for entry in logged(tmp_path / "run")]
+    assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
+
+
+def test_a_distilled_model_is_trained_from_scratch_with_its_two_classifiers(start, tmp_path):
+    run([*SMALL, "--use_distillation_token", "--teacher", start, "--max_steps", "2"], tmp_path / "run")
+    model = EViTForImageClassificationWithTeacher.from_pretrained(tmp_path / "run" / "model")
+    assert model.config.use_distillation_token
+
+
+def test_keep_rates_are_drawn_from_a_range_and_reported_for_it(tmp_path):
+    flags = [
+        *SMALL,
+        "--keep_rate_range",
+        "0.5",
+        "0.9",
+        "--keep_rate_dense_epochs",
+        "0",
+        "--keep_rate_shrink_epochs",
+        "0",
+    ]
+    run(flags, tmp_path / "run")
+    rates = [entry["keep_rate"] for entry in logged(tmp_path / "run")]
+    assert len(set(rates)) == 18 and 0.5 <= min(rates) < 0.6 and 0.8 < max(rates) <= 0.9
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [result["keep_rate"] for result in results] == [1.0, 0.9, 0.5, 0.7]
+    run([*flags, "--keep_rate_levels", "4"], tmp_path / "levels")
+    assert {round(entry["keep_rate"], 3) for entry in logged(tmp_path / "levels")} == {0.5, 0.6, 0.7, 0.8, 0.9}
+
+
+def test_a_schedule_in_levels_has_few_keep_rates(tmp_path):
+    run([*SMALL, "--keep_rate_levels", "3"], tmp_path / "run")
+    rates = [round(entry["keep_rate"], 6) for entry in logged(tmp_path / "run")]
+    assert set(rates) == {1.0, 0.9, 0.8, 0.7} and rates == sorted(rates, reverse=True)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_as_the_plain_one(tmp_path):
+    flags = [*SMALL, "--max_steps", "3", "--num_hidden_layers", "2", "--reorganization_layers", "0"]
+    flags += ["--keep_rate_dense_epochs", "0", "--keep_rate_shrink_epochs", "0"]
+    run(flags, tmp_path / "plain")
+    code = f"from evit_training.train import main; main({[*flags, '--compile', '--output_dir', str(tmp_path / 'compiled')]})"
+    run_python(code, tmp_path)
+    losses = [[entry["loss"] for entry in logged(tmp_path / name)] for name in ("plain", "compiled")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_the_saved_model_is_the_average_or_the_best_if_that_is_wanted(tmp_path):
+    flags = [*SMALL, "--ema_decay", "0.5", "--learning_rate", "5e-3"]
+    text = run(flags, tmp_path / "average")
+    assert "The model has the averages of the last weights (EMA)" in text
+    newest = max((tmp_path / "average" / "checkpoints").glob("step-*"))
+    saved = load_file(tmp_path / "average" / "model" / "model.safetensors")
+    for name, tensor in load_file(newest / "ema.safetensors").items():
+        assert torch.equal(saved[name], tensor), name
+    text = run([*flags, "--final_weights", "best"], tmp_path / "best")
+    evaluations = [entry for entry in read_log(tmp_path / "best") if "eval_top1" in entry]
+    scores = {
+        (e["step"], kind): e[key]
+        for e in evaluations
+        for kind, key in (("raw", "eval_top1"), ("ema", "ema_eval_top1"))
+    }
+    step, kind = max(scores, key=lambda key: (scores[key], -key[0], key[1] == "raw"))
+    assert f"weights of step {step}, the best" in text
+    file = {"raw": "model.safetensors", "ema": "ema.safetensors"}[kind]
+    best = load_file(tmp_path / "best" / "checkpoints" / f"step-{step:09d}" / file)
+    saved = load_file(tmp_path / "best" / "model" / "model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in best.items())
+    results = json.loads((tmp_path / "best" / "results.json").read_text())
+    assert results[1]["top1"] == scores[step, kind]
+
+
+def test_a_linear_probe_changes_the_classifier_alone(start, tmp_path):
+    text = run([*FINE_TUNE, "--model", start, "--trainable", "head"], tmp_path / "run")
+    assert "M trained)" in text
+    before, after = (
+        load_file(f"{start}/model.safetensors"),
+        load_file(tmp_path / "run" / "model" / "model.safetensors"),
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+
+
+def test_the_learning_rate_is_scaled_with_the_batch(tmp_path):
+    flags = [*SMALL, "--scale_learning_rate", "--learning_rate", "0.032", "--warmup_epochs", "0", "--max_steps", "1"]
+    run(flags, tmp_path / "run")
+    assert logged(tmp_path / "run")[0]["learning_rate"] == pytest.approx(0.032 * 16 / 512)
+
+
+def test_a_dry_run_reports_and_leaves_nothing(tmp_path):
+    text = run([*SMALL, "--dry_run"], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    for words in ("Dry run: loss", "GiB at the peak", "GMACs dense", "18 steps and 3 evaluations would take 0:00:"):
+        assert words in text
+
+
+def test_tensorboard_gets_the_numbers_of_the_log(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run([*SMALL, "--max_steps", "3", "--trackers", "tensorboard"], tmp_path / "run")
+    events = next(path for path in (tmp_path / "run").rglob("events.out*"))
+    accumulator = event_accumulator.EventAccumulator(str(events)).Reload()
+    losses = [scalar.value for scalar in accumulator.Scalars("loss")]
+    assert losses == pytest.approx([entry["loss"] for entry in logged(tmp_path / "run")])
+
+
+def test_another_resolution_keeps_what_the_model_sees(images):
+    """Twice the pixels, resized back: positions are where they were."""
+    torch.manual_seed(0)
+    model = EViTForImageClassification(tiny_config_with()).eval()
+    expected = model(torch.nn.functional.interpolate(images, scale_factor=2), interpolate_pos_encoding=True).logits
+    model.set_image_size(64)
+    larger = torch.nn.functional.interpolate(images, scale_factor=2)
+    torch.testing.assert_close(model(larger).logits, expected)
+    assert (model.config.image_size, model.vit.embeddings.position_embeddings.shape[1]) == (64, 65)
+    assert num_macs(model.config) > num_macs(tiny_config_with())
+    with pytest.raises(ValueError, match="`image_size` is 4x4, which is smaller than a patch of 8x8"):
+        model.set_image_size(4)

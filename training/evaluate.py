@@ -1,0 +1,158 @@
+"""Measure a model at a list of keep rates: `evit evaluate MODEL --dataset DATA --keep-rates 1.0 0.7 0.5`."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .arguments import DataArguments, setting
+
+
+if TYPE_CHECKING:
+    from evit_hf import EViTPreTrainedModel
+
+    from .data import ImageSplits
+
+
+@dataclass
+class EvaluateArguments:
+    """What to measure, and where to write it."""
+
+    keep_rates: list[float] = setting(
+        [1.0, 0.9, 0.8, 0.7, 0.6, 0.5], "Keep rates in (0, 1]; the first is the baseline."
+    )
+    batch_size: int = setting(128, "Images for each forward and process, also in the measurement of speed.")
+    output_dir: str | None = setting(
+        None, "Folder for evaluation.json and evaluation.png; by default MODEL, if local."
+    )
+    mixed_precision: str = setting("no", "Precision of matrix products: no, bf16 or fp16.")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluate with the settings of a command line; what cannot work ends with one line and status 2."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(
+        (EvaluateArguments, DataArguments),
+        prog="evit evaluate",
+        usage="evit evaluate MODEL --dataset DATA [--keep-rates 1.0 0.7 0.5] [--flag value ...]",
+        description="Accuracy, GMACs and images per second of one model at several keep rates, on all processes that "
+        "were launched. MODEL is a folder or Hub id.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", help="Folder or Hub id of a ViT, DeiT or EViT classifier.")
+    arguments, data, rest = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else list(argv))
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        evaluate_model(rest.model, arguments, data)
+    except (ValueError, OSError, StrictDataclassError) as error:
+        sys.stderr.write(f"evit evaluate: error: {error}\n")
+        sys.exit(2)
+
+
+def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments) -> list[dict[str, Any]]:
+    """Measure a model.
+
+    Args:
+        model: folder or Hub id of an image classifier that EViT can be.
+        arguments: keep rates and where to write.
+        data: evaluation images; classes are matched with the model's by name.
+
+    Returns: for each keep rate what `compare_keep_rates` returns; written to evaluation.json and drawn into
+        evaluation.png too.
+
+    Raises: ValueError if the model does not know the classes of the data, or for keep rates out of range.
+    """
+    import torch
+    from accelerate import Accelerator
+    from transformers import AutoImageProcessor
+
+    from evit_hf.configuration_evit import check_keep_rate
+
+    from .data import load_evaluation_split
+    from .evaluation import comparison_table, compare_keep_rates, evaluation_loader
+    from .models import load_classifier
+
+    for rate in arguments.keep_rates:
+        check_keep_rate(rate, 1)
+    accelerator = Accelerator(mixed_precision=arguments.mixed_precision, cpu=not torch.accelerator.is_available())
+    network = load_classifier(model)
+    splits = with_classes_of(network, load_evaluation_split(data))
+    processor = AutoImageProcessor.from_pretrained(model)
+    loader = evaluation_loader(
+        splits, processor, arguments.batch_size, data.num_workers, accelerator, data.on_bad_image
+    )
+    prepared = accelerator.prepare_model(network, evaluation_mode=True)
+    results = compare_keep_rates(accelerator, prepared, loader, arguments.keep_rates, multi_label=splits.multi_label)
+    accelerator.print(comparison_table(results))
+    folder = Path(arguments.output_dir or model)
+    if accelerator.is_main_process and (arguments.output_dir or folder.is_dir()):
+        folder.mkdir(parents=True, exist_ok=True)
+        report = {"model": model, "dataset": data.dataset, "label_names": splits.label_names, "results": results}
+        (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+        draw_tradeoff(results, folder / "evaluation.png")
+        accelerator.print(f"Saved {folder / 'evaluation.json'} and {folder / 'evaluation.png'}.")
+    accelerator.end_training()
+    return results
+
+
+def with_classes_of(model: "EViTPreTrainedModel", splits: "ImageSplits") -> "ImageSplits":
+    """The evaluation split with the model's numbers of its classes, matched by name.
+
+    Raises: ValueError naming the classes that the model does not know.
+    """
+    import datasets
+
+    number_of = {str(name).casefold(): number for number, name in model.config.id2label.items()}
+    names = splits.label_names
+    unknown = [name for name in names if name.casefold() not in number_of]
+    if unknown:
+        raise ValueError(
+            f"The data has classes that the model does not know: {unknown[:5]} of {len(names)}; the model has "
+            f"{model.config.num_labels}: evaluate on data of its classes, or fine-tune it with `evit train --model`."
+        )
+    numbers = [number_of[name.casefold()] for name in names]
+    known = [str(name) for _, name in sorted(model.config.id2label.items())]
+    if numbers == list(range(len(known))):
+        return splits
+    column = splits.label_column
+
+    def renumbered(row: dict[str, Any]) -> dict[str, Any]:
+        label = row[column]
+        return {column: [numbers[x] for x in label] if splits.multi_label else numbers[label]}
+
+    evaluation = splits.evaluation
+    if isinstance(evaluation, datasets.IterableDataset):
+        # Its class labels would refuse numbers of another list.
+        value = datasets.Value("int64")
+        features = evaluation.features.copy()
+        features[column] = datasets.Sequence(value) if splits.multi_label else value
+        evaluation = evaluation.map(renumbered, features=features)
+    else:
+        labels = [renumbered(row)[column] for row in evaluation.select_columns(column)]
+        value = datasets.Value("int64")
+        feature = datasets.Sequence(value) if splits.multi_label else value
+        evaluation = evaluation.remove_columns(column).add_column(column, labels, feature=feature)
+    return dataclasses.replace(splits, evaluation=evaluation, label_names=known)
+
+
+def draw_tradeoff(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw accuracy against GMACs, one point for each keep rate."""
+    from matplotlib.figure import Figure
+
+    from .evaluation import main_score
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    name, _ = main_score(results[0])
+    gmacs, scores = [r["gmacs"] for r in results], [100 * r[name] for r in results]
+    axes.plot(gmacs, scores, marker="o")
+    for result, x, y in zip(results, gmacs, scores, strict=True):
+        axes.annotate(f"{result['keep_rate']:g}", (x, y), textcoords="offset points", xytext=(4, 6))
+    axes.set(xlabel="GMACs", ylabel={"top1": "top-1 %", "micro_f1": "micro F1 %"}[name], title="by keep rate")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
