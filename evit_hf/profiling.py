@@ -84,8 +84,8 @@ def keep_rate_for_macs(
         image_size: pixels, (height, width) or one number for both, instead of `config.image_size`.
         decimals: of the keep rate.
 
-    Returns: a rate in (0, 1], the same for all reorganization layers. What DeiT-S costs at 224 pixels, it costs at 272,
-        288 and 304 pixels at keep rates 0.7, 0.6 and 0.5, the paper's three.
+    Returns: a rate in (0, 1], the same for all reorganization layers. What DeiT-S costs at 224 pixels, it costs at
+        272, 288 and 304 pixels at keep rates 0.7, 0.6 and 0.5, the paper's three.
 
     Raises: ValueError if even the lowest rate costs more.
     """

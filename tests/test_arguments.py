@@ -25,12 +25,13 @@ def test_every_recipe_parses_and_names_its_command(path):
         expected = value if isinstance(parsed, list) == isinstance(value, list) else [value]
         assert parsed == pytest.approx(expected) if isinstance(parsed, float) else parsed == expected
     header = path.read_text().split("\n\n")[0]
-    for line in ("# Command:", "# Hardware:", "# Expected:"):
+    for line in ("# Command:", "# Hardware:", "# Expected:", "# Run here:"):
         assert line in header
 
 
 def test_there_are_recipes():
-    assert {"digits", "cifar10"} <= {path.stem for path in RECIPE_FILES}
+    paper = {f"paper_{name}" for name in ("scratch", "finetune", "oracle", "high_resolution", "lvvit")}
+    assert {path.stem for path in RECIPE_FILES} == {"digits", "cifar10", *paper}
 
 
 def test_flags_win_over_the_recipe():

@@ -10,15 +10,14 @@ from torch.utils.data import DataLoader
 
 from evit_training.arguments import AugmentationArguments, DataArguments
 from evit_training.augmentation import ProcessorTransform, image_processor, training_transform
-from evit_training.data import (
+from evit_training.data import check_images, load_splits
+from evit_training.images import (
     BadImageError,
     LabelledImages,
     StreamedEvaluationImages,
     StreamedTrainingImages,
     TrainingImages,
-    check_images,
     decoded,
-    load_splits,
     rgb,
 )
 

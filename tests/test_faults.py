@@ -5,23 +5,24 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from runs import SMALL, ForkedRun, fork_ranks, read_log, run, state_hash
 from safetensors.torch import load_file
-from test_data import picture, splits_with_a_bad_image, write_parquet
+from test_data import picture, splits_with_a_bad_image
 
 
 def patch(name, wrapper):
     """Replace a function of the trainer in the process that will run: `wrapper(original)` is the new one."""
 
     def before():
-        from evit_training import trainer
+        from evit_training import parts, steps, trainer
 
-        setattr(trainer, name, wrapper(getattr(trainer, name)))
+        for module in (parts, steps, trainer):
+            if hasattr(module, name):
+                setattr(module, name, wrapper(getattr(module, name)))
 
     return before
 

@@ -69,6 +69,12 @@ def test_training_command_runs(workplace):
     process = subprocess.run([*words, "--num_workers", "0"], cwd=workplace, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert (workplace / "runs" / "beans" / "model" / "model.safetensors").is_file()
+    (command,) = [block for block in code_blocks("bash") if block.startswith("evit evaluate")]
+    words = [words[0], *shlex.split(command)[1:], "--num_workers", "0"]
+    process = subprocess.run(words, cwd=workplace, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "1.0 (dense ViT)" in process.stdout
+    assert (workplace / "runs" / "beans" / "model" / "evaluation.png").is_file()
 
 
 def test_ci_runs_the_commands_of_the_readme():
@@ -80,6 +86,9 @@ def test_ci_runs_the_commands_of_the_readme():
 def test_readme_names_files_that_exist():
     for name in re.findall(r"\]\(([\w/.]+)\)", README):
         assert (ROOT / name).exists(), name
+    training = (ROOT / "docs" / "training.md").read_text()
+    for name in re.findall(r"\]\(([\w/.]+)\)", training):
+        assert (ROOT / "docs" / name).exists(), name
     for line in re.findall(r"^\| (`.*?`) \|", README, re.MULTILINE):
         folder = ""
         for name in re.findall(r"`(.*?)`", line):
@@ -102,6 +111,18 @@ def test_readme_table_holds_the_computed_costs():
         assert f"{num_macs(config) / 1e9:.2f}" == fused
         config.fuse_inattentive_tokens = False
         assert f"{num_macs(config) / 1e9:.2f}" == dropped
+
+
+def test_flags_and_recipes_of_the_training_guide_exist():
+    from evit_training.arguments import RECIPES, SETTINGS
+
+    text = (ROOT / "docs" / "training.md").read_text()
+    elsewhere = {"help", "keep_rates", "dataset"} | {"nproc_per_node", "nnodes", "node_rank", "rdzv_endpoint"}
+    elsewhere |= {"num_machines", "machine_rank", "main_process_ip", "num_processes", "multi_gpu", "use_fsdp"}
+    elsewhere |= {"fsdp_version", "fsdp_auto_wrap_policy", "fsdp_transformer_layer_cls_to_wrap"}
+    flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][\w-]*)", text)}
+    assert flags <= set(SETTINGS) | elsewhere, flags - set(SETTINGS) - elsewhere
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == {path.stem for path in RECIPES.glob("*.yaml")}
 
 
 def test_conversion_command_parses():

@@ -1,6 +1,7 @@
 """Parts of the recipe that need a whole run to be seen: oracle, teacher, sampled rates, averages, probes, dry runs."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from test_faults import patch
 from transformers import ViTImageProcessor
 
-from evit_hf import EViTForImageClassification, EViTForImageClassificationWithTeacher
+from evit_hf import EViTConfig, EViTForImageClassification, EViTForImageClassificationWithTeacher
 from evit_hf.profiling import num_macs
 
 
@@ -126,8 +127,8 @@ def test_a_compiled_model_trains_as_the_plain_one(tmp_path):
     flags = [*SMALL, "--max_steps", "3", "--num_hidden_layers", "2", "--reorganization_layers", "0"]
     flags += ["--keep_rate_dense_epochs", "0", "--keep_rate_shrink_epochs", "0"]
     run(flags, tmp_path / "plain")
-    code = f"from evit_training.train import main; main({[*flags, '--compile', '--output_dir', str(tmp_path / 'compiled')]})"
-    run_python(code, tmp_path)
+    compiled = [*flags, "--compile", "--output_dir", str(tmp_path / "compiled")]
+    run_python(f"from evit_training.train import main; main({compiled})", tmp_path)
     losses = [[entry["loss"] for entry in logged(tmp_path / name)] for name in ("plain", "compiled")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -202,3 +203,22 @@ def test_another_resolution_keeps_what_the_model_sees(images):
     assert num_macs(model.config) > num_macs(tiny_config_with())
     with pytest.raises(ValueError, match="`image_size` is 4x4, which is smaller than a patch of 8x8"):
         model.set_image_size(4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scratch", "finetune", "oracle", "high_resolution", "lvvit"])
+def test_recipes_of_the_paper_train(name, tmp_path):
+    """Two steps at full size, on digits, and with random weights where the recipe has trained ones."""
+    flags = [f"paper_{name}", "--dataset", "digits", "--eval_split", "test", "--num_workers", "0", "--dry_run"]
+    flags += ["--max_train_samples", "16", "--max_eval_samples", "4", "--batch_size", "8", "--eval_batch_size", "4"]
+    deit = EViTForImageClassification(EViTConfig.preset("evit-deit-s", keep_rate=1.0))
+    deit.save_pretrained(tmp_path / "deit")
+    ViTImageProcessor().save_pretrained(tmp_path / "deit")
+    if name in ("finetune", "high_resolution"):
+        flags += ["--model", str(tmp_path / "deit")]
+    if name == "oracle":
+        flags += ["--oracle", str(tmp_path / "deit")]
+    text = run(flags, tmp_path / "run")
+    assert "Dry run: loss" in text
+    gmacs = {"scratch": "3.0", "finetune": "3.0", "oracle": "2.3", "high_resolution": "4.4", "lvvit": "4.7"}[name]
+    assert re.search(rf"GMACs dense and {re.escape(gmacs)}\d+ at keep rate", text), text

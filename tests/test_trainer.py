@@ -30,10 +30,10 @@ from evit_hf import (
 )
 from evit_hf.keep_rate_schedule import scheduled_keep_rate
 from evit_hf.profiling import num_macs
-from evit_training import trainer
+from evit_training import parts
 from evit_training.arguments import parse_train_arguments
-from evit_training.data import load_splits
 from evit_training.evaluation import comparison_table, evaluate, images_per_second
+from evit_training.steps import training_loss
 from evit_training.trainer import train
 
 
@@ -205,9 +205,9 @@ def test_training_loss_of_mixed_images_is_that_of_mixed_labels():
     logits, labels = torch.randn(2, 4), torch.tensor([1, 3])
     cross_entropy = torch.nn.functional.cross_entropy
     outputs = EViTImageClassifierOutput(logits=logits)
-    plain = trainer.training_loss(outputs, labels, 0.1, None, (2, 2))
+    plain = training_loss(outputs, labels, 0.1, None, (2, 2))
     torch.testing.assert_close(plain, cross_entropy(logits, labels, label_smoothing=0.1))
-    mixed = trainer.training_loss(outputs, labels, 0.0, (0, 0, 1, 1), (2, 2))
+    mixed = training_loss(outputs, labels, 0.0, (0, 0, 1, 1), (2, 2))
     expected = 0.75 * cross_entropy(logits, labels) + 0.25 * cross_entropy(logits, labels.flip(0))
     torch.testing.assert_close(mixed, expected)
 
@@ -325,6 +325,6 @@ def test_digits_recipe_reaches_97_percent(tmp_path):
 
 def test_a_silent_single_process_launch_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(trainer, "Accelerator", lambda **settings: SimpleNamespace(num_processes=1))
+    monkeypatch.setattr(parts, "Accelerator", lambda **settings: SimpleNamespace(num_processes=1))
     with pytest.raises(RuntimeError, match="2 processes were launched but Accelerate uses 1: launch with `torchrun"):
-        trainer.build_accelerator(parse_train_arguments([]))
+        parts.build_accelerator(parse_train_arguments([]))

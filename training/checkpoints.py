@@ -53,8 +53,8 @@ class Progress:
 
     Args:
         step: optimizer steps done, skipped ones counted in; it says which images come next.
-        skipped_steps: of these, steps that changed nothing because the loss or a gradient was not finite. The schedules
-            stand at `step - skipped_steps`.
+        skipped_steps: of these, steps that changed nothing because the loss or a gradient was not finite. The
+            schedules stand at `step - skipped_steps`.
         skipped_in_row: the last ones of these, without a good one between.
         evaluated_step: optimizer step of the last evaluation that was completed.
         bad_images: training images that could not be decoded and were replaced.
@@ -201,8 +201,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
         sys.stderr.write(f"Skipped a damaged checkpoint, {problems[-1]}.\n")
     if problems:
         raise NoCheckpointError(
-            f"None of the {len(paths)} checkpoints in {folder} is intact ({'; '.join(problems)}): nothing was changed. "
-            "Restore one, or pass `--overwrite` to start from the beginning."
+            f"None of the {len(paths)} checkpoints in {folder} is intact ({'; '.join(problems)}): nothing was "
+            "changed. Restore one, or pass `--overwrite` to start from the beginning."
         )
     return None
 
@@ -230,9 +230,9 @@ def read_checkpoint(path: Path) -> tuple[Progress, dict[str, Any]]:
 
 
 def rotate_checkpoints(folder: Path, keep: int, spared: Iterable[int] = ()) -> None:
-    """Delete all but the newest `keep` intact checkpoints, those of the steps `spared`, and what was left half-written.
+    """Delete all but the newest `keep` intact checkpoints and those of the steps `spared`.
 
-    Damaged ones do not count as kept: a run must not lose an intact one to them.
+    What was left half-written goes too. Damaged ones do not count as kept: a run must not lose an intact one to them.
     """
     spared_paths = {checkpoint_path(folder, step) for step in spared}
     num_kept = 0

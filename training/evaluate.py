@@ -14,7 +14,7 @@ from .arguments import DataArguments, setting
 if TYPE_CHECKING:
     from evit_hf import EViTPreTrainedModel
 
-    from .data import ImageSplits
+    from .images import ImageSplits
 
 
 @dataclass
@@ -74,7 +74,7 @@ def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments
     from evit_hf.configuration_evit import check_keep_rate
 
     from .data import load_evaluation_split
-    from .evaluation import comparison_table, compare_keep_rates, evaluation_loader
+    from .evaluation import compare_keep_rates, comparison_table, evaluation_loader
     from .models import load_classifier
 
     for rate in arguments.keep_rates:

@@ -15,7 +15,7 @@ from transformers import BaseImageProcessor
 from evit_hf.profiling import num_macs
 
 from .augmentation import ProcessorTransform
-from .data import EvaluationImages, ImageSplits, StreamedEvaluationImages
+from .images import EvaluationImages, ImageSplits, StreamedEvaluationImages
 from .interruption import ignore_signals
 from .metrics import ClassificationCounts, MultiLabelCounts
 from .sampling import EvaluationBatches

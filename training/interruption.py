@@ -32,11 +32,13 @@ class Interruption:
         self.before: dict[int, object] = {}
 
     def __enter__(self) -> "Interruption":
+        """Start to listen."""
         for number in (signal.SIGTERM, signal.SIGINT):
             self.before[number] = signal.signal(number, self._remember)
         return self
 
     def __exit__(self, *error: object) -> None:
+        """Give the signals back."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 

@@ -2,9 +2,11 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
@@ -21,7 +23,8 @@ def build_trackers(run: RunArguments) -> dict[str, Any]:
     missing = [name for name in run.trackers if name not in available]
     if missing:
         raise ValueError(
-            f"`--trackers` names {missing}, which is not installed or not known: install it, or take one of {available}."
+            f"`--trackers` names {missing}, which is not installed or not known: install it, or take "
+            f"one of {available}."
         )
     return {"log_with": run.trackers, "project_dir": run.output_dir} if run.trackers else {}
 
@@ -62,7 +65,7 @@ class MetricsLog:
         replace_durably(self.path, "".join(kept).encode())
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Append one line; it is on disk when this returns. A log that fails is reported once, and training goes on."""
+        """Append one line. A log that fails is reported once, and training goes on."""
         if not self.accelerator.is_main_process:
             return
         self._try(lambda: self._append(json.dumps(entry)))
@@ -86,3 +89,41 @@ class MetricsLog:
             if not self.has_complained:
                 sys.stderr.write(f"Logging failed, and will be tried again in silence: {error!r}\n")
             self.has_complained = True
+
+
+class LogWindow:
+    """Sums since the last line of the log. The loss stays on the device until it is read: reading waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss_sum = torch.zeros((), device=device)
+        self.num_steps = 0
+        self.num_images = 0
+        self.data_seconds = 0.0
+        self.other_seconds = 0.0
+        self.start = self.pause = time.perf_counter()
+
+    def restart_clock(self) -> None:
+        """Leave out the time since the last step, which went to evaluation or a checkpoint."""
+        if not self.num_images:
+            self.start = time.perf_counter()
+
+    def summarize(self, accelerator: Accelerator) -> dict[str, float]:
+        """Mean loss over all processes, speed, share of the time spent waiting for images, and peak memory."""
+        loss = accelerator.reduce(self.loss_sum, "sum").item() / accelerator.num_processes if self.num_steps else 0.0
+        seconds = time.perf_counter() - self.start
+        return {
+            "loss": loss / self.num_steps if self.num_steps else float("nan"),
+            "images_per_second": self.num_images / seconds,
+            "data_wait": self.data_seconds / seconds,
+            "memory_gib": memory_gib(accelerator.device),
+        }
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory in GiB: of the device, or of this process where it is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB on Linux, in bytes on macOS
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)

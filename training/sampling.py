@@ -1,8 +1,8 @@
 """Which images each process sees at which optimizer step, and with which random numbers.
 
-Everything is a pure function of (seed, epoch, position) or (seed, step, process): nothing about order or randomness has
-to be saved, and a run that goes on from step 1000 sees what the uninterrupted one saw, whatever its workers fetched in
-advance.
+Everything is a pure function of (seed, epoch, position) or (seed, step, process): nothing about order or randomness
+has to be saved, and a run that goes on from step 1000 sees what the uninterrupted one saw, whatever its workers
+fetched in advance.
 """
 
 import hashlib
@@ -40,6 +40,7 @@ class StepPlan:
     drop_last: bool = True
 
     def __post_init__(self) -> None:
+        """Check that every process and forward pass gets as many images."""
         if self.batch_size % (self.num_processes * self.accumulation_steps):
             raise ValueError(
                 f"`--batch_size` {self.batch_size} cannot be cut evenly for {self.num_processes} processes with "
@@ -67,7 +68,7 @@ class StepPlan:
         return self.num_images - self.num_images % self.num_processes
 
     def num_images_in_step(self, step: int) -> int:
-        """Images of an optimizer step over all processes: fewer in the last step of an epoch, unless that is left out."""
+        """Images of an optimizer step over all processes; the last step of an epoch may have fewer."""
         first = step % self.steps_per_epoch * self.batch_size
         return min(self.batch_size, self._num_used - first)
 

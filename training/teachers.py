@@ -1,9 +1,9 @@
 """Networks that help in training and are not trained: the oracle that names tokens, the teacher to learn from.
 
-What the paper says about its oracle, as far as it could be found: a ViT that was trained before supplies the importance
-of the tokens, and training under it is longer and ends above the plain ViT (a published review quotes 80.7 % against
-79.8 % for DeiT-S). Which network it is, from which layer its attention is taken, for how many epochs it helps, and
-whether the student starts from its weights was never published
+What the paper says about its oracle, as far as it could be found: a ViT that was trained before supplies the
+importance of the tokens, and training under it is longer and ends above the plain ViT (a published review quotes
+80.7 % against 79.8 % for DeiT-S). Which network it is, from which layer its attention is taken, for how many epochs it
+helps, and whether the student starts from its weights was never published
 (https://github.com/youweiliang/evit/issues/2 and /23). Here all of that is a setting; the defaults are inferred: the
 student's own initialization as the oracle, its attention at the layer that reorganizes, in all epochs.
 """

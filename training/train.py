@@ -19,7 +19,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Behind the checks: it costs seconds to import.
     from .checkpoints import CheckpointError, NoCheckpointError
     from .interruption import TrainingInterrupted
-    from .trainer import OutOfMemory, TrainingDiverged, train
+    from .steps import OutOfMemory, TrainingDiverged
+    from .trainer import train
 
     statuses = {
         ValueError: 2,

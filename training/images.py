@@ -1,0 +1,314 @@
+"""Labelled images one by one: decoded, made RGB, augmented with random numbers of their own, streamed or not."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets.distributed import split_dataset_by_node
+from PIL import Image
+
+from .sampling import seed_for
+
+
+DatasetLike = datasets.Dataset | datasets.IterableDataset
+
+
+class BadImageError(ValueError):
+    """An image that cannot be decoded; the message names its split, number, column and file."""
+
+    def __init__(self, message: str) -> None:
+        # A worker process hands on its whole traceback as the message; the reader needs the last line of it.
+        super().__init__(message.rsplit("BadImageError: ", 1)[-1].strip())
+
+
+@dataclass(frozen=True)
+class ImageSplits:
+    """Training and evaluation images with what their columns mean.
+
+    `train` and `evaluation` have undecoded images in `image_column`, and in `label_column` class numbers, or lists of
+    them where `multi_label` holds.
+    """
+
+    train: DatasetLike
+    evaluation: DatasetLike
+    image_column: str
+    label_column: str
+    label_names: list[str]
+    multi_label: bool = False
+
+
+def decoded(value: dict[str, Any], place: str) -> Image.Image:
+    """Image as the tensor-making code wants it: upright, RGB, without transparency.
+
+    Args:
+        value: {"bytes", "path"} as `datasets` stores images; EXIF rotation is applied.
+        place: where it stands, for the message.
+
+    Raises: BadImageError if it is missing or cannot be decoded.
+    """
+    if value is None or (value.get("bytes") is None and value.get("path") is None):
+        raise BadImageError(f"{place} is missing.")
+    try:
+        return rgb(datasets.Image().decode_example(value))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        file = f" ({value['path']})" if value.get("path") else ""
+        reason = " ".join(str(error).split())
+        raise BadImageError(f"{place}{file} cannot be decoded: {type(error).__name__}: {reason}") from None
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """RGB version of an image in any mode of Pillow.
+
+    16-bit grey is scaled to 8 bits, where `convert("RGB")` would cut it off at 255. Transparent pixels show white,
+    where `convert("RGB")` would show whatever colour lies under them. Each kind is announced once.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        _say_once("Images with more than 8 bits for each pixel are scaled to 8 bits.")
+        pixels = np.asarray(image).astype(np.float64)
+        top = 65535 if image.mode.startswith("I;16") or pixels.max() > 255 else 255 if pixels.max() > 1 else 1
+        return Image.fromarray((pixels.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        _say_once("Transparent images are laid over white.")
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)  # the default filter shows a message once for each place
+
+
+def target(label: int | list[int], num_labels: int, multi_label: bool) -> int | torch.Tensor:
+    """Class number, or for several labels (num_labels,) of zeros and ones.
+
+    Raises: ValueError for a number that is no class.
+    """
+    for number in label if multi_label else [label]:
+        if number is None or not 0 <= number < num_labels:
+            raise ValueError(f"A label is {number}, but classes are numbered from 0 to {num_labels - 1}.")
+    if not multi_label:
+        return label
+    several = torch.zeros(num_labels)
+    several[torch.tensor(label, dtype=torch.long)] = 1.0
+    return several
+
+
+class LabelledImages(torch.utils.data.Dataset):
+    """Images of one split that are decoded one by one; base of the two below."""
+
+    def __init__(
+        self,
+        splits: ImageSplits,
+        split: str,
+        transform: Callable[[Image.Image], torch.Tensor],
+        on_bad_image: str = "error",
+    ) -> None:
+        dataset: datasets.Dataset = getattr(splits, split)
+        self.images = dataset.select_columns(splits.image_column)
+        self.labels = dataset.select_columns(splits.label_column)
+        self.splits = splits
+        self.split = split
+        self.transform = transform
+        self.on_bad_image = on_bad_image
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.images)
+
+    def image(self, index: int) -> Image.Image:
+        """Return one image as RGB, before the transform; raise BadImageError if it cannot be decoded."""
+        column = self.splits.image_column
+        place = f"Image {index} of the {self.split} split (column `{column}`)"
+        return decoded(self.images[index][column], place)
+
+    def label(self, index: int) -> int | torch.Tensor:
+        """Return one class number, or one vector of zeros and ones."""
+        label = self.labels[index][self.splits.label_column]
+        return target(label, len(self.splits.label_names), self.splits.multi_label)
+
+
+class TrainingImages(LabelledImages):
+    """Map from (epoch, position, image number) to {"pixel_values", "labels", "is_bad"}.
+
+    The augmentation's random numbers depend on seed, epoch and position alone, in whichever process they are drawn.
+    A bad image that may be skipped gives its place to the next good one.
+    """
+
+    def __init__(self, splits: ImageSplits, transform: Callable, seed: int, on_bad_image: str = "error") -> None:
+        super().__init__(splits, "train", transform, on_bad_image)
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int, int]) -> dict[str, Any]:
+        """Return one augmented image."""
+        epoch, position, index = key
+        for offset in range(len(self)):
+            i = (index + offset) % len(self)
+            try:
+                image = self.image(i)
+            except BadImageError:
+                if self.on_bad_image == "error":
+                    raise
+                continue
+            torch.default_generator.manual_seed(seed_for("image", self.seed, epoch, position))
+            return {"pixel_values": self.transform(image), "labels": self.label(i), "is_bad": offset > 0}
+        raise BadImageError("Not one image of the train split can be decoded.")
+
+
+class EvaluationImages(LabelledImages):
+    """Map from (image number, whether it counts) to {"pixel_values", "labels", "is_counted", "is_bad"}.
+
+    A bad image that may be skipped is a blank that does not count.
+    """
+
+    def __init__(self, splits: ImageSplits, transform: Callable, on_bad_image: str = "error") -> None:
+        super().__init__(splits, "evaluation", transform, on_bad_image)
+
+    def __getitem__(self, key: tuple[int, bool]) -> dict[str, Any]:
+        """Return one image."""
+        index, is_counted = key
+        is_bad = False
+        try:
+            image = self.image(index)
+        except BadImageError:
+            if self.on_bad_image == "error":
+                raise
+            image, is_bad = Image.new("RGB", (32, 32)), True
+        return {
+            "pixel_values": self.transform(image),
+            "labels": self.label(index),
+            "is_counted": is_counted and not is_bad,
+            "is_bad": is_counted and is_bad,
+        }
+
+
+class StreamedTrainingImages(torch.utils.data.IterableDataset):
+    """Endless stream of micro-batches of augmented images, from any micro-batch on, for one process.
+
+    Each worker reads its own part of the data (its own files where there are enough of them). Micro-batch number n is
+    made by worker n modulo their number; a stream that starts at a later one hands the parts round accordingly and
+    skips, undecoded, what was seen before. So resuming is exact, with the same number of workers and processes.
+    """
+
+    def __init__(
+        self,
+        splits: ImageSplits,
+        transform: Callable,
+        seed: int,
+        *,
+        micro_batch_size: int,
+        first_micro_batch: int,
+        shuffle_buffer: int,
+        process: int = 0,
+        num_processes: int = 1,
+        on_bad_image: str = "error",
+    ) -> None:
+        self.splits = splits
+        self.transform = transform
+        self.seed = seed
+        self.micro_batch_size = micro_batch_size
+        self.first_micro_batch = first_micro_batch
+        self.shuffle_buffer = shuffle_buffer
+        self.process = process
+        self.num_processes = num_processes
+        self.on_bad_image = on_bad_image
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        """Yield lists of {"pixel_values", "labels", "is_bad"}."""
+        info = torch.utils.data.get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        part = (worker + self.first_micro_batch) % num_workers
+        rows = self._rows(self.process * num_workers + part, self.num_processes * num_workers)
+        num_seen = len(range(part, self.first_micro_batch, num_workers)) * self.micro_batch_size
+        batch = []
+        good = 0
+        for position, row in enumerate(rows):
+            if position < num_seen and self.on_bad_image == "error":
+                continue  # every row was used, there is no need to look at it
+            try:
+                image = decoded(row[self.splits.image_column], f"Streamed image {position} of part {part}")
+            except BadImageError:
+                if self.on_bad_image == "error":
+                    raise
+                continue
+            good += 1
+            if self.on_bad_image == "skip" and good <= num_seen:
+                continue
+            torch.default_generator.manual_seed(seed_for("image", self.seed, self.process, part, position))
+            label = target(row[self.splits.label_column], len(self.splits.label_names), self.splits.multi_label)
+            batch.append({"pixel_values": self.transform(image), "labels": label, "is_bad": False})
+            if len(batch) == self.micro_batch_size:
+                yield batch
+                batch = []
+
+    def _rows(self, part: int, num_parts: int) -> Iterator[dict[str, Any]]:
+        """One part of the data in random order, again and again."""
+        epoch = 0
+        shuffled = self.splits.train.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
+        mine = split_dataset_by_node(shuffled, part, num_parts)
+        while True:
+            mine.set_epoch(epoch)
+            is_empty = True
+            for rows in mine.iter(batch_size=16):  # `iter` leaves it to us to share out among workers
+                for i in range(len(rows[self.splits.label_column])):
+                    is_empty = False
+                    yield {name: column[i] for name, column in rows.items()}
+            if is_empty:
+                raise ValueError("A part of the streamed data is empty: take fewer `--num_workers` or processes.")
+            epoch += 1
+
+
+class StreamedEvaluationImages(torch.utils.data.IterableDataset):
+    """Batches of the streamed evaluation split for one process; as many on every process."""
+
+    def __init__(
+        self,
+        splits: ImageSplits,
+        transform: Callable,
+        batch_size: int,
+        process: int = 0,
+        num_processes: int = 1,
+        on_bad_image: str = "error",
+    ) -> None:
+        self.splits = splits
+        self.transform = transform
+        self.batch_size = batch_size
+        self.process = process
+        self.num_processes = num_processes
+        self.on_bad_image = on_bad_image
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        """Yield lists of {"pixel_values", "labels", "is_counted", "is_bad"}."""
+        batch, num_rows, item = [], 0, None
+        for i, row in enumerate(self.splits.evaluation):
+            num_rows = i + 1
+            if i % self.num_processes != self.process and item is not None:
+                continue
+            is_bad = False
+            try:
+                image = decoded(row[self.splits.image_column], f"Streamed evaluation image {i}")
+            except BadImageError:
+                if self.on_bad_image == "error":
+                    raise
+                image, is_bad = Image.new("RGB", (32, 32)), True
+            label = target(row[self.splits.label_column], len(self.splits.label_names), self.splits.multi_label)
+            item = {
+                "pixel_values": self.transform(image),
+                "labels": label,
+                "is_counted": not is_bad,
+                "is_bad": is_bad,
+            }
+            if i % self.num_processes == self.process:
+                batch.append(item)
+            if len(batch) == self.batch_size:
+                yield batch
+                batch = []
+        if num_rows % self.num_processes and self.process >= num_rows % self.num_processes:
+            batch.append({**item, "is_counted": False, "is_bad": False})  # other processes have one more
+        if batch:
+            yield batch
