@@ -22,6 +22,9 @@ from evit_training.images import (
 )
 
 
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # else 5 seconds for each pass over streamed files
+
+
 def reds(splits, split):
     images = LabelledImages(splits, split, rgb)
     return [images.image(i).getpixel((0, 0))[0] for i in range(len(images))]
@@ -365,6 +368,9 @@ def test_bad_data_is_refused_with_the_way_out(tmp_path):
     refused("takes one folder or Hub id, or several data files", dataset=[good, str(tmp_path / "none.parquet")])
     (tmp_path / "labels.csv").write_text("a,b\n1,2")
     (tmp_path / "labels.txt").write_text("a,b")
+    nothing = write_parquet(tmp_path / "nothing_test.parquet", [0, 1], ["a", "b"])
+    datasets.Dataset.from_parquet(nothing).select([]).to_parquet(nothing)
+    refused("could not be read: .* corresponds to no data", dataset=[good, nothing])
     (tmp_path / "empty").mkdir()
     refused("`--dataset .*empty` ", dataset=[str(tmp_path / "empty")])
     refused("`--dataset no/folder` is no folder and could not be loaded", dataset=["no/folder"])

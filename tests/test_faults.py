@@ -82,8 +82,12 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
         assert "cannot be written" in run([*SMALL, "--output_dir", place], tmp_path / "unused", status=2)
 
 
-def test_folders_may_have_spaces_and_other_letters(tmp_path):
-    run([*SMALL, "--max_steps", "1"], tmp_path / "мой run é")
+def test_folders_may_have_spaces_and_other_letters_and_clocks_may_jump(tmp_path):
+    def jump():
+        jumps = iter([2e9, 0.0] * 10_000)
+        time.time = lambda: next(jumps)
+
+    run([*SMALL, "--max_steps", "7"], tmp_path / "мой run é", before=jump)
     assert (tmp_path / "мой run é" / "model" / "config.json").exists()
 
 

@@ -117,7 +117,7 @@ def test_flags_and_recipes_of_the_training_guide_exist():
     from evit_training.arguments import RECIPES, SETTINGS
 
     text = (ROOT / "docs" / "training.md").read_text()
-    elsewhere = {"help", "keep_rates", "dataset"} | {"nproc_per_node", "nnodes", "node_rank", "rdzv_endpoint"}
+    elsewhere = {"help", "flag", "keep_rates", "dataset"} | {"nproc_per_node", "nnodes", "node_rank", "rdzv_endpoint"}
     elsewhere |= {"num_machines", "machine_rank", "main_process_ip", "num_processes", "multi_gpu", "use_fsdp"}
     elsewhere |= {"fsdp_version", "fsdp_auto_wrap_policy", "fsdp_transformer_layer_cls_to_wrap"}
     flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][\w-]*)", text)}

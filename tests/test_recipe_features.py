@@ -183,7 +183,8 @@ def test_a_dry_run_reports_and_leaves_nothing(tmp_path):
 
 
 def test_tensorboard_gets_the_numbers_of_the_log(tmp_path):
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing import event_accumulator
+
     run([*SMALL, "--max_steps", "3", "--trackers", "tensorboard"], tmp_path / "run")
     events = next(path for path in (tmp_path / "run").rglob("events.out*"))
     accumulator = event_accumulator.EventAccumulator(str(events)).Reload()

@@ -88,8 +88,12 @@ def lock(output_dir: Path) -> IO:
         file = (output_dir / ".lock").open("w")
     except OSError as error:
         raise ValueError(f"`--output_dir {output_dir}` cannot be written: {error}.") from None
+    path = output_dir / ".lock"
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A run that just ended deletes its lock: one that was opened before is worth nothing.
+        if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+            raise OSError
     except OSError:
         file.close()
         raise ValueError(

@@ -79,11 +79,12 @@ def learning_rate_schedule(
     """Linear warm-up and cosine, at optimizer step `step`: a function of the step alone, so nothing of it is saved."""
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
+    peak = optimizer.defaults["lr"]
     return get_cosine_with_min_lr_schedule_with_warmup(
         optimizer,
         num_warmup_steps=round(arguments.warmup_epochs * steps_per_epoch),
         num_training_steps=num_steps,
-        min_lr=arguments.min_learning_rate,
+        min_lr_rate=arguments.min_learning_rate / peak if peak else 0.0,
         last_epoch=step - 1,
     )
 

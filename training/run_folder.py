@@ -86,7 +86,7 @@ def prepare_output_dir(output_dir: Path, arguments: TrainArguments) -> None:
     (output_dir / "arguments.yaml").write_text(yaml.safe_dump(arguments.as_dict(), sort_keys=False))
 
 
-def resume(state: TrainingState, path: Path, arguments: TrainArguments) -> None:
+def resume(state: TrainingState, path: Path, arguments: TrainArguments, num_steps: int) -> None:
     """Go on from a checkpoint.
 
     Raises: CheckpointError if it cannot be read; ValueError if settings that change the training are not what they
@@ -106,6 +106,11 @@ def resume(state: TrainingState, path: Path, arguments: TrainArguments) -> None:
             "pass `--resume_override` to go on all the same."
         )
     state.load(path)
+    if state.progress.step > num_steps:
+        raise ValueError(
+            f"{path} is of step {state.progress.step}, beyond the {num_steps} steps of this run: raise `--epochs` or "
+            "`--max_steps`."
+        )
     if old.num_processes != state.progress.num_processes:
         state.accelerator.print(
             f"The checkpoint is of {old.num_processes} processes, this run has {state.progress.num_processes}: order, "

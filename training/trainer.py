@@ -73,7 +73,7 @@ def train(arguments: TrainArguments) -> list[dict]:
             Path(arguments.run.output_dir) / "checkpoints",
         )
         if resume_from is not None:
-            resume(state, resume_from, arguments)
+            resume(state, resume_from, arguments, parts.num_steps)
         return run_training(parts, state, is_resumed=resume_from is not None)
 
 
