@@ -99,13 +99,7 @@ class LogWindow:
         self.num_steps = 0
         self.num_images = 0
         self.data_seconds = 0.0
-        self.other_seconds = 0.0
-        self.start = self.pause = time.perf_counter()
-
-    def restart_clock(self) -> None:
-        """Leave out the time since the last step, which went to evaluation or a checkpoint."""
-        if not self.num_images:
-            self.start = time.perf_counter()
+        self.start = time.perf_counter()  # later by what evaluation and checkpoints take
 
     def summarize(self, accelerator: Accelerator) -> dict[str, float]:
         """Mean loss over all processes, speed, share of the time spent waiting for images, and peak memory."""

@@ -60,7 +60,8 @@ def run_folder(accelerator: Accelerator, arguments: TrainArguments) -> Iterator[
                 accelerator.print(f"`{output_dir}` has no checkpoint yet: the run starts from the beginning.")
         elif run.resume is not None:
             resume_from = Path(run.resume)
-        elif left and not run.overwrite:
+        is_its_own = resume_from is not None and resume_from.resolve().parent.parent == output_dir.resolve()
+        if left and not run.overwrite and run.resume != "auto" and not is_its_own:
             raise ValueError(
                 f"`{output_dir}` holds a run already ({', '.join(left)}): go on with `--resume auto`, choose another "
                 "`--output_dir`, or pass `--overwrite` to delete it."
@@ -75,9 +76,9 @@ def run_folder(accelerator: Accelerator, arguments: TrainArguments) -> Iterator[
                 output_dir.rmdir()
 
 
-def prepare_output_dir(output_dir: Path, arguments: TrainArguments) -> None:
-    """Clear the folder of what an earlier run left, and write down the settings."""
-    for name in RUN_FILES:
+def prepare_output_dir(output_dir: Path, arguments: TrainArguments, keeps_files: bool) -> None:
+    """Write down the settings, and clear the folder of what an earlier run left unless this one goes on from it."""
+    for name in () if keeps_files else RUN_FILES:
         path = output_dir / name
         if path.is_dir():
             shutil.rmtree(path)

@@ -83,8 +83,8 @@ def run_training(parts: Parts, state: TrainingState, is_resumed: bool) -> list[d
     optimization, run = arguments.optimization, arguments.run
     progress, num_steps = state.progress, parts.num_steps
     output_dir = Path(run.output_dir)
-    if accelerator.is_main_process and not is_resumed:  # nothing was written before all of the above worked
-        prepare_output_dir(output_dir, arguments)
+    if accelerator.is_main_process:  # nothing was written before all of the above worked
+        prepare_output_dir(output_dir, arguments, keeps_files=is_resumed)
     accelerator.wait_for_everyone()
     accelerator.print(describe(parts, progress))
     log = MetricsLog(output_dir / "metrics.jsonl", accelerator)
@@ -118,17 +118,16 @@ def run_training(parts: Parts, state: TrainingState, is_resumed: bool) -> list[d
     with Interruption(accelerator) as interruption:
         while True:
             # Evaluate, at the target keep rate
+            pause = time.perf_counter()
             ends_epoch = progress.step > 0 and progress.step % plan.steps_per_epoch == 0
             if (ends_epoch or progress.step == num_steps) and progress.evaluated_step != progress.step:
                 evaluate_epoch(parts, state, eval_loader, log, interruption)
-                window.restart_clock()
 
             # Checkpoint
             signal_number = interruption.agreed()
             is_due = ends_epoch or (run.checkpoint_steps and progress.step % run.checkpoint_steps == 0)
             if signal_number or (is_due and progress.step > 0) or progress.step == num_steps:
                 state.save(run.keep_checkpoints, must_succeed=bool(signal_number))
-                window.restart_clock()
             if signal_number:
                 raise TrainingInterrupted(
                     signal_number,
@@ -141,6 +140,7 @@ def run_training(parts: Parts, state: TrainingState, is_resumed: bool) -> list[d
             # Data
             step = progress.step
             start = time.perf_counter()
+            window.start += start - pause
             try:
                 batches = [next(micro_batches) for _ in range(plan.num_micro_batches(step))]
             except RuntimeError as error:
