@@ -8,10 +8,12 @@ import sys
 import time
 
 import pytest
+import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from runs import RANDOM, SMALL, fork_ranks, read_log, run, state_hash
 from safetensors.torch import load_file
+from test_faults import loss_with
 
 
 # Nothing random that depends on the process, and a last batch of 10 images, which no micro-batch size divides.
@@ -71,6 +73,21 @@ def test_accumulation_changes_nothing_not_even_in_the_last_batch(accumulation, o
     run([*DETERMINISTIC, "--gradient_accumulation_steps", accumulation], tmp_path / "run")
     assert losses(tmp_path / "run") == pytest.approx(losses(one_process), rel=1e-4)
     assert [entry["step"] for entry in read_log(one_process) if "eval_loss" in entry] == [7, 14, 21]  # 6.6 batches
+
+
+def test_every_step_process_and_forward_pass_draws_its_own_random_numbers(tmp_path):
+    def note_seed(loss, progress, batch):
+        with (tmp_path / "seeds").open("a") as file:
+            file.write(f"{torch.initial_seed()} ")
+        return loss
+
+    flags = [*SMALL, "--max_steps", "4", "--gradient_accumulation_steps", "2"]
+    ranks = fork_ranks(flags, tmp_path / "run", before=loss_with(note_seed))
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    seeds = (tmp_path / "seeds").read_text().split()
+    # Of each process four steps of two passes, and the first pass once more, to see whether it fits into memory.
+    assert len(seeds) == 2 * (4 * 2 + 1)
+    assert len(set(seeds)) == 2 * 4 * 2
 
 
 def sharded():
