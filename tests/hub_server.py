@@ -1,7 +1,7 @@
 """A small Hugging Face Hub on the loopback interface, for clients that are told nothing but its address.
 
 It speaks the part of the protocol that huggingface_hub uses: repositories, branches, previews of uploads, LFS,
-commits, trees, model information, downloads with ETag and Range. It stores everything in memory, and can fail on request.
+commits, trees, model information, downloads with ETag and Range. It stores everything in memory, and fails on request.
 """
 
 import base64

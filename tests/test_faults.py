@@ -177,6 +177,10 @@ def test_a_gradient_scaler_that_overflows_is_counted_and_holds_the_schedules(tmp
     plain = [entry["learning_rate"] for entry in read_log(tmp_path / "plain") if "learning_rate" in entry]
     good_before = [i - skips for i, skips in enumerate([0, *skipped[:-1]])]
     assert [entry["learning_rate"] for entry in log] == [plain[i] for i in good_before]
+    flags = [*SMALL, "--max_steps", "12", "--keep_checkpoints", "9"]
+    checkpoint = min((tmp_path / "run" / "checkpoints").glob("step-*"))
+    run([*flags, "--resume", str(checkpoint)], tmp_path / "resumed", before=before)
+    assert state_hash(tmp_path / "resumed") == state_hash(tmp_path / "run")  # the scale is part of it
     text = run([*SMALL, "--max_steps", "1", "--mixed_precision", "fp16"], tmp_path / "fp16", status=2)
     assert "`--mixed_precision fp16` needs a GPU" in text
 
