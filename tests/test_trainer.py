@@ -71,6 +71,9 @@ def test_run_leaves_model_metrics_settings_and_picture(finished_run):
         "class_report.json",
         "arguments.yaml",
         "kept_patches.png",
+        "tradeoff.png",
+        "run.json",
+        "README.md",
     }
     model = AutoModelForImageClassification.from_pretrained(output_dir / "model")
     assert model.config.keep_rate == 0.7

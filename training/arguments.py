@@ -186,6 +186,20 @@ class TeacherArguments:
 
 
 @dataclass
+class HubArguments:
+    """Whether and how the model goes to the Hugging Face Hub."""
+
+    push_to_hub: str | None = setting(None, "Push the model to this repository, ORG/NAME; made if there is none.")
+    push_when: Literal["end", "best", "epoch"] = setting(
+        "end", "Push at the end alone, or also after each epoch, or each epoch that is the best so far."
+    )
+    push_private: bool = setting(False, "Make a new repository private.")
+    push_revision: str | None = setting(None, "Branch to push to; made if there is none.")
+    push_minutes: float = setting(10.0, "Minutes after which a push is given up.")
+    model_license: str = setting("apache-2.0", "Licence of the trained model, for its card.")
+
+
+@dataclass
 class RunArguments:
     """Where and on what to run, and what to leave behind."""
 
@@ -225,6 +239,7 @@ class TrainArguments:
     model: ModelArguments
     optimization: OptimizationArguments
     teacher: TeacherArguments
+    hub: HubArguments
     run: RunArguments
 
     def as_dict(self) -> dict[str, Any]:
@@ -317,7 +332,7 @@ _RANGES = (
     (("rand_augment",), "in [0, 10]", lambda value: 0 <= value <= 10),
     (("layer_decay",), "in (0, 1]", lambda value: 0 < value <= 1),
     (("ema_decay",), "in [0, 1)", lambda value: 0 <= value < 1),
-    (("distillation_temperature",), "above 0", lambda value: value > 0),
+    (("distillation_temperature", "push_minutes"), "above 0", lambda value: value > 0),
     (("check_images",), "-1, 0 or a number of images", lambda value: value >= -1),
     (
         (
@@ -348,6 +363,7 @@ PARTS = (
     ModelArguments,
     OptimizationArguments,
     TeacherArguments,
+    HubArguments,
     RunArguments,
 )
 SETTINGS = [field.name for part in PARTS for field in dataclasses.fields(part)]

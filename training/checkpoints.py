@@ -41,6 +41,12 @@ HARMLESS = {
     "keep_checkpoints",
     "final_weights",
     "log_steps",
+    "model_license",
+    "push_to_hub",
+    "push_when",
+    "push_private",
+    "push_revision",
+    "push_minutes",
     "trackers",
     "num_pictures",
     "dry_run",
@@ -59,6 +65,7 @@ class Progress:
         evaluated_step: optimizer step of the last evaluation that was completed.
         bad_images: training images that could not be decoded and were replaced.
         accumulation_factor: into how many parts micro-batches are cut because memory ran out; 1 for not at all.
+        seconds: time of the run so far, without what was lost by being killed.
         best: {"step", "weights": "raw" or "ema", "score"} of the best evaluation, or empty.
         num_processes: processes of the run.
         settings: flat settings of the run.
@@ -70,6 +77,7 @@ class Progress:
     evaluated_step: int = 0
     bad_images: int = 0
     accumulation_factor: int = 1
+    seconds: float = 0.0
     best: dict[str, Any] = field(default_factory=dict)
     num_processes: int = 1
     settings: dict[str, Any] = field(default_factory=dict)

@@ -31,6 +31,11 @@ RUN_FILES = (
     "class_report.json",
     "arguments.yaml",
     "kept_patches.png",
+    "tradeoff.png",
+    "run.json",
+    "README.md",
+    "export",
+    "push.log",
     "non_finite.json",
 )
 

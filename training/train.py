@@ -11,7 +11,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Exit status: 0 done; 1 the end could not be saved, or a process that loads images died; 2 settings, data or
     checkpoints that cannot work, with one line that says why; 3 the loss was not finite too often; 4 out of memory;
-    143 and 130 stopped by SIGTERM and SIGINT, and saved.
+    5 all is saved but the Hub did not take it; 143 and 130 stopped by SIGTERM and SIGINT, and saved.
     """
     arguments = parse_train_arguments(sys.argv[1:] if argv is None else argv)
     from huggingface_hub.errors import StrictDataclassError
@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Behind the checks: it costs seconds to import.
     from .checkpoints import CheckpointError, NoCheckpointError
     from .interruption import TrainingInterrupted
+    from .push import PUSH_FAILED, PushFailed
     from .steps import OutOfMemory, TrainingDiverged
     from .trainer import train
 
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         CheckpointError: 1,
         TrainingDiverged: 3,
         OutOfMemory: 4,
+        PushFailed: PUSH_FAILED,
     }
     try:
         train(arguments)

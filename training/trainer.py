@@ -8,6 +8,7 @@ evaluate, checkpoint; at the end: save, compare with the dense model, draw. Sett
 import datetime
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -19,16 +20,20 @@ import yaml
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from evit_hf.hub import PushError, check_write_access
 from evit_hf.profiling import num_macs
 
 from .arguments import TrainArguments
+from .card import render_run_card, run_record
 from .checkpoints import CheckpointError, Progress, checkpoint_path, problem, read_checkpoint
-from .evaluation import compare_keep_rates, comparison_table, evaluate, evaluation_loader, main_score
+from .evaluate import draw_tradeoff
+from .evaluation import compare_keep_rates, comparison_table, device_name, evaluate, evaluation_loader, main_score
 from .interruption import Interruption, TrainingInterrupted, await_deaths_of_loaders
 from .metrics_log import LogWindow, MetricsLog, memory_gib
 from .models import load_classifier
 from .optimization import learning_rate_schedule
 from .parts import Parts, build_accelerator, build_parts, training_loader
+from .push import BackgroundPush
 from .run_folder import RUN_FILES, draw_kept_patches, export, prepare_output_dir, resume, run_folder
 from .state import TrainingState
 from .steps import (
@@ -60,6 +65,8 @@ def train(arguments: TrainArguments) -> list[dict]:
         OutOfMemory: one image at a time is too much.
     """
     accelerator = build_accelerator(arguments)
+    if arguments.hub.push_to_hub and accelerator.is_main_process and not arguments.run.dry_run:
+        check_hub(arguments)
     with run_folder(accelerator, arguments) as resume_from:
         parts = build_parts(arguments, accelerator)
         if arguments.run.dry_run:
@@ -113,6 +120,8 @@ def run_training(parts: Parts, state: TrainingState, is_resumed: bool) -> list[d
         unit="step",
         disable=None if accelerator.is_local_main_process else True,
     )
+    pusher = background_push(parts)
+    start_of_run, seconds_before = time.perf_counter(), progress.seconds
     window = LogWindow(accelerator.device)
     is_probed = accelerator.num_processes == 1
     with Interruption(accelerator) as interruption:
@@ -126,9 +135,12 @@ def run_training(parts: Parts, state: TrainingState, is_resumed: bool) -> list[d
             # Checkpoint
             signal_number = interruption.agreed()
             is_due = ends_epoch or (run.checkpoint_steps and progress.step % run.checkpoint_steps == 0)
+            progress.seconds = seconds_before + time.perf_counter() - start_of_run
             if signal_number or (is_due and progress.step > 0) or progress.step == num_steps:
                 state.save(run.keep_checkpoints, must_succeed=bool(signal_number))
             if signal_number:
+                if pusher is not None:
+                    pusher.close()
                 raise TrainingInterrupted(
                     signal_number,
                     f"Interrupted by signal {signal_number} after step {progress.step} of {num_steps}, and saved: "
@@ -136,6 +148,8 @@ def run_training(parts: Parts, state: TrainingState, is_resumed: bool) -> list[d
                 )
             if progress.step == num_steps:
                 break
+            if ends_epoch:
+                push_epoch(parts, state, pusher)
 
             # Data
             step = progress.step
@@ -207,6 +221,9 @@ def run_training(parts: Parts, state: TrainingState, is_resumed: bool) -> list[d
     progress_bar.close()
     results = finish(parts, state, eval_loader)
     log.close()
+    if pusher is not None:
+        pusher.finish(output_dir, f"EViT after {num_steps} optimizer steps")
+        accelerator.print(f"Pushed to {arguments.hub.push_to_hub}.")
     return results
 
 
@@ -283,10 +300,13 @@ def finish(parts: Parts, state: TrainingState, eval_loader: DataLoader) -> list[
         if result["keep_rate"] == keep_rate:
             report.update(by_class=by_class, confusion_matrix=confusion_matrix)
     if accelerator.is_main_process:
+        draw_tradeoff(results, output_dir / "tradeoff.png")
+        (output_dir / "run.json").write_text(json.dumps(record_of(parts, state), indent=2) + "\n")
         (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         (output_dir / "class_report.json").write_text(json.dumps(report) + "\n")
         if arguments.run.num_pictures and not isinstance(parts.splits.evaluation, datasets.IterableDataset):
             draw_kept_patches(timed_model, parts.processor, parts.splits, arguments.run.num_pictures, output_dir)
+        write_card(output_dir, arguments.hub.push_to_hub or output_dir.resolve().name)
     accelerator.print(comparison_table(results))
     saved = ", ".join(name for name in RUN_FILES if (output_dir / name).exists())
     accelerator.print(f"Saved in {output_dir}: {saved}. The model has the {which}.")
@@ -294,6 +314,67 @@ def finish(parts: Parts, state: TrainingState, eval_loader: DataLoader) -> list[
         accelerator.print(failure)
     accelerator.end_training()
     return results
+
+
+def write_card(output_dir: Path, repo_id: str) -> None:
+    """Write the model card; one that would have blanks is left out, and said so, rather than losing the run's end."""
+    try:
+        (output_dir / "README.md").write_text(render_run_card(output_dir, repo_id))
+    except ValueError as error:
+        sys.stderr.write(f"No model card was written: {error}\n")
+
+
+def record_of(parts: Parts, state: TrainingState) -> dict[str, Any]:
+    """What the card of the run needs and no other file tells."""
+    train, accelerator = parts.splits.train, parts.accelerator
+    is_streamed = isinstance(train, datasets.IterableDataset)
+    return run_record(
+        num_parameters=sum(parameter.numel() for parameter in parts.network.parameters()),
+        num_train_images="streamed" if is_streamed else len(train),
+        num_steps=parts.num_steps,
+        learning_rate=parts.arguments.learning_rate,
+        seconds=state.progress.seconds,
+        hardware=f"{accelerator.num_processes} x {device_name(accelerator.device)}",
+        dataset_licence=getattr(train.info, "license", None),
+    )
+
+
+def check_hub(arguments: TrainArguments) -> None:
+    """Find out before training whether the Hub will take the model.
+
+    Raises: ValueError with the reason.
+    """
+    try:
+        check_write_access(arguments.hub.push_to_hub, arguments.hub.push_private, arguments.hub.push_revision)
+    except PushError as error:
+        raise ValueError(f"`--push_to_hub` cannot work: {error}.") from None
+
+
+def background_push(parts: Parts) -> BackgroundPush | None:
+    """Pushes of the main process, if the run has any."""
+    hub = parts.arguments.hub
+    if not hub.push_to_hub or not parts.accelerator.is_main_process:
+        return None
+    log = Path(parts.arguments.run.output_dir) / "push.log"
+    return BackgroundPush(hub.push_to_hub, hub.push_private, hub.push_revision, 60 * hub.push_minutes, log)
+
+
+def push_epoch(parts: Parts, state: TrainingState, pusher: BackgroundPush | None) -> None:
+    """Push the weights of an epoch in the background, if that is wanted and the push before is done."""
+    hub, progress = parts.arguments.hub, state.progress
+    is_best = progress.best.get("step") == progress.step
+    if not hub.push_to_hub or hub.push_when == "end" or (hub.push_when == "best" and not is_best):
+        return
+    weights = state.weights(averaged=parts.average is not None)  # gathered from all processes
+    if pusher is None or pusher.is_running():
+        return
+    folder = Path(parts.arguments.run.output_dir) / "export"
+    try:
+        export(parts, weights, folder)
+    except CheckpointError as error:
+        parts.accelerator.print(f"Not pushed: {error}")
+        return
+    pusher.start(folder, f"EViT after {progress.step} of {parts.num_steps} optimizer steps")
 
 
 def load_final_weights(parts: Parts, state: TrainingState) -> str:

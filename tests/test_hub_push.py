@@ -1,0 +1,313 @@
+"""To a Hub and back over HTTP, with unmodified clients in processes of their own, and what happens when it fails."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import run_python, tiny_config_with
+from hub_server import READ_TOKEN, Fault, Hub
+from runs import SMALL, read_log
+from transformers import ViTImageProcessor
+
+from evit_hf import EViTForImageClassification
+from evit_hf.hub import check_card, export_folder, plain_text
+from evit_training.card import keep_what_was_added, render_run_card
+
+
+REPO = "org/evit-digits"
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with Hub() as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def no_faults(request):
+    yield
+    if "hub" in request.fixturenames:
+        request.getfixturevalue("hub").faults.clear()
+
+
+def evit(*argv, env, status=0):
+    command = [sys.executable, "-m", "evit_training.cli", *map(str, argv)]
+    process = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=300)
+    assert process.returncode == status, process.stdout[-3000:] + process.stderr[-3000:]
+    return process.stdout + process.stderr
+
+
+@pytest.fixture(scope="module")
+def pushed(hub, tmp_path_factory):
+    """A run that was pushed after each epoch and at the end."""
+    folder = tmp_path_factory.mktemp("pushed")
+    flags = ["train", *SMALL, "--num_pictures", "2", "--push_to_hub", REPO, "--push_when", "epoch"]
+    text = evit(*flags, "--output_dir", folder / "run", env=hub.environment(folder / "home"))
+    assert f"Pushed to {REPO}." in text
+    return folder / "run"
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    torch.manual_seed(0)
+    EViTForImageClassification(tiny_config_with()).save_pretrained(tmp_path / "model")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+# There
+
+
+def test_what_was_pushed_is_the_model_and_nothing_else(hub, pushed):
+    files = hub.files(REPO)
+    assert set(files) == {
+        ".gitattributes",
+        "README.md",
+        "arguments.yaml",
+        "class_report.json",
+        "config.json",
+        "configuration_evit.py",
+        "kept_patches.png",
+        "model.safetensors",
+        "modeling_evit.py",
+        "preprocessor_config.json",
+        "results.json",
+        "token_labelling.py",
+        "token_reorganization.py",
+        "tradeoff.png",
+    }
+    assert files["model.safetensors"] == (pushed / "model" / "model.safetensors").read_bytes()
+    messages = [commit.message for commit in hub.repos[f"models/{REPO}"].branches["main"]]
+    assert messages[0] == "initial commit" and messages[-1] == "EViT after 18 optimizer steps"
+    assert any(re.fullmatch(r"EViT after \d+ of 18 optimizer steps", message) for message in messages)
+
+
+def test_the_card_tells_the_results_of_the_run(hub, pushed):
+    card = hub.files(REPO)["README.md"].decode()
+    metadata = check_card(card)
+    results = json.loads((pushed / "results.json").read_text())
+    for result in results:
+        assert f"| {100 * result['top1']:.2f} | {100 * result['top5']:.2f} | {result['gmacs']:.4f} |" in card
+    (metric,) = metadata["model-index"][0]["results"][0]["metrics"]
+    assert metric["value"] == round(100 * results[1]["top1"], 2)
+    assert f'from_pretrained("{REPO}", trust_remote_code=True)' in card
+    assert "evit train digits" in card and "(kept_patches.png)" in card
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
+    compile(code, "card", "exec")
+
+
+def test_nothing_secret_is_pushed(tmp_path, model_folder):
+    for name in (".env", "optimizer.pt", "training_args.bin", "pytorch_model.bin", ".tmpXYZ", "notes.txt"):
+        (model_folder / name).write_text("HF_TOKEN=hf_secret")
+    (tmp_path / "outside.json").write_text("secret")
+    (model_folder / "results.json").symlink_to(tmp_path / "outside.json")
+    names = export_folder(model_folder, tmp_path / "export")
+    assert set(names) == {
+        "config.json",
+        "configuration_evit.py",
+        "model.safetensors",
+        "modeling_evit.py",
+        "preprocessor_config.json",
+        "token_labelling.py",
+        "token_reorganization.py",
+    }
+    with pytest.raises(ValueError, match="holds no model: it needs config.json and model.safetensors"):
+        export_folder(tmp_path / "home", tmp_path / "other")
+
+
+# And back
+
+
+LOAD = f"""
+import json, torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+IMPORT
+processor = AutoImageProcessor.from_pretrained("{REPO}")
+model = AutoModelForImageClassification.from_pretrained("{REPO}", **OPTIONS)
+image = Image.new("RGB", (20, 20), (200, 30, 90))
+pixels = processor(image, return_tensors="pt").pixel_values
+classify = pipeline("image-classification", model="{REPO}", **OPTIONS)
+answer = classify(image, top_k=1)[0]["label"]
+print(json.dumps([type(model).__module__, model(pixels).logits.tolist(), answer]))
+"""
+
+
+def expected_logits(pushed):
+    """Of the folder on the disk, read by a process of its own too: the same numbers to the last bit."""
+    code = LOAD.replace("IMPORT", "import evit_hf").replace("OPTIONS", "{}").replace(REPO, str(pushed / "model"))
+    return json.loads(run_python(code, pushed.parent).splitlines()[-1])
+
+
+@pytest.mark.parametrize("how", ["package", "remote code"])
+def test_models_load_in_a_fresh_process_with_and_without_the_package(how, hub, pushed, tmp_path):
+    if how == "package":
+        code = LOAD.replace("IMPORT", "import evit_hf").replace("OPTIONS", "{}")
+    else:
+        code = LOAD.replace("IMPORT", "").replace("OPTIONS", "{'trust_remote_code': True}")
+    environment = hub.environment(tmp_path / "home", token="")
+    output = run_python(code, tmp_path, without_package=how != "package", **environment)
+    module, logits, answer = json.loads(output.splitlines()[-1])
+    assert module.startswith("evit_hf" if how == "package" else "transformers_modules")
+    assert [logits, answer] == expected_logits(pushed)[1:]
+    hub.requests.clear()
+    again = (tmp_path / "again").mkdir() or tmp_path / "again"
+    environment["HF_HUB_OFFLINE"] = "1"
+    output = run_python(code, again, without_package=how != "package", **environment)
+    assert json.loads(output.splitlines()[-1])[1:] == [logits, answer]
+    assert hub.requests == []  # from the cache alone
+
+
+def test_plain_vit_reads_the_same_repository_as_the_dense_model(hub, pushed, tmp_path):
+    code = f"""
+import torch
+from transformers import ViTForImageClassification
+from evit_hf import EViTForImageClassification
+dense = ViTForImageClassification.from_pretrained("{REPO}").eval()
+evit = EViTForImageClassification.from_pretrained("{REPO}").eval()
+pixels = torch.randn(2, 3, 32, 32)
+torch.testing.assert_close(dense(pixels).logits, evit(pixels, keep_rate=1.0).logits, rtol=1e-5, atol=1e-5)
+assert not torch.allclose(dense(pixels).logits, evit(pixels, keep_rate=0.3).logits)
+print("equal")
+"""
+    assert "equal" in run_python(code, tmp_path, **hub.environment(tmp_path / "home", token=""))
+
+
+def test_private_repositories_branches_and_pinned_revisions(hub, model_folder, tmp_path):
+    env = hub.environment(tmp_path / "home")
+    evit("push", model_folder, "org/secret", "--private", "--revision", "v1", "--message", "first", env=env)
+    repo = hub.repos["models/org/secret"]
+    assert repo.private and repo.branches["v1"][-1].message == "first"
+    assert "model.safetensors" not in repo.commit("main").files
+    sha = repo.commit("v1").sha
+    code = """
+from evit_hf import EViTForImageClassification
+for revision in ("v1", "SHA"):
+    print(EViTForImageClassification.from_pretrained("org/secret", revision=revision).config.keep_rate)
+"""
+    assert run_python(code.replace("SHA", sha), tmp_path, **env).split() == ["0.6", "0.6"]
+
+
+# When the Hub fails
+
+
+@pytest.mark.parametrize(
+    ("token", "words"), [("hf_wrong", "no valid token"), (READ_TOKEN, "this token may not write")]
+)
+def test_missing_rights_are_found_before_training(token, words, hub, tmp_path):
+    flags = ["train", *SMALL, "--push_to_hub", "org/never", "--output_dir", tmp_path / "run"]
+    text = evit(*flags, env=hub.environment(tmp_path / "home", token=token), status=2)
+    assert "`--push_to_hub` cannot work" in text and words in text
+    assert not (tmp_path / "run").exists()
+    assert "models/org/never" not in hub.repos
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(r"POST .*/commit/", 503, 2),
+        Fault(r"POST .*/commit/", "drop", 1),
+        Fault(r"PUT /lfs/", "drop", 1),
+        Fault(r"POST /api/repos/create", 502, 1),
+        Fault(r"POST .*/preupload/", 429, 1),
+        Fault(r"POST .*/commit/", "hang", 1),
+    ],
+    ids=lambda fault: f"{fault.what} {fault.pattern[-8:]}",
+)
+def test_passing_failures_are_waited_out(fault, hub, model_folder, tmp_path):
+    with torch.no_grad():
+        model = EViTForImageClassification.from_pretrained(model_folder)
+        model.classifier.bias.fill_(float(len(hub.requests)))  # other weights each time
+    model.save_pretrained(model_folder)
+    hub.faults.append(fault)
+    text = evit("push", model_folder, "org/patient", "--timeout", "3", env=hub.environment(tmp_path / "home"))
+    assert "Pushed to" in text
+    assert hub.files("org/patient")["model.safetensors"] == (model_folder / "model.safetensors").read_bytes()
+
+
+def test_a_hub_that_stays_away_ends_with_the_command_that_finishes_the_job(hub, tmp_path):
+    hub.faults.append(Fault(r"POST .*/commit/", 503))
+    env = hub.environment(tmp_path / "home")
+    flags = ["train", *SMALL, "--push_to_hub", "org/later", "--push_when", "epoch", "--output_dir", tmp_path / "run"]
+    text = evit(*flags, env=env, status=5)
+    assert "The run is saved, but the Hub did not take it" in text
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    assert [e["step"] for e in read_log(tmp_path / "run") if "eval_top1" in e] == [6, 12, 18]  # and was not held up
+    command = shlex.split(text.rsplit("To finish the job: ", 1)[1].splitlines()[0])
+    assert command[:2] == ["evit", "push"]
+    assert "hf_testtoken" not in text + (tmp_path / "run" / "push.log").read_text()
+    hub.faults.clear()
+    evit(*command[1:], env=env)
+    commits = len(hub.repos["models/org/later"].branches["main"])
+    evit(*command[1:], env=env)
+    assert len(hub.repos["models/org/later"].branches["main"]) == commits  # again is nothing new
+
+
+def test_a_hub_that_hangs_holds_up_nothing_and_is_given_up(hub, tmp_path):
+    env = hub.environment(tmp_path / "home")
+    evit("push", make_model(tmp_path), "org/hung", env=env)
+    hub.faults.append(Fault(r"POST .*/commit/", "hang"))
+    flags = ["train", *SMALL, "--push_to_hub", "org/hung", "--push_when", "epoch", "--push_minutes", "0.15"]
+    text = evit(*flags, "--output_dir", tmp_path / "run", env=env, status=5)
+    assert "The run is saved" in text
+
+
+def make_model(folder):
+    EViTForImageClassification(tiny_config_with()).save_pretrained(folder / "some")
+    return folder / "some"
+
+
+def test_a_push_that_cannot_work_is_refused_with_status_2_or_5(hub, model_folder, tmp_path):
+    env = hub.environment(tmp_path / "home", token="hf_wrong")
+    assert "no valid token" in evit("push", model_folder, "org/x", env=env, status=5)
+    assert "holds no model" in evit("push", tmp_path, "org/x", env=env, status=2)
+    assert "a/b/c" in evit("push", model_folder, "a/b/c", env=env, status=5)
+
+
+# The card
+
+
+def test_names_from_outside_mean_nothing_to_markdown_html_or_tables():
+    evil = "<script>alert(1)</script> | [x](javascript:y) `code` **b**\n# title\n---\nevit: 1"
+    plain = plain_text(evil)
+    assert not set("<>|[]`*\n#") & set(re.sub(r"&#?\w+;", "", plain))
+    assert len(plain_text("x" * 1000)) == 200
+    assert plain_text("tabby, cat-like (1.5)") == "tabby, cat-like &#40;1.5&#41;"
+
+
+def test_evil_labels_stay_in_their_cells(pushed, tmp_path):
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(pushed, run)
+    (run / "README.md").unlink()
+    report = json.loads((run / "class_report.json").read_text())
+    evil = "<!-- evit:end -->\n---\nlicense: evil\n---\n| a | b |"
+    report["label_names"][0] = evil
+    (run / "class_report.json").write_text(json.dumps(report))
+    card = render_run_card(run, REPO)
+    assert check_card(card)["license"] == "apache-2.0"
+    assert card.count("<!-- evit:end -->") == 1
+    rows = [line for line in card.splitlines() if "license: evil" in line]
+    assert len(rows) == 1 and rows[0].count("|") == 6
+
+
+def test_rendering_again_keeps_what_a_person_added(pushed, tmp_path):
+    card = (pushed / "README.md").read_text()
+    mine = (
+        card.replace("<!-- evit:begin -->", "My introduction.\n\n<!-- evit:begin -->").rstrip() + "\n\n## My notes\n"
+    )
+    mine = mine.replace("license: apache-2.0", "license: mit\nthumbnail: mine.png").replace("| 0.7 | ", "| 0.7 | old ")
+    merged = keep_what_was_added(mine, card)
+    assert "My introduction." in merged and "## My notes" in merged
+    assert "old " not in merged.split("evit:begin")[1].split("## Training")[0]
+    metadata = check_card(merged)
+    assert metadata["thumbnail"] == "mine.png" and metadata["license"] == "apache-2.0"
+    assert keep_what_was_added(merged, card) == merged
+    unmarked = keep_what_was_added("# My own card\n", card)
+    assert "# My own card" in unmarked and "evit:begin" in unmarked

@@ -1,0 +1,145 @@
+"""Push a model to the Hub: `evit push FOLDER ORG/NAME`, and the same in the background of a training run."""
+
+import argparse
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from evit_hf.hub import PushError, export_folder, push_folder
+
+
+PUSH_FAILED = 5
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags of `evit push`."""
+    parser = argparse.ArgumentParser(
+        prog="evit push",
+        description="Push a model folder or a run folder to the Hugging Face Hub: weights, configuration, image "
+        "processor, code for trust_remote_code, card and results, and nothing else that lies there.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", type=Path, help="Model folder, or run folder with `model/` in it.")
+    parser.add_argument("repo_id", help="ORG/NAME on the Hub; made if there is none.")
+    parser.add_argument("--private", action="store_true", default=None, help="Make a new repository private.")
+    parser.add_argument("--revision", help="Branch to push to; made if there is none.")
+    parser.add_argument("--message", default="Upload EViT", help="Commit message.")
+    parser.add_argument("--timeout", type=float, default=30.0, help="Seconds without an answer before a try failed.")
+    parser.add_argument("--attempts", type=int, default=5, help="How often to try what may pass.")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Push; status 2 for a folder without model, 5 if the Hub does not take it, with the command that tries again."""
+    argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
+    arguments = parser().parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            export_folder(arguments.folder, Path(folder) / "export")
+            url = push_folder(
+                Path(folder) / "export",
+                arguments.repo_id,
+                private=arguments.private,
+                revision=arguments.revision,
+                message=arguments.message,
+                timeout=arguments.timeout,
+                attempts=arguments.attempts,
+            )
+        except ValueError as error:
+            sys.stderr.write(f"evit push: error: {error}\n")
+            sys.exit(2)
+        except PushError as error:
+            sys.stderr.write(f"evit push: error: {error}. To try again: evit push {shlex.join(argv)}\n")
+            sys.exit(PUSH_FAILED)
+    sys.stdout.write(f"Pushed to {url}\n")
+
+
+class PushFailed(RuntimeError):
+    """The run is done and saved, but its last push failed; ends with status 5."""
+
+
+class BackgroundPush:
+    """Pushes of a run, one process at a time, so that a failing or hanging Hub never holds up training.
+
+    Args:
+        repo_id: where to.
+        private: of a new repository.
+        revision: branch.
+        deadline: seconds after which a push is given up.
+        log: file for what the pushes say.
+    """
+
+    def __init__(self, repo_id: str, private: bool, revision: str | None, deadline: float, log: Path) -> None:
+        self.repo_id = repo_id
+        self.flags = [*(["--private"] if private else []), *(["--revision", revision] if revision else [])]
+        self.deadline = deadline
+        self.log = log
+        self.process: subprocess.Popen | None = None
+        self.started = 0.0
+        self.num_failures = 0
+
+    def start(self, folder: Path, message: str) -> bool:
+        """Push a folder, unless the push before is still at it; returns whether it was started."""
+        if self.is_running():
+            return False
+        command = [sys.executable, "-m", "evit_training.push", str(folder), self.repo_id, *self.flags]
+        with self.log.open("a") as log:
+            # A session of its own: signals of the terminal end the training, which then ends the push.
+            self.process = subprocess.Popen(
+                [*command, "--message", message],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self.started = time.monotonic()
+        return True
+
+    def is_running(self) -> bool:
+        """Whether a push is under way; one beyond its deadline is ended, a failure is reported once."""
+        if self.process is None:
+            return False
+        status = self.process.poll()
+        if status is None and time.monotonic() - self.started > self.deadline:
+            self.process.kill()
+            status = self.process.wait()
+        if status is None:
+            return True
+        self.process = None
+        if status != 0:
+            self.num_failures += 1
+            sys.stderr.write(
+                f"A push to `{self.repo_id}` failed (status {status}, see {self.log}); training goes on.\n"
+            )
+        return False
+
+    def finish(self, folder: Path, message: str) -> None:
+        """Push the end of a run and wait for it.
+
+        Raises: PushFailed with the command that tries again.
+        """
+        while self.is_running():
+            time.sleep(0.1)
+        failures = self.num_failures
+        self.start(folder, message)
+        while self.is_running():
+            time.sleep(0.1)
+        if self.num_failures > failures:
+            retry = shlex.join(["evit", "push", str(folder), self.repo_id, *self.flags])
+            raise PushFailed(
+                f"The run is saved, but the Hub did not take it (see {self.log}). To finish the job: {retry}"
+            )
+
+    def close(self) -> None:
+        """End a push that is still under way."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+if __name__ == "__main__":
+    main()
