@@ -152,7 +152,7 @@ def draw_tradeoff(results: Sequence[dict[str, Any]], path: Path) -> None:
     gmacs, scores = [r["gmacs"] for r in results], [100 * r[name] for r in results]
     axes.plot(gmacs, scores, marker="o")
     for result, x, y in zip(results, gmacs, scores, strict=True):
-        axes.annotate(f"{result['keep_rate']:g}", (x, y), textcoords="offset points", xytext=(4, 6))
+        axes.annotate(str(result["keep_rate"]), (x, y), textcoords="offset points", xytext=(4, 6))
     axes.set(xlabel="GMACs", ylabel={"top1": "top-1 %", "micro_f1": "micro F1 %"}[name], title="by keep rate")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
