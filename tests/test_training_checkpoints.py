@@ -1,5 +1,6 @@
 """Checkpoints of the trainer; those of models are in test_checkpoints.py."""
 
+import hashlib
 import json
 import re
 
@@ -72,6 +73,20 @@ def test_a_manifest_that_leaves_files_out_is_not_trusted(tmp_path):
     del manifest["optimizer.pt"]
     (path / "manifest.json").write_text(json.dumps(manifest))
     assert problem(path) == "manifest.json does not name ['optimizer.pt']"
+
+
+def test_a_half_written_checkpoint_is_named_and_one_of_another_version_refused(tmp_path, capsys):
+    path = write(tmp_path, 1)
+    (tmp_path / ".partial-step-000000002").mkdir()
+    assert newest_checkpoint(tmp_path) == path
+    assert "Skipped a half-written checkpoint" in capsys.readouterr().err
+    data = json.dumps({"step": 1, "future": True}).encode()
+    (path / "progress.json").write_bytes(data)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["progress.json"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(NoCheckpointError, match="was written by another version of this trainer: .*future"):
+        read_checkpoint(path)
 
 
 def test_without_any_intact_checkpoint_nothing_is_restarted_in_silence(tmp_path):

@@ -199,6 +199,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
     Raises: NoCheckpointError if there are checkpoints and all of them are damaged.
     """
+    for path in folder.glob(f"{PARTIAL}*"):
+        sys.stderr.write(f"Skipped a half-written checkpoint, {path}.\n")
     paths = sorted(folder.glob(f"{PREFIX}*"), reverse=True)
     problems = []
     for path in paths:
@@ -220,7 +222,7 @@ def read_checkpoint(path: Path) -> tuple[Progress, dict[str, Any]]:
 
     Returns: the progress, and {"model", "optimizer", "ema"} on the CPU; "ema" is None if there is none.
 
-    Raises: NoCheckpointError if it is not intact.
+    Raises: NoCheckpointError if it is not intact, or of another version.
     """
     found = problem(path)
     if found is not None:
@@ -230,7 +232,11 @@ def read_checkpoint(path: Path) -> tuple[Progress, dict[str, Any]]:
         # In one order on all processes, which safetensors leaves to chance: sharding them is a collective for each.
         return dict(sorted(load_tensors((path / name).read_bytes()).items()))
 
-    return Progress(**json.loads((path / "progress.json").read_text())), {
+    try:
+        progress = Progress(**json.loads((path / "progress.json").read_text()))
+    except TypeError as error:
+        raise NoCheckpointError(f"{path} was written by another version of this trainer: {error}.") from None
+    return progress, {
         "model": weights("model.safetensors"),
         "optimizer": torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
         "ema": weights("ema.safetensors") if (path / "ema.safetensors").exists() else None,

@@ -184,10 +184,12 @@ def cut(batch: Batch, parts: int) -> Iterator[Batch]:
 def fit_into_memory(parts: Parts, progress: Progress, batch: Batch, keep_rate: KeepRate) -> None:
     """Find a micro-batch that fits on every process, by one forward and backward pass without the others.
 
-    The keep rate never rises during training, so that the first step needs the most. Sharded models cannot run without
-    the others; they have as many images on each process, and are tried together.
+    A scheduled keep rate never rises, so that the first step needs the most, and of a range its upper end does.
+    Sharded models cannot run without the others; they have as many images on each process, and are tried together.
     """
     synchronizes = parts.accelerator.is_fsdp2
+    if parts.arguments.optimization.keep_rate_range is not None:
+        keep_rate = max(keep_rate, parts.arguments.optimization.keep_rate_range[1])
     while True:
         buffers = [buffer.clone() for buffer in parts.model.buffers()]
         is_too_much = False
