@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 from transformers.utils import is_vision_available
 
 from .configuration_evit import EViTConfig
+from .configuration_evit import __version__ as __version__
 from .configuration_evit_lv import EViTLVConfig
 from .modeling_evit import (
     EViTForImageClassification,
@@ -19,8 +20,6 @@ from .modeling_evit import (
 )
 from .modeling_evit_lv import EViTLVForImageClassification, EViTLVImageClassifierOutput, EViTLVModel
 
-
-__version__ = "0.1.0"
 
 AutoConfig.register("evit", EViTConfig, exist_ok=True)
 AutoModel.register(EViTConfig, EViTModel, exist_ok=True)

@@ -10,6 +10,9 @@ from huggingface_hub.dataclasses import strict
 from transformers import ViTConfig
 
 
+# Of the whole package; it stands here because this file travels with every saved model.
+__version__ = "0.1.0"
+
 # Words of the official implementation (youweiliang/evit) for the same things.
 OFFICIAL_NAMES = {
     "base_keep_rate": "keep_rate",

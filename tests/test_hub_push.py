@@ -14,6 +14,7 @@ from hub_server import READ_TOKEN, Fault, Hub
 from runs import SMALL, read_log
 from transformers import ViTImageProcessor
 
+import evit_hf
 from evit_hf import EViTForImageClassification
 from evit_hf.hub import check_card, export_folder, plain_text
 from evit_training.card import keep_what_was_added, render_run_card
@@ -82,6 +83,7 @@ def test_what_was_pushed_is_the_model_and_nothing_else(hub, pushed):
         "tradeoff.png",
     }
     assert files["model.safetensors"] == (pushed / "model" / "model.safetensors").read_bytes()
+    assert f'__version__ = "{evit_hf.__version__}"' in files["configuration_evit.py"].decode()
     messages = [commit.message for commit in hub.repos[f"models/{REPO}"].branches["main"]]
     assert messages[0] == "initial commit" and messages[-1] == "EViT after 18 optimizer steps"
     assert any(re.fullmatch(r"EViT after \d+ of 18 optimizer steps", message) for message in messages)
@@ -313,3 +315,40 @@ def test_rendering_again_keeps_what_a_person_added(pushed, tmp_path):
     assert keep_what_was_added(merged, card) == merged
     unmarked = keep_what_was_added("# My own card\n", card)
     assert "# My own card" in unmarked and "evit:begin" in unmarked
+
+
+# Other ways there and back
+
+
+def test_the_trainer_of_transformers_pushes_as_it_always_does(hub, tmp_path):
+    code = """
+import torch
+from transformers import Trainer, TrainingArguments
+from evit_hf import EViTConfig, EViTForImageClassification
+config = EViTConfig(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
+                    intermediate_size=64, num_labels=2)
+rows = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 2} for i in range(8)]
+arguments = TrainingArguments(
+    "out", num_train_epochs=2, per_device_train_batch_size=4, save_strategy="epoch", report_to=[], push_to_hub=True,
+    hub_model_id="org/from-trainer", hub_strategy="STRATEGY", remove_unused_columns=False, use_cpu=True)
+trainer = Trainer(EViTForImageClassification(config), arguments, train_dataset=rows)
+trainer.train()
+trainer.push_to_hub()
+model = EViTForImageClassification.from_pretrained("org/from-trainer")
+for name, tensor in trainer.model.state_dict().items():
+    assert torch.equal(model.state_dict()[name], tensor), name
+print("equal")
+"""
+    code = code.replace("STRATEGY", "every_save")
+    assert "equal" in run_python(code, tmp_path, **hub.environment(tmp_path / "home"))
+    assert {"config.json", "model.safetensors", "modeling_evit.py"} <= set(hub.files("org/from-trainer"))
+
+
+def test_pushed_code_does_not_lean_on_an_installed_package_of_another_version(hub, pushed, tmp_path):
+    (tmp_path / "evit_hf").mkdir()
+    (tmp_path / "evit_hf" / "__init__.py").write_text("raise ImportError('another version')")
+    code = LOAD.replace("IMPORT", "").replace("OPTIONS", "{'trust_remote_code': True}")
+    environment = hub.environment(tmp_path / "home", token="", PYTHONPATH=str(tmp_path))
+    module, logits, answer = json.loads(run_python(code, tmp_path, **environment).splitlines()[-1])
+    assert module.startswith("transformers_modules")
+    assert [logits, answer] == expected_logits(pushed)[1:]

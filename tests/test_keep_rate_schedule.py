@@ -6,7 +6,7 @@ from conftest import tiny_config_with
 from test_checkpoints import make_trainer
 
 from evit_hf import EViTForImageClassification
-from evit_hf.keep_rate_schedule import KeepRateCallback, scheduled_keep_rate
+from evit_hf.keep_rate_schedule import KeepRateCallback, rounded_keep_rate, scheduled_keep_rate
 
 
 def official_keep_rate(iteration, epoch, start_epoch, shrink_epochs, steps_per_epoch, base):
@@ -119,3 +119,13 @@ def test_per_layer_targets_in_trainer(tmp_path):
     trainer.train()
     rates = [entry["keep_rate"] for entry in trainer.state.log_history if "keep_rate" in entry]
     assert rates == [scheduled_keep_rate(step, [0.9, 0.7, 0.5], 0, 6) for step in range(6)]
+
+
+def test_rounded_keep_rates_are_levels_at_or_above_the_scheduled_ones():
+    rates = [scheduled_keep_rate(step, 0.6, 3, 50) for step in range(60)]
+    rounded = [rounded_keep_rate(rate, 0.6, 4) for rate in rates]
+    assert {round(rate, 9) for rate in rounded} == {0.6, 0.7, 0.8, 0.9, 1.0}
+    assert all(low <= high + 1e-9 < low + 0.1 for low, high in zip(rates, rounded, strict=True))
+    assert rounded_keep_rate(0.65, 0.6, 4) == pytest.approx(0.7)
+    assert rounded_keep_rate([0.95, 0.65], [0.9, 0.5], 2) == pytest.approx([0.95, 0.75])
+    assert rounded_keep_rate(1.0, [0.9, 1.0], 2) == [1.0, 1.0]

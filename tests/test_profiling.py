@@ -10,7 +10,7 @@ from evit_hf import (
     EViTForImageClassificationWithTeacher,
     EViTLVForImageClassification,
 )
-from evit_hf.profiling import count_macs, num_macs, num_tokens_by_layer
+from evit_hf.profiling import count_macs, keep_rate_for_macs, num_macs, num_tokens_by_layer
 
 
 DEIT_S = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "num_labels": 1000}
@@ -140,3 +140,21 @@ def test_presets_take_overrides_and_are_known_by_name():
 def test_bad_keep_rates_are_refused():
     with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
         num_macs(EViTConfig(), keep_rate=2)
+
+
+@pytest.mark.parametrize(("image_size", "keep_rate"), [(224, 1.0), (272, 0.7), (288, 0.6), (304, 0.5)])
+def test_keep_rates_for_equal_cost_are_those_of_the_paper(image_size, keep_rate):
+    config = EViTConfig.preset("evit-deit-s")
+    budget = num_macs(config, 1.0)
+    assert keep_rate_for_macs(config, budget, image_size) == keep_rate
+    assert num_macs(config, keep_rate, image_size) <= budget
+    if keep_rate < 1:
+        assert num_macs(config, keep_rate + 0.1, image_size) > budget
+        finer = keep_rate_for_macs(config, budget, image_size, decimals=2)
+        assert keep_rate <= finer < keep_rate + 0.1
+
+
+def test_a_budget_that_no_keep_rate_meets_is_refused():
+    config = EViTConfig.preset("evit-deit-s")
+    with pytest.raises(ValueError, match=r"down to 4.60 GMACs: at `image_size` 384 it costs 4.98 even at 0.1"):
+        keep_rate_for_macs(config, num_macs(config, 1.0), 384)
