@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import run_python, tiny_config_with
-from hub_server import READ_TOKEN, Fault, Hub
+from hub_server import READ_TOKEN, Commit, Fault, Hub, Repo
 from runs import SMALL, read_log
 from transformers import ViTImageProcessor
 
@@ -352,3 +352,68 @@ def test_pushed_code_does_not_lean_on_an_installed_package_of_another_version(hu
     module, logits, answer = json.loads(run_python(code, tmp_path, **environment).splitlines()[-1])
     assert module.startswith("transformers_modules")
     assert [logits, answer] == expected_logits(pushed)[1:]
+
+
+# Repositories that mean harm
+
+
+def put(hub, name, files):
+    """A repository with any files under any names, as no honest client would make it."""
+    repo = hub.repos[f"models/{name}"] = Repo(name)
+    repo.branches["main"] = [Commit("a" * 40, files, set(), "evil", "2026-01-01T00:00:00.000Z")]
+
+
+def test_a_pickle_of_the_hub_is_not_run(hub, model_folder, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    torch.save({"classifier.bias": Evil()}, tmp_path / "evil.bin")
+    files = {path.name: path.read_bytes() for path in model_folder.iterdir() if path.suffix == ".json"}
+    put(hub, "org/pickle", {**files, "pytorch_model.bin": (tmp_path / "evil.bin").read_bytes()})
+    code = """
+from evit_hf import EViTForImageClassification
+try:
+    EViTForImageClassification.from_pretrained("org/pickle")
+    print("loaded")
+except Exception as error:
+    print("refused", type(error).__name__)
+"""
+    assert "refused" in run_python(code, tmp_path, **hub.environment(tmp_path / "home"))
+    assert not (tmp_path / "owned").exists()
+
+
+def test_names_that_climb_out_of_the_cache_write_nothing_there(hub, model_folder, tmp_path):
+    files = {path.name: path.read_bytes() for path in model_folder.iterdir()}
+    climbing = {f"{'../' * depth}evil.txt": b"evil" for depth in range(1, 9)}
+    put(hub, "org/climber", {**files, **climbing, "/tmp/evil_absolute.txt": b"evil"})
+    code = """
+from huggingface_hub import snapshot_download
+from evit_hf import EViTForImageClassification
+EViTForImageClassification.from_pretrained("org/climber")
+for options in ({}, {"local_dir": "deep/er/local"}):
+    try:
+        snapshot_download("org/climber", **options)
+    except Exception as error:
+        print(type(error).__name__)
+"""
+    home = tmp_path / "a" / "b" / "c" / "home"
+    run_python(code, tmp_path, **hub.environment(home))
+    written = [path for path in tmp_path.rglob("*evil*") if "blobs" not in path.parts]
+    assert written == []
+    assert not os.path.exists("/tmp/evil_absolute.txt")
+
+
+def test_a_body_that_is_shorter_than_promised_is_not_taken_for_weights(hub, model_folder, tmp_path):
+    files = {path.name: path.read_bytes() for path in model_folder.iterdir()}
+    put(hub, "org/liar", files)
+    hub.faults.append(Fault(r"GET .*/resolve/.*/model.safetensors", "truncate"))
+    code = """
+from evit_hf import EViTForImageClassification
+try:
+    EViTForImageClassification.from_pretrained("org/liar")
+    print("loaded")
+except Exception as error:
+    print("refused", type(error).__name__)
+"""
+    assert "refused" in run_python(code, tmp_path, **hub.environment(tmp_path / "home"))
