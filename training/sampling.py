@@ -16,7 +16,7 @@ from torch.utils.data import Sampler
 
 def seed_for(*parts: int | str) -> int:
     """A seed for PyTorch's generators, one for each combination of parts, for example ("order", seed, epoch)."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
 @dataclass(frozen=True)
