@@ -5,6 +5,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import random
 import socket
 import sys
 import time
@@ -105,11 +106,19 @@ def run(flags, output_dir, status=0, **options):
     return forked.text()
 
 
+def free_port():
+    """A port of this worker's own range, below those that the system hands out to others in the meantime."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for port in random.sample(range(20000 + 1000 * worker, 21000 + 1000 * worker), 100):
+        with socket.socket() as attempt, contextlib.suppress(OSError):
+            attempt.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")
+
+
 def fork_ranks(flags, output_dir, num_processes=2, before=None, **environment):
     """The processes of one distributed run, connected by gloo."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     return [
         ForkedRun(
             flags,

@@ -29,6 +29,11 @@ def start(tmp_path_factory):
     return str(folder)
 
 
+def run_fresh(flags, cwd):
+    """Run in a fresh interpreter: no fork, which would not survive what compiling leaves in this process."""
+    return run_python(f"from evit_training.train import main; main({flags})", cwd)
+
+
 def logged(output_dir):
     return [entry for entry in read_log(output_dir) if "learning_rate" in entry]
 
@@ -82,9 +87,9 @@ def test_training_under_an_oracle_differs_and_resumes_exactly(start, tmp_path):
 
 @pytest.mark.parametrize("how", ["soft", "hard"])
 def test_a_student_learns_from_a_teacher_alone(how, start, tmp_path):
-    """With all weight on the teacher, random labels do not matter: the student approaches what the teacher says."""
-    flags = [*SMALL, "--model", start, "--reorganization_layers", "1", "2", "3", "--teacher", start]
-    flags += ["--distillation", how, "--distillation_weight", "1", "--learning_rate", "3e-3", "--epochs", "6"]
+    """With all weight on the teacher labels do not matter: a random student approaches what the teacher says."""
+    flags = [*SMALL, "--teacher", start, "--distillation", how, "--distillation_weight", "1"]
+    flags += ["--learning_rate", "3e-3", "--epochs", "6"]
     run(flags, tmp_path / "run")
     losses = [entry["loss"] for entry in logged(tmp_path / "run")]
     assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
@@ -126,9 +131,8 @@ def test_a_schedule_in_levels_has_few_keep_rates(tmp_path):
 def test_a_compiled_model_trains_as_the_plain_one(tmp_path):
     flags = [*SMALL, "--max_steps", "3", "--num_hidden_layers", "2", "--reorganization_layers", "0"]
     flags += ["--keep_rate_dense_epochs", "0", "--keep_rate_shrink_epochs", "0"]
-    run(flags, tmp_path / "plain")
-    compiled = [*flags, "--compile", "--output_dir", str(tmp_path / "compiled")]
-    run_python(f"from evit_training.train import main; main({compiled})", tmp_path)
+    run_fresh([*flags, "--output_dir", str(tmp_path / "plain")], tmp_path)
+    run_fresh([*flags, "--compile", "--output_dir", str(tmp_path / "compiled")], tmp_path)
     losses = [[entry["loss"] for entry in logged(tmp_path / name)] for name in ("plain", "compiled")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -219,7 +223,7 @@ def test_recipes_of_the_paper_train(name, tmp_path):
         flags += ["--model", str(tmp_path / "deit")]
     if name == "oracle":
         flags += ["--oracle", str(tmp_path / "deit")]
-    text = run(flags, tmp_path / "run")
+    text = run_fresh(flags, tmp_path)
     assert "Dry run: loss" in text
-    gmacs = {"scratch": "3.0", "finetune": "3.0", "oracle": "2.3", "high_resolution": "4.4", "lvvit": "4.7"}[name]
+    gmacs = {"scratch": "3.0", "finetune": "3.0", "oracle": "2.3", "high_resolution": "4.4", "lvvit": "4.6"}[name]
     assert re.search(rf"GMACs dense and {re.escape(gmacs)}\d+ at keep rate", text), text

@@ -256,10 +256,17 @@ def _numbered(
             raise ValueError(f"The {split} split has classes that the training split has not: {unknown}.")
         to = {i: names.index(name) for i, name in enumerate(own_names) if name in names}
         labels = [[to[x] for x in row] if is_list else to[row] for row in labels]
+    return with_labels(dataset, column, labels, is_list), names or own_names, is_list
+
+
+def with_labels(
+    dataset: datasets.Dataset, column: str, labels: list[int] | list[list[int]], multi_label: bool
+) -> datasets.Dataset:
+    """The data with other labels in a column: class numbers, or lists of them where `multi_label` holds."""
     number = datasets.Value("int64")
-    numbers = datasets.Sequence(number) if is_list else number
-    dataset = dataset.remove_columns(column).add_column(column, labels, feature=numbers)
-    return dataset, names or own_names, is_list
+    features = datasets.Features({column: datasets.Sequence(number) if multi_label else number})
+    numbers = datasets.Dataset.from_dict({column: labels}, features=features)
+    return datasets.concatenate_datasets([dataset.remove_columns(column), numbers], axis=1)
 
 
 def _streamed(

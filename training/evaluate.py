@@ -107,6 +107,8 @@ def with_classes_of(model: "EViTPreTrainedModel", splits: "ImageSplits") -> "Ima
     """
     import datasets
 
+    from .data import with_labels
+
     number_of = {str(name).casefold(): number for number, name in model.config.id2label.items()}
     names = splits.label_names
     unknown = [name for name in names if name.casefold() not in number_of]
@@ -134,9 +136,7 @@ def with_classes_of(model: "EViTPreTrainedModel", splits: "ImageSplits") -> "Ima
         evaluation = evaluation.map(renumbered, features=features)
     else:
         labels = [renumbered(row)[column] for row in evaluation.select_columns(column)]
-        value = datasets.Value("int64")
-        feature = datasets.Sequence(value) if splits.multi_label else value
-        evaluation = evaluation.remove_columns(column).add_column(column, labels, feature=feature)
+        evaluation = with_labels(evaluation, column, labels, splits.multi_label)
     return dataclasses.replace(splits, evaluation=evaluation, label_names=known)
 
 
