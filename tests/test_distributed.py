@@ -11,9 +11,9 @@ import pytest
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from runs import RANDOM, SMALL, fork_ranks, read_log, run, state_hash
 from safetensors.torch import load_file
 from test_faults import loss_with
+from training_runs import RANDOM, SMALL, fork_ranks, read_log, run, state_hash
 
 
 # Nothing random that depends on the process, and a last batch of 10 images, which no micro-batch size divides.

@@ -9,9 +9,9 @@ import time
 
 import pytest
 import torch
-from runs import SMALL, ForkedRun, fork_ranks, read_log, run, state_hash
 from safetensors.torch import load_file
 from test_data import picture, splits_with_a_bad_image
+from training_runs import SMALL, ForkedRun, fork_ranks, read_log, run, state_hash
 
 
 def patch(name, wrapper):

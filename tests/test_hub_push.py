@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import run_python, tiny_config_with
 from hub_server import READ_TOKEN, Commit, Fault, Hub, Repo
-from runs import SMALL, read_log
+from training_runs import SMALL, read_log
 from transformers import ViTImageProcessor
 
 import evit_hf

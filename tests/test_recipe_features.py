@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 from conftest import run_python, tiny_config_with
-from runs import SMALL, ForkedRun, read_log, run, state_hash
 from safetensors.torch import load_file
 from test_faults import patch
+from training_runs import SMALL, ForkedRun, read_log, run, state_hash
 from transformers import ViTImageProcessor
 
 from evit_hf import EViTConfig, EViTForImageClassification, EViTForImageClassificationWithTeacher

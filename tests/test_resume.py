@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import RANDOM, SMALL, ForkedRun, fork_ranks, read_log, run, state_hash
+from training_runs import RANDOM, SMALL, ForkedRun, fork_ranks, read_log, run, state_hash
 
 
 WORKERS = ["--num_workers", "1"]
