@@ -193,7 +193,7 @@ def convert_checkpoint(
     else:
         converted = _from_transformers(str(source), overrides)
     if image_size is not None and height_and_width(converted.model.config.image_size) != (image_size, image_size):
-        converted.model = _resized(converted.model, image_size)
+        converted.model.set_image_size(image_size)
         converted.notes.append(f"position embeddings were resized bicubically to {image_size} pixels")
     if labels is not None:
         _name_labels(converted.model, labels)
@@ -481,20 +481,6 @@ def _our_names(name: str, keys: dict[str, str]) -> list[str]:
             ours = match.expand(target)
             return [ours.format(letter) for letter in "qkv"] if "{}" in ours else [ours]
     return []
-
-
-def _resized(model: EViTPreTrainedModel, image_size: int) -> EViTPreTrainedModel:
-    """The same model for images of another size: position embeddings are resized, all else stays."""
-    config = type(model.config).from_dict({**model.config.to_dict(), "image_size": image_size})
-    has_pooler = getattr(model, "pooler", None) is not None
-    resized = type(model)(config, **({"add_pooling_layer": has_pooler} if isinstance(model, EViTModel) else {}))
-    state_dict = model.state_dict()
-    (name,) = (key for key in state_dict if key.endswith("position_embeddings"))
-    embeddings = model.base_model.embeddings if not isinstance(model, EViTModel) else model.embeddings
-    with torch.no_grad():
-        state_dict[name] = embeddings.interpolate_pos_encoding(None, image_size, image_size)
-    resized.load_state_dict(state_dict)
-    return resized
 
 
 def _name_labels(model: EViTPreTrainedModel, labels: list[str]) -> None:

@@ -42,11 +42,7 @@ TRANSIENT = {408, 412, 425, 429, 500, 502, 503, 504}
 
 
 class PushError(RuntimeError):
-    """The Hub did not take a push; `is_final` says that trying again would not help."""
-
-    def __init__(self, message: str, is_final: bool) -> None:
-        super().__init__(message)
-        self.is_final = is_final
+    """The Hub did not take a push."""
 
 
 def render_card(template: Path = TEMPLATE, **values: Any) -> str:
@@ -224,7 +220,7 @@ def _try(action: Any, repo_id: str, attempts: int) -> Any:
             is_final, reason = _diagnosis(error)
             if is_final or number + 1 == attempts:
                 tries = "" if is_final else f" {attempts} times"
-                raise PushError(f"The Hub refused `{repo_id}`{tries}: {reason}", is_final) from error
+                raise PushError(f"The Hub refused `{repo_id}`{tries}: {reason}") from error
             time.sleep(min(2.0**number * 0.5, 20.0))
     raise AssertionError("unreachable")
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from evit_hf.hub import check_card, plain_text, render_card
+from evit_hf.hub import check_card, render_card
 
 
 TEMPLATE = Path(__file__).with_name("run_card_template.md")
@@ -170,4 +170,4 @@ def keep_what_was_added(old: str, new: str) -> str:
     return f"---\n{yaml.safe_dump(merged, sort_keys=False, allow_unicode=True).strip()}\n---\n{body}"
 
 
-__all__ = ["keep_what_was_added", "plain_text", "render_run_card", "run_record"]
+__all__ = ["keep_what_was_added", "render_run_card", "run_record"]

@@ -98,7 +98,7 @@ def resume(state: TrainingState, path: Path, arguments: TrainArguments, num_step
     Raises: CheckpointError if it cannot be read; ValueError if settings that change the training are not what they
         were, with a table of them.
     """
-    old, _ = read_checkpoint(path)
+    old, tensors = read_checkpoint(path)
     is_streamed = arguments.data.streaming
     different = settings_that_differ(
         old.settings, arguments.as_dict(), also_harmful=["num_workers"] if is_streamed else []
@@ -111,15 +111,16 @@ def resume(state: TrainingState, path: Path, arguments: TrainArguments, num_step
             f"`--resume` from {path} with other settings would be another training:\n{table}\nTake the old ones, or "
             "pass `--resume_override` to go on all the same."
         )
-    state.load(path)
+    num_processes = old.num_processes  # before it becomes that of this run
+    state.load(path, old, tensors)
     if state.progress.step > num_steps:
         raise ValueError(
             f"{path} is of step {state.progress.step}, beyond the {num_steps} steps of this run: raise `--epochs` or "
             "`--max_steps`."
         )
-    if old.num_processes != state.progress.num_processes:
+    if num_processes != state.progress.num_processes:
         state.accelerator.print(
-            f"The checkpoint is of {old.num_processes} processes, this run has {state.progress.num_processes}: order, "
+            f"The checkpoint is of {num_processes} processes, this run has {state.progress.num_processes}: order, "
             "augmentation and batch size stay, dropout and mixing are drawn anew."
         )
     state.accelerator.print(f"Going on from {path}, after step {state.progress.step}.")

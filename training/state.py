@@ -20,7 +20,6 @@ from .checkpoints import (
     NoCheckpointError,
     Progress,
     checkpoint_path,
-    read_checkpoint,
     rotate_checkpoints,
     write_checkpoint,
 )
@@ -105,14 +104,18 @@ class TrainingState:
             raise CheckpointError(error_text)
         self.accelerator.wait_for_everyone()
 
-    def load(self, path: Path) -> None:
-        """Go on from a checkpoint; learning rates and weight decay stay those of this run's settings.
+    def load(self, path: Path, progress: Progress, tensors: dict[str, Any]) -> None:
+        """Go on from a checkpoint; settings, learning rates and weight decay stay those of this run.
 
-        Raises: NoCheckpointError if it is not intact or does not fit.
+        Args:
+            path: of the checkpoint, for messages.
+            progress: as `read_checkpoint` returned it.
+            tensors: as `read_checkpoint` returned them.
+
+        Raises: NoCheckpointError if it does not fit.
         """
-        settings, num_processes = self.progress.settings, self.progress.num_processes
-        self.progress, tensors = read_checkpoint(path)
-        self.progress.settings, self.progress.num_processes = settings, num_processes
+        progress.settings, progress.num_processes = self.progress.settings, self.progress.num_processes
+        self.progress = progress
         groups = [{key: x for key, x in group.items() if key != "params"} for group in self.optimizer.param_groups]
         try:
             if self.average is not None:

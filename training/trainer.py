@@ -25,7 +25,7 @@ from evit_hf.profiling import num_macs
 
 from .arguments import TrainArguments
 from .card import render_run_card, run_record
-from .checkpoints import CheckpointError, Progress, checkpoint_path, problem, read_checkpoint
+from .checkpoints import CheckpointError, NoCheckpointError, Progress, checkpoint_path, read_checkpoint
 from .evaluate import draw_tradeoff
 from .evaluation import compare_keep_rates, comparison_table, device_name, evaluate, evaluation_loader, main_score
 from .interruption import Interruption, TrainingInterrupted, await_deaths_of_loaders
@@ -389,10 +389,10 @@ def load_final_weights(parts: Parts, state: TrainingState) -> str:
         parts.average.exchange()
         return "averages of the last weights (EMA)"
     path = checkpoint_path(state.folder, best["step"])
-    found = problem(path)
-    if found is not None:
-        raise CheckpointError(f"The best weights, of {path}, cannot be saved as the model: {found}.")
-    tensors = read_checkpoint(path)[1]
+    try:
+        tensors = read_checkpoint(path)[1]
+    except NoCheckpointError as error:
+        raise CheckpointError(f"The best weights cannot be saved as the model: {error}") from None
     state.load_weights(tensors["ema" if best["weights"] == "ema" else "model"])
     kind = "averaged (EMA) " if best["weights"] == "ema" else ""
     return f"{kind}weights of step {best['step']}, the best: {best['metric']} {100 * best['score']:.2f} %"
