@@ -74,7 +74,7 @@ class EViTConfig(ViTConfig):
 
     Args:
         keep_rate: share of image tokens kept at each reorganization layer, in (0, 1]: one number for all of them, or a
-            list with one for each. 1.0 is exactly the plain ViT.
+            list with one for each. 1.0 is the plain ViT.
         reorganization_layers: zero-based layers that reorganize their tokens between attention and MLP, strictly
             increasing. Default: one, two and three quarters of the depth, [3, 6, 9] for 12 layers. An empty list is
             the plain ViT.

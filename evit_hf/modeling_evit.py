@@ -64,7 +64,18 @@ register_checkpoint_conversion_mapping(
     overwrite=True,
 )
 
-FORWARD_KEYWORDS = ("keep_rate", "patch_scores", "mix_box", "interpolate_pos_encoding", "attention_mask", "labels")
+# Hidden activations of an MLP that a thread may have in flight, see `EViTPreTrainedModel._images_in_cache`.
+CACHE_BYTES_PER_THREAD = 10 * 2**20
+
+FORWARD_KEYWORDS = (
+    "keep_rate",
+    "patch_scores",
+    "mix_box",
+    "interpolate_pos_encoding",
+    "attention_mask",
+    "labels",
+    "prefix_tokens_only",
+)
 
 
 @dataclass
@@ -74,7 +85,7 @@ class EViTModelOutput(BaseModelOutputWithPooling):
     Args:
         last_hidden_state: (batch_size, num_tokens_left, hidden_size), after the final layer norm: prefix tokens (class
             token, distillation token if there is one), the attentive tokens of the last reorganization by falling
-            score, the fused token.
+            score, the fused token. With `prefix_tokens_only` the prefix tokens alone.
         pooler_output: (batch_size, pooler_output_size), or None without pooling layer.
         hidden_states: with `output_hidden_states=True`, num_hidden_layers + 1 tensors (batch_size, num_tokens,
             hidden_size); the number of tokens shrinks at each reorganization layer.
@@ -83,8 +94,8 @@ class EViTModelOutput(BaseModelOutputWithPooling):
         attentive_index: one tensor (batch_size, num_attentive_tokens) for each reorganization layer: the kept tokens
             as positions in the original patch grid (row * grid width + column), by falling score; -1 stands for the
             fused token of an earlier layer, where it was kept. A layer that keeps all tokens lists all of them.
-        patch_index: (batch_size, num_image_tokens_left), position in the original patch grid of each token in
-            `last_hidden_state` behind the prefix tokens; -1 for a fused token.
+        patch_index: (batch_size, num_image_tokens_left), position in the original patch grid of each token that is
+            left behind the prefix tokens; -1 for a fused token.
     """
 
     attentive_index: tuple[torch.LongTensor, ...] | None = None
@@ -188,7 +199,8 @@ class EViTAttention(ViTAttention):
 
     Differences from ViTAttention:
         - on request it returns the class token's attention to the image tokens. Fused kernels return no attention map,
-          so that one row is computed beside them from query and key; the eager map is read where it exists.
+          so that one row is computed beside them from query and key; the eager map is read where it exists;
+        - some tokens alone can be the queries.
     """
 
     def forward(
@@ -197,6 +209,7 @@ class EViTAttention(ViTAttention):
         attention_mask: torch.Tensor | None = None,
         score_tokens: bool = False,
         token_mask: torch.Tensor | None = None,
+        num_queries: int | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Attend.
@@ -206,15 +219,17 @@ class EViTAttention(ViTAttention):
             attention_mask: in the form that the attention implementation wants, or None.
             score_tokens: whether to return the class token's attention.
             token_mask: (batch_size, sequence_length), the mask that `attention_mask` was made of.
+            num_queries: how many tokens, from the first on, look at all tokens; None for all of them.
             **kwargs: handed to the attention implementation.
 
-        Returns: output (batch_size, sequence_length, hidden_size); attention map or None; class token attention
+        Returns: output (batch_size, num_queries, hidden_size); attention map or None; class token attention
             (batch_size, num_image_tokens) or None. The latter never passes through attention dropout: noise would
             choose the tokens (the official code lets it).
         """
-        input_shape = hidden_states.shape[:-1]
-        hidden_shape = (*input_shape, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        queries = hidden_states[:, :num_queries]
+        input_shape = queries.shape[:-1]
+        hidden_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(queries).view(*input_shape, -1, self.head_dim).transpose(1, 2)
         key = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
 
@@ -288,6 +303,7 @@ class EViTLayer(ViTLayer):
         num_attentive: int | None = None,
         token_scores: torch.Tensor | None = None,
         token_mask: torch.Tensor | None = None,
+        num_queries: int | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One layer.
@@ -298,17 +314,24 @@ class EViTLayer(ViTLayer):
             num_attentive: image tokens to keep; None for a plain ViT layer.
             token_scores: (batch_size, num_image_tokens), scores from outside that choose the tokens.
             token_mask: see `EViTAttention.forward`.
+            num_queries: compute this many tokens alone, from the first on; None for all of them. Such a layer
+                reorganizes nothing.
             **kwargs: handed to the attention implementation.
 
         Returns: hidden states, (batch_size, sequence_length left, hidden_size), and the kept tokens as positions among
             this layer's image tokens, (batch_size, num_attentive), or None.
         """
         # Attend
-        residual = hidden_states
+        residual = hidden_states[:, :num_queries]
         hidden_states, _, attention = self.attention(
-            self.layernorm_before(hidden_states), attention_mask, num_attentive is not None, token_mask, **kwargs
+            self.layernorm_before(hidden_states),
+            attention_mask,
+            num_attentive is not None,
+            token_mask,
+            num_queries,
+            **kwargs,
         )
-        hidden_states = residual + self.drop_path(self.dropout(hidden_states))
+        hidden_states = residual + self.residual_branch(hidden_states)
 
         # Reorganize
         attentive_index = None
@@ -325,8 +348,12 @@ class EViTLayer(ViTLayer):
         # MLP
         residual = hidden_states
         hidden_states = self.mlp(self.layernorm_after(hidden_states))
-        hidden_states = residual + self.drop_path(self.dropout(hidden_states))
+        hidden_states = residual + self.residual_branch(hidden_states)
         return hidden_states, attentive_index
+
+    def residual_branch(self, branch: torch.Tensor) -> torch.Tensor:
+        """Return a branch, (batch_size, sequence_length, hidden_size), behind dropout and stochastic depth."""
+        return self.drop_path(self.dropout(branch)) if self.training else branch
 
 
 class EViTPreTrainedModel(ViTPreTrainedModel):
@@ -390,6 +417,53 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
         num_patches = positions.shape[1] - embeddings.num_prefix_tokens
         embeddings.image_size = embeddings.patch_embeddings.image_size = (height, width)
         embeddings.patch_embeddings.num_patches = num_patches
+
+    def _backbone_outputs(
+        self, pixel_values: torch.Tensor | None, prefix_tokens_only: bool = True, **kwargs: Any
+    ) -> EViTModelOutput:
+        """Outputs of the backbone for a classifier: no more than it reads, and as fast as this device allows.
+
+        Args:
+            pixel_values: (batch_size, num_channels, height, width).
+            prefix_tokens_only: whether the classifier reads the prefix tokens alone. A caller who asks for hidden
+                states or attention maps gets those of all tokens all the same.
+            **kwargs: see `EViTModel.forward`.
+        """
+        recorded = ("output_hidden_states", "output_attentions")
+        if any(kwargs.get(name, getattr(self.config, name, None)) not in (None, False) for name in recorded):
+            return self.vit(pixel_values, **kwargs)
+        kwargs["prefix_tokens_only"] = prefix_tokens_only
+        if pixel_values is None or len(pixel_values) <= (chunk_size := self._images_in_cache(pixel_values, kwargs)):
+            return self.vit(pixel_values, **kwargs)
+        chunks = [self.vit(images, **kwargs) for images in pixel_values.split(chunk_size)]
+        return EViTModelOutput(
+            last_hidden_state=torch.cat([chunk.last_hidden_state for chunk in chunks]),
+            attentive_index=tuple(map(torch.cat, zip(*(chunk.attentive_index for chunk in chunks), strict=True))),
+            patch_index=torch.cat([chunk.patch_index for chunk in chunks]),
+        )
+
+    def _images_in_cache(self, pixel_values: torch.Tensor, kwargs: dict[str, Any]) -> int:
+        """Images that a CPU runs through all layers while their activations stay in its cache.
+
+        A large batch streams every activation through memory. In inference images do not know of each other, so that
+        a batch may be cut; DeiT-S runs 64 images faster in eights. BENCHMARKS.md has what it saves.
+
+        Args:
+            pixel_values: (batch_size, num_channels, height, width).
+            kwargs: of the forward; what belongs to single images is not cut.
+
+        Returns: their number, the whole batch where cutting is of no use: on other devices, with gradients, while
+            tracing or compiling.
+        """
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        by_image = any(kwargs.get(name) is not None for name in ("patch_scores", "attention_mask", "mix_box"))
+        if pixel_values.device.type != "cpu" or is_traced or by_image or self.training or torch.is_grad_enabled():
+            return len(pixel_values)
+        height, width = pixel_values.shape[-2:]
+        embeddings = self.vit.embeddings
+        num_patches = (height // embeddings.patch_height) * (width // embeddings.patch_width)
+        image_bytes = num_patches * self.config.intermediate_size * pixel_values.element_size()
+        return max(1, CACHE_BYTES_PER_THREAD * torch.get_num_threads() // max(image_bytes, 1))
 
     @classmethod
     def from_pretrained(
@@ -533,6 +607,7 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
         keep_rate: float | Sequence[float] | None = None,
         patch_scores: torch.Tensor | Sequence[torch.Tensor] | None = None,
         mix_box: tuple[int, int, int, int] | None = None,
+        prefix_tokens_only: bool = False,
         **kwargs: Any,
     ) -> EViTModelOutput:
         """Run the images through all layers.
@@ -548,6 +623,8 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
                 (an oracle, a random baseline, a mask of ones and zeros). That attention still weighs the fused token.
             mix_box: (top, left, height, width) in patches: inside, each image takes the patch tokens of the image
                 that mirrors it in the batch (mix-token of LV-ViT, for training). `mix_targets` mixes the labels alike.
+            prefix_tokens_only: whether the class token (and distillation token) are all that is wanted of the last
+                layer, which then computes nothing else; see `last_layer_queries`.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, and what the attention takes.
 
         Returns: `EViTModelOutput`.
@@ -577,7 +654,9 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
             num_image_tokens = patch_index.shape[1]
             num_attentive = num_attentive_tokens(keep_rates.get(i, 1.0), num_image_tokens)
             if num_attentive == num_image_tokens:  # a plain ViT layer
-                hidden_states, _ = layer(hidden_states, mask, **kwargs)
+                is_last = i + 1 == len(self.layers)
+                num_queries = self.last_layer_queries(mask) if prefix_tokens_only and is_last else None
+                hidden_states, _ = layer(hidden_states, mask, num_queries=num_queries, **kwargs)
                 if i in keep_rates:
                     kept_patches.append(patch_index)
                 continue
@@ -602,6 +681,19 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
             attentive_index=tuple(kept_patches),
             patch_index=patch_index,
         )
+
+    def last_layer_queries(self, mask: Any) -> int | None:
+        """Tokens that the last layer has to compute when the image tokens are not read: one for the class token.
+
+        Keys and values are those of all tokens, so that the result is exact; queries, projection and MLP of the
+        others are work that nobody uses, 5 % of a dense DeiT-S. BENCHMARKS.md has what it saves.
+
+        Args:
+            mask: what `_attention_mask` returned: its rows can be left out unless it is made for one kernel.
+
+        Returns: their number, or None for all tokens.
+        """
+        return self.config.num_prefix_tokens if mask is None else None
 
     def _scores_by_layer(
         self, patch_scores: torch.Tensor | Sequence[torch.Tensor] | None, batch_size: int, num_patches: int
@@ -699,7 +791,7 @@ class EViTForImageClassification(EViTPreTrainedModel, ViTForImageClassification)
 
         Returns: `EViTImageClassifierOutput`.
         """
-        outputs: EViTModelOutput = self.vit(
+        outputs = self._backbone_outputs(
             pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
             attention_mask=attention_mask,
@@ -777,7 +869,7 @@ class EViTForImageClassificationWithTeacher(EViTPreTrainedModel):
 
         Returns: `EViTForImageClassificationWithTeacherOutput`.
         """
-        outputs: EViTModelOutput = self.vit(
+        outputs = self._backbone_outputs(
             pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
             attention_mask=attention_mask,

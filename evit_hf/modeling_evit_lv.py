@@ -11,12 +11,10 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_evit import EViTConfig  # noqa: F401 (remote code: Transformers 5.9 copies direct imports alone)
 from .configuration_evit_lv import EViTLVConfig
 from .modeling_evit import (
-    EViTDropPath,
     EViTEmbeddings,
     EViTImageClassifierOutput,
     EViTLayer,
     EViTModel,
-    EViTModelOutput,
     EViTPreTrainedModel,
 )
 from .token_labelling import token_labelling_loss
@@ -82,24 +80,12 @@ class EViTLVEmbeddings(EViTEmbeddings):
         self.patch_embeddings = EViTLVPatchEmbeddings(config)
 
 
-class EViTLVDropPath(EViTDropPath):
-    """Differences from EViTDropPath: the branch is divided by `residual_scale`, in evaluation too."""
-
-    def __init__(self, drop_probability: float, residual_scale: float) -> None:
-        super().__init__(drop_probability)
-        self.residual_scale = residual_scale
-
-    def forward(self, branch: torch.Tensor) -> torch.Tensor:
-        """Return `branch`, (batch_size, ...), scaled, for some images set to zero in training."""
-        return super().forward(branch) / self.residual_scale
-
-
 class EViTLVLayer(EViTLayer):
-    """Differences from EViTLayer: scaled residual branches."""
+    """Differences from EViTLayer: the residual branches are divided by `residual_scale`."""
 
-    def __init__(self, config: EViTLVConfig, drop_path_rate: float = 0.0) -> None:
-        super().__init__(config, drop_path_rate)
-        self.drop_path = EViTLVDropPath(drop_path_rate, config.residual_scale)
+    def residual_branch(self, branch: torch.Tensor) -> torch.Tensor:
+        """Return a branch, (batch_size, sequence_length, hidden_size), scaled, in evaluation too."""
+        return super().residual_branch(branch) / self.config.residual_scale
 
 
 class EViTLVPreTrainedModel(EViTPreTrainedModel):
@@ -161,8 +147,9 @@ class EViTLVForImageClassification(EViTLVPreTrainedModel):
 
         Returns: `EViTLVImageClassifierOutput`.
         """
-        outputs: EViTModelOutput = self.vit(
+        outputs = self._backbone_outputs(
             pixel_values,
+            prefix_tokens_only=False,
             interpolate_pos_encoding=interpolate_pos_encoding,
             attention_mask=attention_mask,
             keep_rate=keep_rate,

@@ -96,6 +96,24 @@ def top_attentive_index(scores: torch.Tensor, num_attentive: int) -> torch.Tenso
     return scores.topk(num_attentive, dim=1).indices
 
 
+def attentive_tokens(
+    hidden_states: torch.Tensor, attentive_index: torch.Tensor, num_prefix_tokens: int = 1
+) -> torch.Tensor:
+    """The attentive tokens, copied as whole rows: `gather` would look up each of their numbers one by one.
+
+    Args:
+        hidden_states: (batch_size, num_prefix_tokens + num_image_tokens, hidden_size).
+        attentive_index: (batch_size, num_attentive), positions among the image tokens.
+        num_prefix_tokens: tokens in front of the image tokens, class token included.
+
+    Returns: (batch_size, num_attentive, hidden_size).
+    """
+    batch_size, sequence_length, hidden_size = hidden_states.shape
+    first_row = torch.arange(batch_size, device=hidden_states.device) * sequence_length + num_prefix_tokens
+    rows = (attentive_index + first_row.unsqueeze(1)).flatten()
+    return hidden_states.reshape(-1, hidden_size).index_select(0, rows).view(batch_size, -1, hidden_size)
+
+
 def fused_token(tokens: torch.Tensor, attention: torch.Tensor, attentive_index: torch.Tensor) -> torch.Tensor:
     """Sum of the inattentive tokens, weighted by the class token's attention: one token for all of them.
 
@@ -177,7 +195,7 @@ def reorganize_tokens(
 
     # 2. Keep them, behind the prefix tokens.
     prefix, tokens = hidden_states[:, :num_prefix_tokens], hidden_states[:, num_prefix_tokens:]
-    attentive = tokens.gather(1, attentive_index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+    attentive = attentive_tokens(hidden_states, attentive_index, num_prefix_tokens)
     if not fuse_inattentive_tokens:
         return torch.cat((prefix, attentive), dim=1), attentive_index
 
@@ -250,6 +268,7 @@ def reorganize_token_mask(
 
 __all__ = [
     "append_fused_patch",
+    "attentive_tokens",
     "class_token_attention",
     "class_token_probabilities",
     "follow_patches",

@@ -7,7 +7,14 @@ from golden import official_cases, official_names, official_state_dict, official
 from reference import reorganize_slowly
 from transformers import ViTConfig, ViTForImageClassification
 
-from evit_hf import EViTConfig, EViTForImageClassification, EViTForImageClassificationWithTeacher, EViTModel
+from evit_hf import (
+    EViTConfig,
+    EViTForImageClassification,
+    EViTForImageClassificationWithTeacher,
+    EViTLVConfig,
+    EViTLVForImageClassification,
+    EViTModel,
+)
 from evit_hf.modeling_evit import EViTDropPath
 
 
@@ -104,12 +111,14 @@ def test_keep_rate_one_equals_plain_vit(attention_implementation, images):
     ).eval()
     vit = plain_vit_like(model)
     vit.set_attn_implementation(attention_implementation)
-    assert torch.equal(model(images).logits, vit(images).logits)
+    # To the last bit where the last layer computes all tokens as ViT does; the class token alone is rounded otherwise.
+    assert torch.equal(model(images, output_hidden_states=True).logits, vit(images).logits)
+    torch.testing.assert_close(model(images).logits, vit(images).logits, rtol=1e-5, atol=1e-5)
     reorganized = EViTForImageClassification(
         tiny_config_with(keep_rate=0.5, attn_implementation=attention_implementation)
     ).eval()
     reorganized.load_state_dict(model.state_dict())
-    assert torch.equal(reorganized(images, keep_rate=1.0).logits, vit(images).logits)
+    assert torch.equal(reorganized(images, keep_rate=1.0, output_hidden_states=True).logits, vit(images).logits)
     assert not torch.allclose(reorganized(images).logits, vit(images).logits, atol=1e-3)
 
 
@@ -324,9 +333,10 @@ def test_own_attention_as_patch_scores_changes_nothing_at_the_first_layer(images
     model = EViTForImageClassification(tiny_config_with(attn_implementation="eager", keep_rate=[0.6, 1.0, 1.0])).eval()
     outputs = model(images, output_attentions=True)
     scores = outputs.attentions[1][:, :, 0, 1:].mean(1)
-    again = model(images, patch_scores=scores)
+    again = model(images, patch_scores=scores, output_attentions=True)
     assert torch.equal(again.logits, outputs.logits)
-    per_layer = model(images, patch_scores=[scores, torch.rand(3, 16), torch.rand(3, 16)])
+    scores = [scores, torch.rand(3, 16), torch.rand(3, 16)]
+    per_layer = model(images, patch_scores=scores, output_attentions=True)
     assert torch.equal(per_layer.logits, outputs.logits)
 
 
@@ -383,7 +393,7 @@ def test_non_square_models_and_images_not_divisible_by_the_patch_size():
     model = EViTForImageClassification(tiny_config_with(image_size=(36, 52))).eval()
     vit = plain_vit_like(model)
     images = torch.randn(2, 3, 36, 52)
-    assert torch.equal(model(images, keep_rate=1.0).logits, vit(images).logits)
+    assert torch.equal(model(images, keep_rate=1.0, output_hidden_states=True).logits, vit(images).logits)
     torch.testing.assert_close(model(images, interpolate_pos_encoding=True).logits, model(images).logits)
     assert model(torch.randn(2, 3, 64, 40), interpolate_pos_encoding=True).attentive_index[0].shape[1] == 24
 
@@ -472,6 +482,82 @@ def test_other_attention_backends_choose_the_same_tokens(implementation, images)
     torch.testing.assert_close(outputs.logits, expected.logits, rtol=1e-3, atol=1e-3)
     for one, other in zip(outputs.attentive_index, expected.attentive_index, strict=True):
         assert torch.equal(one, other)
+
+
+# Only work that is used
+
+
+@pytest.mark.parametrize("attention_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", official_cases())
+def test_logits_and_gradients_without_hidden_states_are_the_official_ones(name, attention_implementation):
+    """The last layer then computes the class token alone."""
+    case, golden = official_cases()[name], official_tensors()
+    model = official_model(case, attention_implementation)
+    pixel_values = golden[f"{name}.pixel_values"].clone()
+    keywords = {"keep_rate": case.get("runtime_keep"), "interpolate_pos_encoding": "side" in case}
+    outputs = model(pixel_values, **keywords)
+    assert relative_difference(outputs.logits, golden[f"{name}.logits"]) < 1e-4
+    gradients = {}
+    for hidden in (False, True):
+        model.zero_grad()
+        logits = model(pixel_values, **keywords, output_hidden_states=hidden).logits
+        (logits * torch.linspace(-1, 1, logits.shape[1])).sum().backward()
+        gradients[hidden] = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    largest = max(gradient.abs().max() for gradient in gradients[True].values())
+    for parameter, gradient in gradients[True].items():
+        assert (gradients[False][parameter] - gradient).abs().max() < 1e-5 * largest, parameter
+
+
+def test_last_layer_computes_the_prefix_tokens_alone(images):
+    model = EViTForImageClassificationWithTeacher(tiny_config_with(use_distillation_token=True)).eval()
+    lengths = []
+    model.vit.layers[-1].mlp.register_forward_hook(lambda module, inputs, output: lengths.append(output.shape[1]))
+    alone, full = model(images), model(images, output_hidden_states=True)
+    assert lengths == [8, 8]  # a last layer that reorganizes leaves nothing out
+    model.config.reorganization_layers, model.config.keep_rate = [1], 0.5
+    lengths.clear()
+    alone, full = model(images), model(images, output_hidden_states=True)
+    assert lengths == [2, 2 + 8 + 1]
+    torch.testing.assert_close(alone.logits, full.logits)
+    assert torch.equal(alone.attentive_index[0], full.attentive_index[0])
+    hidden = model.vit(images, prefix_tokens_only=True)
+    torch.testing.assert_close(hidden.last_hidden_state, model.vit(images).last_hidden_state[:, :2])
+    assert hidden.patch_index.shape == (3, 9)
+
+
+def test_masked_tokens_keep_the_last_layer_whole_and_exact(tiny_model, images):
+    mask = torch.ones(3, 17, dtype=torch.long)
+    mask[:, 5:9] = 0
+    tiny_model.config.reorganization_layers = [1, 2]
+    alone = tiny_model(images, attention_mask=mask)
+    torch.testing.assert_close(alone.logits, tiny_model(images, attention_mask=mask, output_hidden_states=True).logits)
+
+
+@pytest.mark.parametrize("backbone", ["evit", "lv"])
+def test_large_batches_are_cut_on_a_cpu_and_give_the_same_outputs(backbone, images, monkeypatch):
+    if backbone == "evit":
+        model = EViTForImageClassification(tiny_config_with()).eval()
+    else:
+        size = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 4}
+        config = EViTLVConfig(**size, num_attention_heads=4, intermediate_size=64, num_labels=5, keep_rate=0.6)
+        model = EViTLVForImageClassification(config).eval()
+    sizes = []
+    model.vit.register_forward_pre_hook(
+        lambda module, inputs, keywords: sizes.append(len(inputs[0])), with_kwargs=True
+    )
+    with torch.no_grad():
+        whole = model(images)
+        # The MLP of an image has 16 patches of 64 numbers of 4 bytes.
+        monkeypatch.setattr("evit_hf.modeling_evit.CACHE_BYTES_PER_THREAD", 2 * 16 * 64 * 4)
+        cut = model(images)
+        with_hidden_states = model(images, output_hidden_states=True)
+        with_scores = model(images, patch_scores=torch.rand(3, 16))
+    model(images)  # with gradients
+    assert sizes == [3, 2, 1, 3, 3, 3]
+    torch.testing.assert_close(cut.logits, whole.logits)
+    for one, other in zip(cut.attentive_index, whole.attentive_index, strict=True):
+        assert torch.equal(one, other)
+    assert with_hidden_states.hidden_states[0].shape[0] == with_scores.logits.shape[0] == 3
 
 
 # Stochastic depth

@@ -3,7 +3,7 @@ import torch
 from golden import lvvit_state_dict, lvvit_tensors
 
 from evit_hf import EViTLVConfig, EViTLVForImageClassification
-from evit_hf.modeling_evit_lv import EViTLVDropPath
+from evit_hf.modeling_evit_lv import EViTLVLayer
 
 
 def golden_model(**changes):
@@ -82,10 +82,10 @@ def test_multi_label_problems_train_both_classifiers():
 
 
 def test_residual_branches_are_scaled_in_evaluation_too():
-    drop_path = EViTLVDropPath(0.5, residual_scale=2.0)
-    assert torch.equal(drop_path.eval()(torch.ones(3, 2)), torch.full((3, 2), 0.5))
+    layer = EViTLVLayer(golden_model(residual_scale=2.0).config, drop_path_rate=0.5)
+    assert torch.equal(layer.eval().residual_branch(torch.ones(3, 2)), torch.full((3, 2), 0.5))
     torch.manual_seed(0)
-    assert drop_path.train()(torch.ones(100, 1)).unique().tolist() == [0.0, 1.0]
+    assert layer.train().residual_branch(torch.ones(100, 1)).unique().tolist() == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(

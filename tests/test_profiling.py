@@ -51,21 +51,39 @@ def test_higher_resolution_at_equal_cost(image_size, keep_rate, gmacs):
     assert num_macs(EViTConfig(**DEIT_S), keep_rate, image_size) / 1e9 == pytest.approx(gmacs, abs=0.005)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize(("keep_rate", "fuse"), [(1.0, True), (0.6, True), (0.6, False), ([0.9, 0.5, 0.3], True)])
-def test_formula_equals_the_count_of_pytorch(implementation, keep_rate, fuse, images):
-    config = tiny_config_with(fuse_inattentive_tokens=fuse, attn_implementation=implementation)
-    model = EViTForImageClassification(config)
-    counted = count_macs(model, images[:1], keep_rate=keep_rate)
-    formula = num_macs(config, keep_rate)
-    # The reorganization itself is not in the formula: a row of attention beside sdpa, the weighted sum of the tokens.
-    reorganization = 0
-    rates = dict(zip((1, 2, 3), keep_rate if isinstance(keep_rate, list) else [keep_rate] * 3, strict=True))
-    for i, (before, _) in enumerate(num_tokens_by_layer(config, keep_rate)):
-        if i in rates and math.ceil(rates[i] * (before - 1)) < before - 1:
-            reorganization += (before * 32 if implementation == "sdpa" else 0) + ((before - 1) * 32 if fuse else 0)
-    assert counted == formula + reorganization
+@pytest.mark.parametrize(
+    ("model_class", "changes"),
+    [
+        (EViTForImageClassification, {}),
+        (EViTForImageClassification, {"fuse_inattentive_tokens": False}),
+        (EViTForImageClassification, {"reorganization_layers": [1, 3]}),  # the last layer too
+        (EViTForImageClassificationWithTeacher, {"use_distillation_token": True}),
+        (
+            EViTForImageClassificationWithTeacher,
+            {"use_distillation_token": True, "scoring_tokens": "class_and_distillation"},
+        ),
+    ],
+)
+@pytest.mark.parametrize("keep_rate", [1.0, 0.6])
+def test_formula_of_executed_operations_equals_the_count_of_pytorch(model_class, changes, keep_rate, images):
+    model = model_class(tiny_config_with(**changes, attn_implementation="sdpa"))
+    assert count_macs(model, images[:1], keep_rate=keep_rate) == num_macs(model.config, keep_rate, executed=True)
     assert model.training
+
+
+@pytest.mark.parametrize(("keep_rate", "fuse"), [(1.0, True), (0.6, True), (0.6, False), ([0.9, 0.5, 0.3], True)])
+def test_formula_of_the_paper_equals_the_count_when_all_hidden_states_are_wanted(keep_rate, fuse, images):
+    config = tiny_config_with(fuse_inattentive_tokens=fuse, attn_implementation="eager")
+    model = EViTForImageClassification(config)
+    counted = count_macs(model, images[:1], keep_rate=keep_rate, output_hidden_states=True)
+    # The weighted sum of the tokens is not in the formula.
+    rates = dict(zip((1, 2, 3), keep_rate if isinstance(keep_rate, list) else [keep_rate] * 3, strict=True))
+    sums = sum(
+        (before - 1) * 32 * fuse
+        for i, (before, _) in enumerate(num_tokens_by_layer(config, keep_rate))
+        if i in rates and math.ceil(rates[i] * (before - 1)) < before - 1
+    )
+    assert counted == num_macs(config, keep_rate) + sums
 
 
 def test_batches_cost_their_size(tiny_model):
@@ -123,9 +141,11 @@ def test_gmacs_of_the_presets_by_formula_and_counted(name, keep_rate, gmacs):
     model = meta_model(name)
     formula = num_macs(model.config, keep_rate) / 1e9
     size = model.config.image_size
-    counted = count_macs(model, torch.zeros(1, 3, size, size, device="meta"), keep_rate=keep_rate) / 1e9
+    pixel_values = torch.zeros(1, 3, size, size, device="meta")
+    counted = count_macs(model, pixel_values, keep_rate=keep_rate, output_hidden_states=True) / 1e9
     assert round(formula, 1) == gmacs
     assert counted == pytest.approx(formula, rel=5e-4)  # the reorganization itself
+    assert count_macs(model, pixel_values, keep_rate=keep_rate) == num_macs(model.config, keep_rate, executed=True)
 
 
 def test_presets_take_overrides_and_are_known_by_name():
