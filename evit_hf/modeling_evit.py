@@ -433,7 +433,7 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
         if any(kwargs.get(name, getattr(self.config, name, None)) not in (None, False) for name in recorded):
             return self.vit(pixel_values, **kwargs)
         kwargs["prefix_tokens_only"] = prefix_tokens_only
-        if pixel_values is None or len(pixel_values) <= (chunk_size := self._images_in_cache(pixel_values, kwargs)):
+        if pixel_values is None or pixel_values.shape[0] <= (chunk_size := self._images_in_cache(pixel_values, kwargs)):
             return self.vit(pixel_values, **kwargs)
         chunks = [self.vit(images, **kwargs) for images in pixel_values.split(chunk_size)]
         return EViTModelOutput(
@@ -458,7 +458,7 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
         is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         by_image = any(kwargs.get(name) is not None for name in ("patch_scores", "attention_mask", "mix_box"))
         if pixel_values.device.type != "cpu" or is_traced or by_image or self.training or torch.is_grad_enabled():
-            return len(pixel_values)
+            return pixel_values.shape[0]  # not `len`, which would fix the batch size of an exported model
         height, width = pixel_values.shape[-2:]
         embeddings = self.vit.embeddings
         num_patches = (height // embeddings.patch_height) * (width // embeddings.patch_width)

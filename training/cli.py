@@ -14,6 +14,8 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": ("evit_training.train", "train or fine-tune an EViT on a data set"),
     "evaluate": ("evit_training.evaluate", "measure a model at a list of keep rates"),
+    "benchmark": ("evit_training.benchmark", "time a model against dense ViTs, or tune its keep rates"),
+    "export": ("evit_training.export", "make an ONNX, OpenVINO, torch.export or AOTInductor model"),
     "push": ("evit_training.push", "push a model or a run to the Hugging Face Hub"),
     "convert": ("evit_training.convert", "make an EViT from a public checkpoint"),
 }

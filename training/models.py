@@ -47,9 +47,9 @@ def build_model(arguments: TrainArguments, label_names: list[str], multi_label: 
             network.set_image_size(model.image_size)
     elif model.preset is not None:
         size = {} if model.image_size is None else {"image_size": model.image_size}
-        network = _from_config(EViTConfig.preset(model.preset, num_labels=len(label_names), **settings, **size))
+        network = random_classifier(EViTConfig.preset(model.preset, num_labels=len(label_names), **settings, **size))
     else:
-        network = _from_config(
+        network = random_classifier(
             EViTConfig(
                 image_size=model.image_size or 224,
                 patch_size=model.patch_size,
@@ -89,8 +89,8 @@ def load_classifier(name_or_path: str, **settings: Any) -> EViTPreTrainedModel:
     return EViTForImageClassification.from_pretrained(name_or_path, **settings)
 
 
-def _from_config(config: EViTConfig) -> EViTPreTrainedModel:
-    """Network with random weights; with a distillation token it has a classifier on it."""
+def random_classifier(config: EViTConfig) -> EViTPreTrainedModel:
+    """Classifier with random weights; with a distillation token it has a classifier on it."""
     if config.use_distillation_token and config.model_type == "evit":
         return EViTForImageClassificationWithTeacher(config)
     return AutoModelForImageClassification.from_config(config)
