@@ -29,7 +29,8 @@ AutoModel.register(EViTLVConfig, EViTLVModel, exist_ok=True)
 AutoModelForImageClassification.register(EViTLVConfig, EViTLVForImageClassification, exist_ok=True)
 if is_vision_available():  # without Pillow there are no image processors to register with
     for _config in (EViTConfig, EViTLVConfig):
-        AutoImageProcessor.register(_config, ViTImageProcessor, exist_ok=True)
+        # The name stands for the class on Pillow where there is no torchvision.
+        AutoImageProcessor.register(_config, ViTImageProcessor, ViTImageProcessor, exist_ok=True)
 
 __all__ = [
     "EViTConfig",

@@ -433,7 +433,8 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
         if any(kwargs.get(name, getattr(self.config, name, None)) not in (None, False) for name in recorded):
             return self.vit(pixel_values, **kwargs)
         kwargs["prefix_tokens_only"] = prefix_tokens_only
-        if pixel_values is None or pixel_values.shape[0] <= (chunk_size := self._images_in_cache(pixel_values, kwargs)):
+        chunk_size = None if pixel_values is None else self._images_in_cache(pixel_values, kwargs)
+        if chunk_size is None or pixel_values.shape[0] <= chunk_size:
             return self.vit(pixel_values, **kwargs)
         chunks = [self.vit(images, **kwargs) for images in pixel_values.split(chunk_size)]
         return EViTModelOutput(

@@ -58,7 +58,7 @@ class BenchmarkArguments:
     no_fuse: bool = setting(False, "Drop inattentive tokens instead of fusing them.")
     tune: str | None = setting(
         None,
-        "Find layers and keep rates for a target instead: `0.6` (share of the dense operations), `2.5gmacs` or `40ms`.",
+        "Find layers and keep rates for a target instead: 0.6 (share of the dense operations), 2.5gmacs or 40ms.",
     )
     tune_images: int = setting(256, "Calibration images for --tune, from the evaluation split.")
     save: str | None = setting(None, "With --tune: folder for the model with the settings that were found.")
@@ -311,9 +311,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     for row in rows:
         low, high = row["speed_up_quartiles"]
-        like = (
-            f"{row['like_for_like']:.2f} / {row['like_for_like_efficiency']:.2f}" if "like_for_like" in row else "–"
-        )
+        like = f"{row['like_for_like']:.2f} / {row['like_for_like_efficiency']:.2f}" if "like_for_like" in row else "–"
         memory, saved = (
             "–" if row[name] is None else f"{row[name]:.0f}" for name in ("peak_memory_mib", "saved_activations_mib")
         )

@@ -1,4 +1,4 @@
-"""Honest measurements: variants take turns in one process, answers are checked first, and no rate beats the machine."""
+"""Honest measurements: variants take turns in one process, answers are checked, and no rate beats the machine."""
 
 import ctypes
 import gc
