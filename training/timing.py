@@ -158,7 +158,7 @@ def check_rate(variant: Variant, batch_size: int, seconds: float, peak: float, p
     return rate
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, clock_name: str = "wall", seconds: float = 1.5) -> float:
+def matmul_peak(device: torch.device, dtype: torch.dtype, clock_name: str = "wall", seconds: float = 0.5) -> float:
     """Highest rate of large square matrix products, in GFLOP/s, on the threads that PyTorch has.
 
     Args:

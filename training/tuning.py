@@ -1,8 +1,8 @@
 """Layers and keep rates for a budget, without retraining: `evit benchmark MODEL --tune TARGET --dataset DATA`.
 
 A greedy search. All layers but the first and the last may reorganize; it begins with the dense model and, step by
-step, lowers the keep rate of the layer where an operation saved costs least on the calibration images, until the target
-is met. One rate for the layers that the paper takes is measured too, and the better of the two wins.
+step, lowers the keep rate of the layer where an operation saved costs least on the calibration images, until the
+target is met. One rate for the layers that the paper takes is measured too, and the better of the two wins.
 """
 
 import copy
@@ -53,6 +53,7 @@ def tune(name: str, arguments: "BenchmarkArguments", data: DataArguments) -> dic
     from .export import batches
     from .models import load_classifier
 
+    kind, amount = parse_target(arguments.tune)
     device = torch.device(arguments.device) if arguments.device else best_device()
     if arguments.threads:
         torch.set_num_threads(arguments.threads[0])
@@ -65,7 +66,6 @@ def tune(name: str, arguments: "BenchmarkArguments", data: DataArguments) -> dic
         (images.to(device), labels.to(device))
         for images, labels in batches(splits, "evaluation", processor, arguments.tune_images)
     ]
-    kind, amount = parse_target(arguments.tune)
     dense_macs = num_macs(model.config, 1.0)
 
     def milliseconds(settings: Sequence[dict[int, float]]) -> list[float]:
@@ -182,12 +182,8 @@ def greedy(
     while spent > budget:
         steps = []
         for layer in candidate_layers(model):
-            rate = round(rates.get(layer, 1.0) - STEP, 6)
-            if rate < LOWEST_KEEP_RATE - 1e-9:
-                continue
-            candidate = {**rates, layer: rate}
-            saved = spent - cost(candidate)
-            if saved <= 0:
+            candidate, saved = next_step(rates, layer, cost, spent)
+            if candidate is None:
                 continue
             new_loss, _ = loss_and_accuracy(model, calibration, candidate)
             # Of the last step only what the target asks for counts as saved.
@@ -198,6 +194,21 @@ def greedy(
         spent = cost(rates)
         say(f"  {rates}: {spent / 1e9:.3f} GMACs, loss {loss:.4f}")
     return rates
+
+
+def next_step(
+    rates: dict[int, float], layer: int, cost: Callable[[dict[int, float]], float], spent: float
+) -> tuple[dict[int, float] | None, float]:
+    """The rates with that layer's lowered until it saves something, and what it saves; None where nothing does.
+
+    In a small grid a step can be less than a token, or no more than the fused token that comes with it.
+    """
+    rate = rates.get(layer, 1.0)
+    while (rate := round(rate - STEP, 6)) >= LOWEST_KEEP_RATE:
+        candidate = {**rates, layer: rate}
+        if (saved := spent - cost(candidate)) > 0:
+            return candidate, saved
+    return None, 0.0
 
 
 def uniform(

@@ -1,0 +1,222 @@
+import ast
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_config_with
+from training_runs import SMALL
+from transformers import ViTImageProcessor
+
+from evit_hf import EViTConfig, EViTForImageClassification
+from evit_hf.profiling import num_macs
+from evit_training import timing
+from evit_training.benchmark import BenchmarkArguments, benchmark, summarize
+from evit_training.benchmark_variants import BASELINES, dense_baseline, reference_logits
+from evit_training.cli import main
+from evit_training.timing import MeasurementError, Variant
+from evit_training.tuning import candidate_layers, greedy, loss_and_accuracy, next_step, parse_target, set_rates
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def saved(tmp_path, tiny_model):
+    tiny_model.save_pretrained(tmp_path / "model")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+# Timing
+
+
+def test_variants_take_turns_in_random_order():
+    order = []
+    variants = [Variant(name, lambda name=name: order.append(name), 1, 1) for name in "abc"]
+    seconds = timing.alternate(variants, CPU, rounds=20, warmup_rounds=2)
+    rounds = ["".join(order[i : i + 3]) for i in range(0, 66, 3)]
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds) and len(set(rounds)) > 3
+    assert [len(times) for times in seconds] == [20, 20, 20]
+
+
+def test_a_slow_variant_is_seen_as_slow():
+    variants = [Variant("fast", lambda: time.sleep(0.002), 1, 1), Variant("slow", lambda: time.sleep(0.02), 1, 1)]
+    fast, slow = timing.alternate(variants, CPU, rounds=5)
+    assert min(slow) > max(0.02, min(fast))
+
+
+def test_a_variant_that_computes_something_else_is_refused():
+    right = torch.tensor([[1.0, 2.0]])
+    good = Variant("good", lambda: right + 1e-6, 1, 1, keep_rate=0.7)
+    timing.check_answers([good], lambda keep_rate: right, 1e-3)
+    assert 0 < good.extra["relative_error"] < 1e-5
+    for answer in (right * 1.1, right[:, :1], right * float("nan")):
+        with pytest.raises(MeasurementError, match="`bad` differs from the reference by"):
+            timing.check_answers([Variant("bad", lambda answer=answer: answer, 1, 1)], lambda keep_rate: right, 1e-3)
+
+
+def test_a_rate_beyond_the_peak_of_the_machine_is_refused():
+    variant = Variant("stale", lambda: None, 10**9, 10**9)
+    assert timing.check_rate(variant, 8, seconds=1.0, peak=20.0) == 16.0
+    with pytest.raises(
+        MeasurementError, match="`stale` seems to run at 160 GFLOP/s, but this machine .* at 20 at most"
+    ):
+        timing.check_rate(variant, 8, seconds=0.1, peak=20.0)
+    variant.is_exact = False  # 8-bit products have another peak
+    assert timing.check_rate(variant, 8, seconds=0.1, peak=20.0) == 160.0
+
+
+def test_memory_is_what_a_run_needs_beyond_what_is_there():
+    held = torch.ones(20 * 2**18)
+    needed = timing.peak_memory_mib(lambda: (held + 1).sum(), CPU)
+    assert needed is None or 15 < needed < 60
+
+
+def test_saved_activations_are_counted_once_and_without_weights():
+    layer = torch.nn.Linear(1024, 1024)
+    images = torch.ones(256, 1024, requires_grad=True)  # 1 MiB, kept for the weight's gradient
+    assert timing.saved_activations_mib(layer, lambda: (layer(images), layer(images))) == pytest.approx(1.0)
+
+
+def test_ratios_are_taken_within_a_round_and_efficiency_weighs_them_by_operations():
+    variants = [
+        Variant("dense timm", lambda: None, 400, 400, 1.0),
+        Variant("dense transformers", lambda: None, 400, 400, 1.0),
+        Variant("EViT 1.0 sdpa", lambda: None, 400, 380, 1.0),
+        Variant("EViT 0.5 sdpa", lambda: None, 200, 190, 0.5),
+    ]
+    # The machine is half as fast in the second round.
+    seconds = [[4.0, 8.0, 4.0], [5.0, 10.0, 5.0], [4.0, 8.0, 4.0], [2.0, 4.0, 2.0]]
+    rows = summarize(variants, seconds, 8, ["timm", "transformers"])
+    assert [row["is_baseline"] for row in rows] == [True, False, False, False]
+    assert [row["speed_up"] for row in rows] == [1.0, 0.8, 1.0, 2.0]
+    assert rows[3]["efficiency"] == 1.0 and rows[3]["images_per_second"] == 4.0
+    assert rows[3]["like_for_like"] == 2.0 and rows[3]["like_for_like_efficiency"] == 1.0
+
+
+# Variants
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_dense_baselines_have_the_same_weights(name, tiny_model, images):
+    expected = reference_logits(tiny_model, images)(1.0)
+    answer = dense_baseline(tiny_model, name)(images)
+    torch.testing.assert_close(getattr(answer, "logits", answer), expected, rtol=1e-4, atol=1e-4)
+    if name.startswith("timm"):
+        assert dense_baseline(tiny_model, name).blocks[0].attn.fused_attn == (name == "timm")
+
+
+def test_models_without_a_dense_twin_elsewhere_say_so(saved, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["benchmark", "evit-deit-ti-distilled", "--batch_sizes", "1", "--rounds", "1"])
+    assert "take `--baselines none`" in capsys.readouterr().err
+
+
+# The command
+
+
+def test_benchmark_writes_table_json_and_plot(saved, tmp_path, capsys):
+    backends = ["--backends", "sdpa", "eager", "torch-export", "onnx", "openvino", "onnx-int8"]
+    flags = ["--batch_sizes", "2", "--rounds", "3", "--keep_rates", "1.0", "0.5", "--clock", "cpu"]
+    main(["benchmark", saved, *flags, *backends, "--output_dir", str(tmp_path / "out")])
+    text = capsys.readouterr().out
+    assert "batch 2, float32, cpu, 1 threads, cpu clock, 3 rounds" in text
+    report = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    (setting,) = report["settings"]
+    rows = {row["name"]: row for row in setting["rows"]}
+    assert len(rows) == 4 + 2 * 6 and sum(row["is_baseline"] for row in rows.values()) == 1
+    config = EViTConfig.from_pretrained(saved)
+    row = rows["EViT 0.5 onnx"]
+    assert row["gmacs"] == num_macs(config, 0.5) / 1e9
+    assert row["executed_gmacs"] == num_macs(config, 0.5, executed=True) / 1e9
+    assert row["relative_error"] < 1e-4 < rows["EViT 0.5 onnx-int8"]["relative_error"]
+    assert row["like_for_like"] > 0 and torch.__version__.startswith(report["versions"]["torch"])
+    assert (tmp_path / "out" / "benchmark.png").stat().st_size > 10_000
+
+
+def test_training_steps_are_compared_by_time_and_saved_activations(saved, capsys):
+    arguments = BenchmarkArguments(
+        keep_rates=[1.0, 0.5], batch_sizes=[4], rounds=2, training=True, baselines=["timm", "transformers-eager"]
+    )
+    rows = {row["name"]: row for row in benchmark(saved, arguments)["settings"][0]["rows"]}
+    saved_mib = {name: row["saved_activations_mib"] for name, row in rows.items()}
+    assert saved_mib["EViT 0.5 sdpa"] < saved_mib["EViT 1.0 sdpa"] < saved_mib["dense transformers-eager"]
+    assert rows["EViT 1.0 sdpa"]["relative_error"] < 1e-4  # the same loss as timm's
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--backends", "tensorrt"], "`--backends` knows sdpa, eager"),
+        (["--baselines", "mlx"], "`--baselines` knows timm"),
+        (["--dtypes", "int4"], "`--dtypes` knows float32"),
+        (["--keep_rates", "0"], "`keep_rate` must be in (0, 1]"),
+        (["--clock", "sun"], "`--clock` must be one of wall, cpu"),
+        (["--training", "--backends", "onnx"], "`--training` runs on sdpa, eager and compile"),
+        (["--tune", "fast"], "`--tune` must be a share"),
+        (["--tune", "1.5"], "`--tune` must be a share"),
+    ],
+)
+def test_settings_that_cannot_work_end_with_one_line_and_status_2(flags, sentence, saved, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["benchmark", saved, "--batch_sizes", "1", "--rounds", "1", *flags])
+    assert sentence in capsys.readouterr().err
+
+
+# Tuning
+
+
+def test_targets_are_shares_operations_or_times():
+    assert parse_target("0.6") == ("share", 0.6)
+    assert parse_target("2.5gmacs") == ("gmacs", 2.5)
+    assert parse_target("40 ms") == ("ms", 40.0)
+
+
+def test_greedy_search_meets_the_budget_and_lowers_the_layer_that_costs_least():
+    torch.manual_seed(0)
+    model = EViTForImageClassification(tiny_config_with(num_hidden_layers=5)).eval()
+    images = torch.randn(8, 3, 32, 32)
+    labels = model(images, keep_rate=1.0).logits.argmax(-1)
+
+    def cost(rates):
+        config = tiny_config_with(num_hidden_layers=5)
+        set_rates(config, rates)
+        return num_macs(config)
+
+    lines = []
+    budget = 0.8 * cost({})
+    rates = greedy(model, [(images, labels)], cost, budget, lines.append)
+    assert cost(rates) <= budget < cost({layer: min(1.0, rate + 0.3) for layer, rate in rates.items()})
+    assert set(rates) <= set(candidate_layers(model)) == {1, 2, 3}
+    # Each step was the cheapest one: no other first step costs less for what it saves.
+    first = ast.literal_eval(re.search(r"\{.*?\}", lines[0]).group())
+    losses = {}
+    for layer in candidate_layers(model):
+        candidate, saved = next_step({}, layer, cost, cost({}))
+        loss, _ = loss_and_accuracy(model, [(images, labels)], candidate)
+        dense, _ = loss_and_accuracy(model, [(images, labels)], {})
+        losses[layer] = (loss - dense) / min(saved, cost({}) - budget)
+    assert min(losses, key=losses.get) in first
+
+
+def test_tuned_models_are_saved_with_their_layers_and_rates(tmp_path, capsys):
+    run = tmp_path / "run"
+    main(["train", *SMALL, "--output_dir", str(run)])
+    flags = ["--tune", "0.7", "--dataset", "digits", "--tune_images", "40", "--num_workers", "0", "--rounds", "2"]
+    flags += ["--save", str(tmp_path / "tuned"), "--output_dir", str(tmp_path)]
+    main(["benchmark", str(run / "model"), *flags])
+    report = json.loads((tmp_path / "tune.json").read_text())
+    chosen = report[report["chosen"]]
+    assert chosen["gmacs"] <= 0.7 * report["dense"]["gmacs"]
+    assert chosen["loss"] == min(report[key]["loss"] for key in ("tuned", "paper_layers") if key in report)
+    config = EViTConfig.from_pretrained(tmp_path / "tuned")
+    assert config.reorganization_layers == chosen["reorganization_layers"]
+    assert config.keep_rate == chosen["keep_rate"]
+    assert (Path(tmp_path) / "tuned" / "preprocessor_config.json").exists()
+    for target, sentence in (("0.01", "No setting gets there"), ("100gmacs", "meets this target already")):
+        with pytest.raises(SystemExit, match="2"):
+            main(["benchmark", str(run / "model"), "--tune", target, *flags[2:]])
+        assert sentence in capsys.readouterr().err
