@@ -155,6 +155,23 @@ def check_write_access(repo_id: str, private: bool | None = None, revision: str 
     _try(attempt, repo_id, attempts=3)
 
 
+def card_on_the_hub(repo_id: str, revision: str | None = None, timeout: float = 30.0) -> str | None:
+    """The card that a repository has now, where a person may have added to it; None if there is none.
+
+    Raises: PushError if the Hub does not answer.
+    """
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    def attempt() -> str | None:
+        try:
+            path = _api(timeout).hf_hub_download(repo_id, "README.md", revision=revision)
+        except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+            return None
+        return Path(path).read_text()
+
+    return _try(attempt, repo_id, attempts=3)
+
+
 def push_folder(
     folder: Path,
     repo_id: str,
@@ -249,6 +266,7 @@ def _diagnosis(error: BaseException) -> tuple[bool, str]:
 
 __all__ = [
     "PushError",
+    "card_on_the_hub",
     "check_card",
     "check_write_access",
     "export_folder",

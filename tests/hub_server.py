@@ -2,6 +2,8 @@
 
 It speaks the part of the protocol that huggingface_hub uses: repositories, branches, previews of uploads, LFS,
 commits, trees, model information, downloads with ETag and Range. It stores everything in memory, and fails on request.
+With a folder for Xet it names that as the storage: hf_xet, unmodified, keeps chunks in a local folder as well as on a
+server (`local://`, a feature that its documentation does not promise).
 """
 
 import base64
@@ -10,10 +12,12 @@ import datetime
 import hashlib
 import json
 import re
+import struct
 import threading
 import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
@@ -48,11 +52,51 @@ class Repo:
 
 @dataclass
 class Fault:
-    """The next `times` requests that match fail: with a status, or by "drop", "hang" or "truncate"."""
+    """The next `times` requests that match fail: with a status, or by "drop", "hang", "truncate" or "huge".
+
+    "huge" promises a petabyte and sends what is there.
+    """
 
     pattern: str
     what: int | str
     times: int = 1_000_000
+
+
+class XetFile(bytes):
+    """A file that lies in Xet's storage; as bytes it is empty."""
+
+    def __new__(cls, sha256, size, xet_hash):
+        self = super().__new__(cls)
+        self.sha256, self.size, self.xet_hash = sha256, size, xet_hash
+        return self
+
+
+def sha256_of(data):
+    return data.sha256 if isinstance(data, XetFile) else hashlib.sha256(data).hexdigest()
+
+
+def xet_hash_of(folder: Path, sha256: str) -> str | None:
+    """Xet's name of the file with this hash, from the shards that hf_xet wrote.
+
+    A shard is a header of 48 bytes and then, for each file, records of 48 bytes: its hash, flags and number of
+    segments; the segments; as many verification records if flag 1 << 31 is set; the SHA-256 if flag 1 << 30 is set.
+    Hashes are printed as four little-endian numbers of 64 bits.
+    """
+
+    def shown(raw):
+        return "".join(raw[i : i + 8][::-1].hex() for i in range(0, 32, 8))
+
+    for path in folder.rglob("*.mdb"):
+        data, position = path.read_bytes(), 48
+        while position + 48 <= len(data) and data[position : position + 32] != b"\xff" * 32:
+            flags, count = struct.unpack_from("<II", data, position + 32)
+            end = position + 48 * (1 + count * (2 if flags & 1 << 31 else 1))
+            if flags & 1 << 30:
+                if sha256 in (data[end : end + 32].hex(), shown(data[end : end + 32])):
+                    return shown(data[position : position + 32])
+                end += 48
+            position = end
+    return None
 
 
 class Hub(ThreadingHTTPServer):
@@ -60,8 +104,9 @@ class Hub(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self) -> None:
+    def __init__(self, xet_folder: Path | None = None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.xet_folder = xet_folder
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
@@ -83,13 +128,13 @@ class Hub(ThreadingHTTPServer):
         """Say nothing of clients that went away."""
 
     def environment(self, home, token=TOKEN, **more):
-        """Environment variables of an unmodified client; LFS instead of Xet, which needs a server of its own."""
+        """Environment variables of an unmodified client; LFS unless there is a folder for Xet."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_TOKEN": token,
             "HF_HOME": str(home),
             "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_XET": "0" if self.xet_folder else "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             **more,
         }
@@ -143,6 +188,7 @@ class Handler(BaseHTTPRequestHandler):
             if fault:
                 fault.times -= 1
         self.truncates = fault is not None and fault.what == "truncate"
+        self.boasts = fault is not None and fault.what == "huge"
         if fault and fault.what == "hang":
             self.server.stop.wait(3600)
         if fault and fault.what in ("drop", "hang"):
@@ -279,10 +325,17 @@ class Handler(BaseHTTPRequestHandler):
             oid = None
             if old is not None:
                 blob = f"blob {len(old)}\0".encode() + old
-                oid = hashlib.sha256(old).hexdigest() if is_lfs else hashlib.sha1(blob).hexdigest()
+                oid = sha256_of(old) if is_lfs else hashlib.sha1(blob).hexdigest()
             mode = "lfs" if is_lfs else "regular"
             answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self.reply({"files": answers})
+
+    def xet_token(self, kind, name, use, revision):
+        if (use == "write" and not self.may_write()) or self.repo(kind, name) is None:
+            return
+        storage, expires = f"local://{self.server.xet_folder}", int(time.time()) + 3600
+        headers = {"X-Xet-Cas-Url": storage, "X-Xet-Access-Token": "xet", "X-Xet-Token-Expiration": str(expires)}
+        self.reply({"casUrl": storage, "accessToken": "xet", "exp": expires}, 200, headers)
 
     def lfs_batch(self, name):
         if not self.may_write():
@@ -326,10 +379,14 @@ class Handler(BaseHTTPRequestHandler):
                 if line["key"] == "file":
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
-                    if value["oid"] not in self.server.blobs:
+                    content = self.server.blobs.get(value["oid"])
+                    if content is None and self.server.xet_folder:
+                        xet_hash = xet_hash_of(self.server.xet_folder, value["oid"])
+                        content = XetFile(value["oid"], value["size"], xet_hash) if xet_hash else None
+                    if content is None:
                         self.reply({"error": "LFS object was never uploaded"}, 400)
                         return
-                    files[value["path"]] = self.server.blobs[value["oid"]]
+                    files[value["path"]] = content
                     lfs.add(value["path"])
                 elif line["key"] == "deletedFile":
                     files.pop(value["path"], None)
@@ -366,10 +423,11 @@ class Handler(BaseHTTPRequestHandler):
     def entries(self, commit, paths):
         for path in paths:
             data = commit.files[path]
-            oid = hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
-            sha = hashlib.sha256(data).hexdigest()
-            lfs = {"lfs": {"oid": sha, "size": len(data), "pointerSize": 130}} if path in commit.lfs else {}
-            yield {"type": "file", "path": path, "size": len(data), "oid": oid, **lfs}
+            size = data.size if isinstance(data, XetFile) else len(data)
+            oid = hashlib.sha1(f"blob {size}\0".encode() + data).hexdigest()
+            lfs = {"lfs": {"oid": sha256_of(data), "size": size, "pointerSize": 130}} if path in commit.lfs else {}
+            xet = {"xetHash": data.xet_hash} if isinstance(data, XetFile) else {}
+            yield {"type": "file", "path": path, "size": size, "oid": oid, **lfs, **xet}
 
     def tree(self, kind, name, revision, folder=None):
         if (repo := self.repo(kind, name)) is None or (commit := self.commit(repo, revision)) is None:
@@ -424,9 +482,17 @@ class Handler(BaseHTTPRequestHandler):
             "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
             "X-Linked-Size": str(len(data)),
         }
+        if isinstance(data, XetFile):
+            route = f"{self.server.url}/api/{kind}/{name}/xet-read-token/{commit.sha}"
+            headers |= {"X-Xet-Hash": data.xet_hash, "X-Xet-Refresh-Route": route}
+            headers |= {"ETag": f'"{data.sha256}"', "X-Linked-Size": str(data.size)}
+        if self.boasts:
+            headers["X-Linked-Size"] = str(10**15)
+            if self.method == "HEAD":
+                headers["Content-Length"] = str(10**15)
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if self.method == "HEAD" or not wanted:
-            self.reply(data, 200, {**headers, "Content-Length": str(len(data))})
+            self.reply(data, 200, {"Content-Length": str(len(data)), **headers})
             return
         first, last = int(wanted.group(1)), int(wanted.group(2) or len(data) - 1)
         part = data[first : last + 1]
@@ -449,6 +515,7 @@ ROUTES = [
     ("POST", "/api/validate-yaml", Handler.validate_yaml),
     ("POST", rf"{API}/branch/(.+)", Handler.create_branch),
     ("POST", rf"{API}/preupload/([^/]+)", Handler.preupload),
+    ("GET", rf"{API}/xet-(read|write)-token/([^/]+)", Handler.xet_token),
     ("POST", rf"/(?:datasets/|spaces/)?{NAME}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     ("PUT", r"/lfs/(\w+)", Handler.lfs_put),
     ("POST", "/lfs-verify", Handler.lfs_verify),

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -180,6 +181,66 @@ print("equal")
     assert "equal" in run_python(code, tmp_path, **hub.environment(tmp_path / "home", token=""))
 
 
+def test_a_pushed_card_names_its_repository_and_keeps_what_people_wrote_here_and_there(hub, pushed, tmp_path):
+    run, env = tmp_path / "run", hub.environment(tmp_path / "home")
+    shutil.copytree(pushed, run)
+    evit("push", run, "org/renamed", env=env)
+    card = hub.files("org/renamed")["README.md"].decode()
+    assert 'from_pretrained("org/renamed", trust_remote_code=True)' in card
+    assert f'from_pretrained("{REPO}"' not in card and "# evit-digits" not in card
+    # Somebody edits the card on the Hub; the next push keeps that, and one more changes nothing.
+    repo = hub.repos["models/org/renamed"]
+    repo.commit("main").files["README.md"] = (card.rstrip() + "\n\n## Thanks\n\nTo the digits.\n").encode()
+    evit("push", run, "org/renamed", "--message", "again", env=env)
+    assert "## Thanks" in hub.files("org/renamed")["README.md"].decode()
+    # Somebody edits it here: that goes up, and is said to replace what was there.
+    (run / "README.md").write_text((run / "README.md").read_text() + "\n## My notes\n")
+    text = evit("push", run, "org/renamed", env=env)
+    assert "## My notes" in hub.files("org/renamed")["README.md"].decode()
+    assert "it stays in the repository's history" in text
+    commits = len(repo.branches["main"])
+    evit("push", run, "org/renamed", env=env)
+    assert len(repo.branches["main"]) == commits
+
+
+def test_a_folder_without_card_gets_one_that_claims_nothing(hub, model_folder, tmp_path):
+    env = hub.environment(tmp_path / "home")
+    evit("push", model_folder, "org/bare", env=env)
+    card = hub.files("org/bare")["README.md"].decode()
+    metadata = check_card(card)
+    assert "model-index" not in metadata and "Its accuracy was not measured" in card
+    assert "| 0.7 | 0.00" in card and 'from_pretrained("org/bare", trust_remote_code=True)' in card
+    row = {"keep_rate": 0.6, "top1": 0.5, "top5": 1.0, "gmacs": 0.1, "images_per_second": 7.0, "num_images": 9}
+    report = {"dataset": ["/secret/place/beans"], "results": [{**row, "device": "cpu", "dtype": "float32"}]}
+    report["results"][0]["batch_size"] = 4
+    (model_folder / "evaluation.json").write_text(json.dumps(report))
+    evit("push", model_folder, "org/measured", env=env)
+    card = hub.files("org/measured")["README.md"].decode()
+    assert "| 0.6 | 50.00 | 100.00 | 0.1000 | 7 |" in card and "secret" not in card
+
+
+def test_models_push_themselves_with_their_code(hub, model_folder, tmp_path):
+    code = f"""
+from transformers import AutoImageProcessor
+from evit_hf import EViTForImageClassification
+model = EViTForImageClassification.from_pretrained(r"{model_folder}")
+model.push_to_hub("org/itself", private=True, commit_message="by hand", revision="dev")
+AutoImageProcessor.from_pretrained(r"{model_folder}").push_to_hub("org/itself", revision="dev")
+"""
+    env = hub.environment(tmp_path / "home")
+    run_python(code, tmp_path, **env)
+    repo = hub.repos["models/org/itself"]
+    assert repo.private and {"modeling_evit.py", "preprocessor_config.json"} <= set(hub.files("org/itself", "dev"))
+    load = """
+from transformers import AutoModelForImageClassification
+model = AutoModelForImageClassification.from_pretrained("org/itself", revision="dev", trust_remote_code=True)
+print(type(model).__module__, model.config.keep_rate)
+"""
+    (tmp_path / "other").mkdir()
+    module, keep_rate = run_python(load, tmp_path / "other", without_package=True, **env).split()
+    assert module.startswith("transformers_modules") and keep_rate == "0.6"
+
+
 def test_private_repositories_branches_and_pinned_revisions(hub, model_folder, tmp_path):
     env = hub.environment(tmp_path / "home")
     evit("push", model_folder, "org/secret", "--private", "--revision", "v1", "--message", "first", env=env)
@@ -285,8 +346,6 @@ def test_names_from_outside_mean_nothing_to_markdown_html_or_tables():
 
 
 def test_evil_labels_stay_in_their_cells(pushed, tmp_path):
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(pushed, run)
     (run / "README.md").unlink()
@@ -320,7 +379,41 @@ def test_rendering_again_keeps_what_a_person_added(pushed, tmp_path):
 # Other ways there and back
 
 
-def test_the_trainer_of_transformers_pushes_as_it_always_does(hub, tmp_path):
+@pytest.fixture
+def xet_hub(tmp_path):
+    (tmp_path / "storage").mkdir()
+    with Hub(tmp_path / "storage") as server:
+        yield server
+
+
+def test_weights_go_through_xet_and_back(xet_hub, model_folder, tmp_path):
+    """hf_xet as it is installed, with chunks, shards and deduplication; only its storage is a folder."""
+    env = xet_hub.environment(tmp_path / "home")
+    evit("push", model_folder, "org/xet", env=env)
+    assert xet_hub.count("xet-write-token") and not xet_hub.count("/lfs/")
+    weights = xet_hub.files("org/xet")["model.safetensors"]
+    assert weights == b"" and weights.size == (model_folder / "model.safetensors").stat().st_size
+    commits = len(xet_hub.repos["models/org/xet"].branches["main"])
+    evit("push", model_folder, "org/xet", env=env)
+    assert len(xet_hub.repos["models/org/xet"].branches["main"]) == commits
+    code = f"""
+import torch
+from evit_hf import EViTForImageClassification
+there = EViTForImageClassification.from_pretrained("org/xet").state_dict()
+here = EViTForImageClassification.from_pretrained(r"{model_folder}").state_dict()
+assert all(torch.equal(there[name], here[name]) for name in here)
+print("equal")
+"""
+    assert "equal" in run_python(code, tmp_path, **xet_hub.environment(tmp_path / "other"))
+    assert xet_hub.count("xet-read-token")
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    ["every_save", *(pytest.param(x, marks=pytest.mark.slow) for x in ("end", "checkpoint", "all_checkpoints"))],
+)
+def test_the_trainer_of_transformers_pushes_as_it_always_does(strategy, hub, tmp_path):
+    repo = f"org/from-trainer-{strategy}"
     code = """
 import torch
 from transformers import Trainer, TrainingArguments
@@ -339,9 +432,13 @@ for name, tensor in trainer.model.state_dict().items():
     assert torch.equal(model.state_dict()[name], tensor), name
 print("equal")
 """
-    code = code.replace("STRATEGY", "every_save")
+    code = code.replace("STRATEGY", strategy).replace("org/from-trainer", repo)
     assert "equal" in run_python(code, tmp_path, **hub.environment(tmp_path / "home"))
-    assert {"config.json", "model.safetensors", "modeling_evit.py"} <= set(hub.files("org/from-trainer"))
+    files = set(hub.files(repo))
+    assert {"config.json", "model.safetensors", "modeling_evit.py"} <= files
+    checkpoints = {path.split("/")[0] for path in files if "checkpoint" in path}
+    wanted = {"checkpoint": {"last-checkpoint"}, "all_checkpoints": {"checkpoint-2", "checkpoint-4"}}
+    assert checkpoints == wanted.get(strategy, set())
 
 
 def test_pushed_code_does_not_lean_on_an_installed_package_of_another_version(hub, pushed, tmp_path):
@@ -402,6 +499,24 @@ for options in ({}, {"local_dir": "deep/er/local"}):
     written = [path for path in tmp_path.rglob("*evil*") if "blobs" not in path.parts]
     assert written == []
     assert not os.path.exists("/tmp/evil_absolute.txt")
+
+
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_a_size_that_is_a_lie_fills_no_disk_and_is_not_taken_for_weights(method, hub, model_folder, tmp_path):
+    put(hub, "org/boaster", {path.name: path.read_bytes() for path in model_folder.iterdir()})
+    hub.faults.append(Fault(rf"{method} .*/resolve/.*/model.safetensors", "huge"))
+    code = """
+from evit_hf import EViTForImageClassification
+try:
+    EViTForImageClassification.from_pretrained("org/boaster")
+    print("loaded")
+except Exception as error:
+    print("refused", type(error).__name__)
+"""
+    output = run_python(code, tmp_path, **hub.environment(tmp_path / "home"))
+    assert output.split()[0] == ("refused" if method == "HEAD" else "loaded")
+    size = sum(path.stat().st_size for path in (tmp_path / "home").rglob("*") if path.is_file())
+    assert size < 10_000_000
 
 
 def test_a_body_that_is_shorter_than_promised_is_not_taken_for_weights(hub, model_folder, tmp_path):

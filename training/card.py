@@ -12,11 +12,15 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
+from transformers import AutoConfig
 
+from evit_hf import EViTConfig
 from evit_hf.hub import check_card, render_card
+from evit_hf.profiling import num_macs
 
 
 TEMPLATE = Path(__file__).with_name("run_card_template.md")
+FOLDER_TEMPLATE = Path(__file__).with_name("folder_card_template.md")
 BEGIN, END = "<!-- evit:begin -->", "<!-- evit:end -->"
 MAX_CLASS_ROWS = 50
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evit-hf")
@@ -146,6 +150,48 @@ def render_run_card(run: Path, repo_id: str) -> str:
     return text
 
 
+def render_folder_card(folder: Path, repo_id: str) -> str:
+    """Card of a model folder of which no more is known than its files tell.
+
+    Args:
+        folder: with config.json, and evaluation.json if `evit evaluate` was run.
+        repo_id: name of the model on the Hub, for the code to paste.
+
+    Returns: the card.
+
+    Raises: ValueError if something is missing or blank.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    if not isinstance(config, EViTConfig):
+        raise ValueError(f"`{folder}` holds a model of type '{config.model_type}', not an EViT.")
+    report = {}
+    if (folder / "evaluation.json").exists():
+        report = json.loads((folder / "evaluation.json").read_text())
+    metadata = ModelCardData(
+        library_name="transformers",
+        license="other",
+        pipeline_tag="image-classification",
+        tags=["evit", "vision", "token-reduction", "image-classification"],
+        model_name=repo_id.split("/")[-1],
+    )
+    text = render_card(
+        FOLDER_TEMPLATE,
+        metadata=metadata.to_yaml().strip(),
+        title=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        config=config,
+        architecture=(config.architectures or ["EViT"])[0],
+        gmacs=num_macs(config) / 1e9,
+        costs=[(rate, num_macs(config, rate) / 1e9) for rate in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)],
+        label_names=[str(name) for _, name in sorted(config.id2label.items())][:MAX_CLASS_ROWS],
+        dataset=" ".join(Path(name).name for name in report.get("dataset", [])),
+        results=[result for result in report.get("results", []) if "top1" in result],
+        version=version("evit-hf"),
+    )
+    check_card(text)
+    return text
+
+
 def keep_what_was_added(old: str, new: str) -> str:
     """The new card with what a person had added to the old one.
 
@@ -170,4 +216,13 @@ def keep_what_was_added(old: str, new: str) -> str:
     return f"---\n{yaml.safe_dump(merged, sort_keys=False, allow_unicode=True).strip()}\n---\n{body}"
 
 
-__all__ = ["keep_what_was_added", "render_run_card", "run_record"]
+def written_by_hand(card: str) -> str:
+    """What a person wrote into a card outside of the rendered part; all of it, if there is no rendered part."""
+    match = re.match(r"---\n.*?\n---\n(.*)", card, re.DOTALL)
+    body = match.group(1) if match else card
+    if BEGIN in body and END in body:
+        body = body[: body.index(BEGIN)] + body[body.index(END) + len(END) :]
+    return re.sub(r"<!-- What stands between these marks .*? -->", "", body).strip()
+
+
+__all__ = ["keep_what_was_added", "render_folder_card", "render_run_card", "run_record", "written_by_hand"]

@@ -17,6 +17,7 @@ COMMANDS = {
     "benchmark": ("evit_training.benchmark", "time a model against dense ViTs, or tune its keep rates"),
     "export": ("evit_training.export", "make an ONNX, OpenVINO, torch.export or AOTInductor model"),
     "push": ("evit_training.push", "push a model or a run to the Hugging Face Hub"),
+    "space": ("evit_training.space", "write a Gradio demo of a model, ready to be a Space"),
     "convert": ("evit_training.convert", "make an EViT from a public checkpoint"),
 }
 

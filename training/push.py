@@ -9,7 +9,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from evit_hf.hub import PushError, export_folder, push_folder
+from evit_hf.hub import PushError, card_on_the_hub, check_card, export_folder, push_folder
+
+from .card import keep_what_was_added, render_folder_card, render_run_card, written_by_hand
 
 
 PUSH_FAILED = 5
@@ -38,10 +40,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
     arguments = parser().parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
+        export = Path(folder) / "export"
         try:
-            export_folder(arguments.folder, Path(folder) / "export")
+            export_folder(arguments.folder, export)
+            write_card(arguments.folder, export, arguments.repo_id, arguments.revision, arguments.timeout)
             url = push_folder(
-                Path(folder) / "export",
+                export,
                 arguments.repo_id,
                 private=arguments.private,
                 revision=arguments.revision,
@@ -56,6 +60,40 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.stderr.write(f"evit push: error: {error}. To try again: evit push {shlex.join(argv)}\n")
             sys.exit(PUSH_FAILED)
     sys.stdout.write(f"Pushed to {url}\n")
+
+
+def write_card(source: Path, export: Path, repo_id: str, revision: str | None, timeout: float) -> None:
+    """Put a card into an exported folder that names this repository, and keeps what a person wrote there.
+
+    A run's card is rendered again, for this name. A model folder without card gets one of what its files tell.
+
+    Args:
+        source: the run or model folder; the run's own README.md is renewed too.
+        export: see `export_folder`.
+        repo_id: where it goes.
+        revision: branch.
+        timeout: seconds without an answer after which a request has failed.
+    """
+    card = export / "README.md"
+    try:
+        if (source / "run.json").exists():
+            text = render_run_card(source, repo_id)
+            (source / "README.md").write_text(text)
+        else:
+            text = card.read_text() if card.exists() else render_folder_card(export, repo_id)
+        there = card_on_the_hub(repo_id, revision, timeout)
+        if there is not None and written_by_hand(there) != written_by_hand(text):
+            merged = text if written_by_hand(text) else keep_what_was_added(there, text)
+            try:
+                check_card(merged)
+            except ValueError:
+                merged = text
+            if written_by_hand(there) not in merged:
+                sys.stderr.write("The card on the Hub had text of its own: it stays in the repository's history.\n")
+            text = merged
+        card.write_text(text)
+    except ValueError as error:
+        sys.stderr.write(f"The card was left as it is: {error}\n")
 
 
 class PushFailed(RuntimeError):

@@ -1,0 +1,115 @@
+"""The command `evit space MODEL DEST`: a Gradio demo of a model, ready to be pushed as a Space."""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import yaml
+
+from evit_hf.hub import export_folder
+
+
+FILES = Path(__file__).parent / "space_files"
+OLDEST_GRADIO = "6.0.0"
+BUNDLED = ("README.md", "arguments.yaml", "results.json", "class_report.json", "evaluation.json")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's flags."""
+    parser = argparse.ArgumentParser(
+        prog="evit space",
+        description="Write a Gradio demo of a model as a Space of the Hugging Face Hub: upload a picture, move the "
+        "keep rate, see the answer, the kept patches of each layer, GMACs and latency.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", help="Model folder or run folder, which is bundled, or Hub id, which is loaded.")
+    parser.add_argument("dest", type=Path, help="Folder to write; it must not exist or be empty.")
+    parser.add_argument("--title", help="Of the Space; by default the model's name.")
+    parser.add_argument("--license", default="apache-2.0", help="Of the Space, as the Hub writes licences.")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write a Space; what cannot work ends with one line and status 2."""
+    arguments = parser().parse_args(argv)
+    try:
+        write_space(arguments.model, arguments.dest, arguments.title, arguments.license)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"evit space: error: {error}\n")
+        sys.exit(2)
+    sys.stdout.write(
+        f"Saved in {arguments.dest}. Try it: cd {arguments.dest} && pip install gradio -r requirements.txt && python "
+        f"app.py. Share it: hf upload ORG/NAME {arguments.dest} --repo-type space\n"
+    )
+
+
+def write_space(model: str, dest: Path, title: str | None = None, licence: str = "apache-2.0") -> None:
+    """Write app, requirements, README and all that the app needs.
+
+    Args:
+        model: folder with a model, which is copied, or a Hub id.
+        dest: new folder.
+        title: by default the model's name.
+        licence: of the Space.
+
+    Raises: ValueError if the folder is in use or holds no model, or if the Hub id is none.
+    """
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+        raise ValueError(f"`{dest}` is there already: name a new folder.")
+    source = Path(model)
+    is_local = source.is_dir()
+    if not is_local:
+        try:
+            validate_repo_id(model)
+        except HFValidationError as error:
+            raise ValueError(f"`{model}` is neither a folder nor a Hub id: {error}") from None
+    dest.mkdir(parents=True, exist_ok=True)
+    if is_local:
+        export_folder(source, dest / "model")
+        for name in BUNDLED:
+            (dest / "model" / name).unlink(missing_ok=True)
+    title = title or f"EViT: {source.resolve().name if is_local else model}"
+    shutil.copyfile(FILES / "app.py", dest / "app.py")
+    shutil.copytree(_package(), dest / "evit_hf", ignore=shutil.ignore_patterns("__pycache__"))
+    (dest / "space.json").write_text(json.dumps({"title": title, "model": None if is_local else model}) + "\n")
+    (dest / "requirements.txt").write_text(
+        f"torch>=2.7\ntransformers>={_installed('transformers', '5.9')},<6\nsafetensors\npillow\n"
+    )
+    metadata = {
+        "title": title,
+        "emoji": "✂️",
+        "colorFrom": "blue",
+        "colorTo": "gray",
+        "sdk": "gradio",
+        "sdk_version": _installed("gradio", OLDEST_GRADIO),
+        "app_file": "app.py",
+        "license": licence,
+        "tags": ["evit", "token-reduction", "image-classification"],
+        **({} if is_local else {"models": [model]}),
+    }
+    text = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+    (dest / "README.md").write_text(
+        f"---\n{text}---\n\nUpload a picture, move the keep rate, and see the answer, the patches that\n"
+        "[EViT](https://arxiv.org/abs/2202.07800) keeps at each layer, its operations and its time.\n"
+        "Written by `evit space`.\n"
+    )
+
+
+def _package() -> Path:
+    """Folder of the package `evit_hf`, whose files travel with the Space."""
+    import evit_hf
+
+    return Path(evit_hf.__file__).parent
+
+
+def _installed(package: str, otherwise: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return otherwise

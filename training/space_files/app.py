@@ -1,0 +1,93 @@
+"""Upload a picture, move the keep rate, and see what the model answers, what it looks at and what that costs.
+
+Written by `evit space`. Runs here too: pip install gradio -r requirements.txt && python app.py
+"""
+
+import json
+import time
+from pathlib import Path
+
+import gradio as gr
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+import evit_hf  # noqa: F401 (makes EViT known to the Auto classes)
+from evit_hf.profiling import height_and_width, num_macs
+from evit_hf.visualization import blank_inattentive_patches
+
+
+HERE = Path(__file__).parent
+SETTINGS = json.loads((HERE / "space.json").read_text())
+SOURCE = str(HERE / "model") if (HERE / "model").is_dir() else SETTINGS["model"]
+BLANK = (0.45, 0.62, 0.85)  # of patches that were given up
+MIN_PIXELS = 224  # smaller pictures are shown enlarged
+
+torch.set_grad_enabled(False)
+processor = AutoImageProcessor.from_pretrained(SOURCE)
+model = AutoModelForImageClassification.from_pretrained(SOURCE).eval()
+model(torch.zeros(1, model.config.num_channels, *height_and_width(model.config.image_size)))  # warms up
+
+
+def classify(image: Image.Image | None, keep_rate: float) -> tuple[dict[str, float], list, str]:
+    """Probabilities by class, pictures of the patches that are left behind each layer, and the cost in words."""
+    if image is None:
+        raise gr.Error("Upload a picture first.")
+    pixel_values = torch.as_tensor(processor(image.convert("RGB"), return_tensors="pt").pixel_values)
+    start = time.perf_counter()
+    outputs = model(pixel_values, keep_rate=float(keep_rate))
+    milliseconds = 1000 * (time.perf_counter() - start)
+    several = model.config.problem_type == "multi_label_classification"
+    scores = outputs.logits[0].sigmoid() if several else outputs.logits[0].softmax(-1)
+    answer = {str(model.config.id2label[i]): score for i, score in enumerate(scores.tolist())}
+    gmacs, dense = (num_macs(model.config, rate) / 1e9 for rate in (float(keep_rate), 1.0))
+    cost = (
+        f"{gmacs:.3f} GMACs, {100 * gmacs / dense:.0f} % of the dense model's {dense:.3f}. "
+        f"{milliseconds:.1f} ms on this machine."
+    )
+    return answer, kept_patches(pixel_values, outputs.attentive_index), cost
+
+
+def kept_patches(pixel_values: torch.Tensor, attentive_index: tuple[torch.Tensor, ...]) -> list:
+    """The picture as the model sees it, and what is left of it behind each reorganization layer, with captions."""
+    mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (processor.image_mean, processor.image_std))
+    images = (pixel_values * std + mean).clamp(0, 1)
+    height, width = height_and_width(model.config.patch_size)
+    num_patches = (images.shape[-2] // height) * (images.shape[-1] // width)
+    gallery = [(as_picture(images), f"all {num_patches} patches")]
+    for layer, index in zip(model.config.reorganization_layers, attentive_index, strict=True):
+        left = (index >= 0).sum().item()
+        blanked = blank_inattentive_patches(images, index, (height, width), BLANK)
+        gallery.append((as_picture(blanked), f"behind layer {layer}: {left} of {num_patches}"))
+    return gallery
+
+
+def as_picture(images: torch.Tensor) -> Image.Image:
+    """Picture of the first image, (1, 3, height, width) in [0, 1]."""
+    pixels = (images[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+    picture = Image.fromarray(pixels)
+    scale = max(1, -(-MIN_PIXELS // picture.height))
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+with gr.Blocks(title=SETTINGS["title"], analytics_enabled=False) as demo:
+    # A text box, not Markdown: a title or label from outside is text and nothing else.
+    gr.Textbox(SETTINGS["title"], show_label=False, container=False, interactive=False, elem_id="title")
+    with gr.Row():
+        with gr.Column(scale=1):
+            picture = gr.Image(type="pil", label="Picture", elem_id="picture")
+            rate = gr.Slider(
+                0.1, 1.0, value=0.7, step=0.05, label="Keep rate (1.0 is the dense model)", elem_id="rate"
+            )
+            button = gr.Button("Classify", variant="primary", elem_id="classify")
+        with gr.Column(scale=1):
+            label = gr.Label(num_top_classes=5, label="Answer", elem_id="answer")
+            cost = gr.Textbox(label="Cost", interactive=False, elem_id="cost")
+    gallery = gr.Gallery(label="Patches that are left", columns=4, height="auto", elem_id="patches")
+    for event in (button.click, rate.release, picture.upload):
+        event(classify, [picture, rate], [label, gallery, cost])
+
+
+if __name__ == "__main__":
+    # Fonts of the system: the page asks no other server for anything.
+    demo.launch(theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]))
