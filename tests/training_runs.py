@@ -24,6 +24,7 @@ SMALL = [
     *["--num_hidden_layers", "4", "--reorganization_layers", "1", "2", "--epochs", "3", "--batch_size", "16"],
     *["--warmup_epochs", "1", "--eval_batch_size", "16", "--num_pictures", "0", "--log_steps", "1"],
     *["--keep_rate_dense_epochs", "0.5", "--keep_rate_shrink_epochs", "1.5"],
+    *["--compare_keep_rates", "1.0"],
 ]
 RANDOM = [
     *["--mixup", "0.8", "--cutmix", "1.0", "--rand_augment", "9", "--rand_augment_std", "0.5"],

@@ -224,6 +224,9 @@ class RunArguments:
     trackers: list[str] = setting(
         [], "Trackers beside metrics.jsonl, through Accelerate: tensorboard, wandb, trackio."
     )
+    compare_keep_rates: list[float] | None = setting(
+        None, "Keep rates to measure the final model at, for its card, besides 1.0 and its own; none by default."
+    )
     num_pictures: int = setting(8, "Evaluation images drawn with their kept patches; 0 draws none.")
     dry_run: bool = setting(
         False, "Build everything, train two steps, report memory, GMACs and the projected time, and leave nothing."
@@ -263,6 +266,9 @@ class TrainArguments:
         rates = self.optimization.keep_rate_range
         if rates is not None and not (len(rates) == 2 and 0 < rates[0] <= rates[1] <= 1):
             raise ValueError(f"`--keep_rate_range` must be two rates in (0, 1], the lower one first, got {rates}.")
+        for rate in self.run.compare_keep_rates or []:
+            if not 0 < rate <= 1:
+                raise ValueError(f"`--compare_keep_rates` must be in (0, 1], got {rate}.")
         if self.optimization.mix_token and (augmentation.mixup or augmentation.cutmix):
             raise ValueError("`--mix_token` mixes images already: leave out `--mixup` and `--cutmix`.")
         for name in ("oracle", "teacher"):

@@ -69,7 +69,7 @@ def render_run_card(run: Path, repo_id: str) -> str:
         f"| {result['keep_rate']}{' (dense)' if result['keep_rate'] == 1.0 else ''} | "
         f"{' | '.join(f'{100 * result[column]:.2f}' for column in columns)} | {result['gmacs']:.4f} | "
         f"{result['images_per_second']:.0f} |"
-        for result in results
+        for result in sorted(results, key=lambda result: -result["gmacs"])
     ]
     by_class = sorted(zip(names, report["by_class"], strict=True), key=lambda row: row[1]["f1"])
     score, count = target[metric], target["num_images"]

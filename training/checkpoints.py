@@ -41,6 +41,7 @@ HARMLESS = {
     "keep_checkpoints",
     "final_weights",
     "log_steps",
+    "compare_keep_rates",
     "model_license",
     "push_to_hub",
     "push_when",

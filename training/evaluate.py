@@ -149,6 +149,7 @@ def draw_tradeoff(results: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     name, _ = main_score(results[0])
+    results = sorted(results, key=lambda result: result["gmacs"])
     gmacs, scores = [r["gmacs"] for r in results], [100 * r[name] for r in results]
     axes.plot(gmacs, scores, marker="o")
     for result, x, y in zip(results, gmacs, scores, strict=True):

@@ -291,6 +291,7 @@ def finish(parts: Parts, state: TrainingState, eval_loader: DataLoader) -> list[
         timed_model = load_classifier(str(output_dir / "model")).to(accelerator.device)
     keep_rate = parts.network.config.keep_rate
     keep_rates = [1.0, *(arguments.optimization.keep_rate_range or [])[::-1], keep_rate]
+    keep_rates += arguments.run.compare_keep_rates or []
     keep_rates = [rate for i, rate in enumerate(keep_rates) if rate not in keep_rates[:i]]
     multi_label = parts.splits.multi_label
     results = compare_keep_rates(accelerator, parts.model, eval_loader, keep_rates, timed_model, multi_label)
