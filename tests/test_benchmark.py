@@ -16,6 +16,7 @@ from evit_training import timing
 from evit_training.benchmark import BenchmarkArguments, benchmark, summarize
 from evit_training.benchmark_variants import BASELINES, dense_baseline, reference_logits
 from evit_training.cli import main
+from evit_training.models import compile_layers
 from evit_training.timing import MeasurementError, Variant
 from evit_training.tuning import candidate_layers, greedy, loss_and_accuracy, next_step, parse_target, set_rates
 
@@ -155,7 +156,7 @@ def test_training_steps_are_compared_by_time_and_saved_activations(saved, capsys
         (["--dtypes", "int4"], "`--dtypes` knows float32"),
         (["--keep_rates", "0"], "`keep_rate` must be in (0, 1]"),
         (["--clock", "sun"], "`--clock` must be one of wall, cpu"),
-        (["--training", "--backends", "onnx"], "`--training` runs on sdpa, eager and compile"),
+        (["--training", "--backends", "onnx"], "`--training` runs on sdpa, eager, compile and"),
         (["--tune", "fast"], "`--tune` must be a share"),
         (["--tune", "1.5"], "`--tune` must be a share"),
     ],
@@ -220,3 +221,44 @@ def test_tuned_models_are_saved_with_their_layers_and_rates(tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             main(["benchmark", str(run / "model"), "--tune", target, *flags[2:]])
         assert sentence in capsys.readouterr().err
+
+
+# Compiled training
+
+
+def test_compiled_layers_take_every_keep_rate_without_being_compiled_again(images):
+    """Counted with the compiler's front end alone; the slow test runs the real backend."""
+    frames = []
+
+    def backend(graph, inputs):
+        frames.append(len(inputs))
+        return graph.forward
+
+    torch.manual_seed(0)
+    model = EViTForImageClassification(tiny_config_with(num_hidden_layers=6)).train()
+    expected = {rate: model(images, keep_rate=rate).logits for rate in (1.0, 0.9, 0.75, 0.6, 0.45, 0.3)}
+    torch._dynamo.reset()
+    for layer in model.base_model.layers:
+        layer.compile(dynamic=True, backend=backend)
+    counts = []
+    for _ in range(2):
+        for rate, logits in expected.items():
+            torch.testing.assert_close(model(images, keep_rate=rate).logits, logits)
+            counts.append(len(frames))
+    # Two kinds of layers, and a graph of its own where one token is left; not one for each of six rates.
+    assert counts[-1] == counts[len(expected) - 1] <= 4
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_schedules_are_compared_by_graphs_and_speed(monkeypatch, saved, tmp_path, capsys):
+    monkeypatch.setattr(
+        "evit_training.benchmark_schedule.STRATEGIES",
+        {"eager": (lambda model: None, 2), "layers": (compile_layers, 3)},
+    )
+    flags = ["--schedule", "--keep_rates", "0.5", "--batch_sizes", "2", "--output_dir", str(tmp_path)]
+    main(["benchmark", saved, *flags])
+    eager, layers = json.loads((tmp_path / "schedule.json").read_text())["rows"]
+    assert (eager["graphs"], eager["num_keep_rates"]) == (0, 3)
+    assert 0 < layers["graphs"] <= 6 and layers["graphs_in_steady_state"] == 0
+    assert "| layers | 4 |" in capsys.readouterr().out

@@ -156,7 +156,7 @@ class OptimizationArguments:
     keep_rate_dense_epochs: float = setting(0.0, "Epochs at keep rate 1.0; the paper has 10 from scratch.")
     keep_rate_shrink_epochs: float = setting(0.0, "Epochs of cosine down to the keep rate; the paper has 100.")
     keep_rate_levels: int | None = setting(
-        None, "Round the schedule up to so many keep rates above the target; by default 8 with --compile, else exact."
+        None, "Round the schedule up to so many keep rates above the target; by default it is exact."
     )
     keep_rate_range: list[float] | None = setting(
         None, "Lowest and highest keep rate, drawn anew for each step, for a model that serves many rates."
@@ -219,7 +219,9 @@ class RunArguments:
     seed: int = setting(0, "Seed of weights, order, augmentation and held-out images.")
     mixed_precision: Literal["no", "bf16", "fp16"] = setting("no", "Precision of matrix products in training.")
     gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
-    compile: bool = setting(False, "Compile the model with torch.compile.")
+    compile: bool = setting(
+        False, "Compile the layers with torch.compile, for any number of tokens: no keep rate compiles them again."
+    )
     log_steps: int = setting(50, "Optimizer steps between two lines of the training log.")
     trackers: list[str] = setting(
         [], "Trackers beside metrics.jsonl, through Accelerate: tensorboard, wandb, trackio."

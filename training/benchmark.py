@@ -2,6 +2,7 @@
 
 evit benchmark evit-deit-s --batch-sizes 1 8 --threads 1
 evit benchmark evit-deit-s --training --batch-sizes 16
+evit benchmark evit-deit-ti --schedule --keep-rates 0.7
 evit benchmark FOLDER --tune 0.6 --dataset DATA
 """
 
@@ -40,8 +41,8 @@ class BenchmarkArguments:
     image_sizes: list[int] | None = setting(None, "Pixels; by default those of the model.")
     backends: list[str] = setting(
         ["sdpa"],
-        "sdpa, eager, compile, compile-freezing, compile-reduce-overhead, compile-max-autotune, torch-export, aoti, "
-        "onnx, onnx-int8, openvino.",
+        "sdpa, eager, compile-layers, compile, compile-freezing, compile-reduce-overhead, compile-max-autotune, "
+        "torch-export, aoti, onnx, onnx-int8, openvino.",
     )
     baselines: list[str] = setting(
         ["timm", "timm-unfused", "transformers", "transformers-eager"],
@@ -55,6 +56,9 @@ class BenchmarkArguments:
         "wall", "wall, or cpu: this process's time on all threads, which other work on the machine does not add to."
     )
     training: bool = setting(False, "Time forward, backward and AdamW step instead of inference.")
+    schedule: bool = setting(
+        False, "Train through a schedule of keep rates instead, with each way to compile: graphs, waiting, speed."
+    )
     no_fuse: bool = setting(False, "Drop inattentive tokens instead of fusing them.")
     tune: str | None = setting(
         None,
@@ -90,6 +94,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             from .tuning import tune
 
             tune(rest.model, arguments, data)
+        elif arguments.schedule:
+            from .benchmark_schedule import benchmark_schedule
+
+            benchmark_schedule(rest.model, arguments, argv)
         else:
             benchmark(rest.model, arguments, argv)
     except (ValueError, OSError, StrictDataclassError, ExportError) as error:
@@ -218,7 +226,7 @@ def measure(
         memory = [timing.peak_memory_mib(variant.run, device) for variant in variants]
         saved = [
             timing.saved_activations_mib(variant.extra["model"], variant.extra["forward"])
-            if arguments.training and not variant.name.endswith("compile")  # its tensors belong to the compiled code
+            if arguments.training and "compile" not in variant.name  # its tensors belong to the compiled code
             else None
             for variant in variants
         ]

@@ -15,6 +15,7 @@ from evit_hf.export import FORMATS, export_model, load_exported
 from evit_hf.presets import PRESETS
 from evit_hf.profiling import num_macs
 
+from .models import compile_layers, load_classifier, random_classifier
 from .timing import Variant
 
 
@@ -25,7 +26,7 @@ COMPILE_MODES = {
     "compile-reduce-overhead": {"mode": "reduce-overhead"},
     "compile-max-autotune": {"mode": "max-autotune"},
 }
-BACKENDS = ("sdpa", "eager", *COMPILE_MODES, *FORMATS, "onnx-int8")
+BACKENDS = ("sdpa", "eager", "compile-layers", *COMPILE_MODES, *FORMATS, "onnx-int8")
 
 
 def build_model(name: str, image_size: int | None = None) -> EViTPreTrainedModel:
@@ -33,8 +34,6 @@ def build_model(name: str, image_size: int | None = None) -> EViTPreTrainedModel
 
     Raises: ValueError for an unknown preset or folder.
     """
-    from .models import load_classifier, random_classifier
-
     if name in PRESETS:
         # Attention that is far from uniform, so that rounding rarely changes which tokens are kept.
         model = random_classifier(EViTConfig.preset(name, initializer_range=0.05))
@@ -214,6 +213,9 @@ def _backend(
     if backend in ("sdpa", "eager"):
         fixed.set_attn_implementation(backend)
         return _runner(fixed, pixel_values)
+    if backend == "compile-layers":
+        compile_layers(fixed)
+        return _runner(fixed, pixel_values)
     if backend in COMPILE_MODES:
         return _runner(torch.compile(fixed, fullgraph=True, dynamic=False, **COMPILE_MODES[backend]), pixel_values)
     export_format = "onnx" if backend == "onnx-int8" else backend
@@ -260,7 +262,7 @@ def training_variants(
         pixel_values: a batch.
         labels: (batch_size,) class numbers.
         keep_rates: of the EViT variants.
-        backends: "sdpa", "eager" or "compile".
+        backends: "sdpa", "eager", "compile" or "compile-layers".
         baselines: of `BASELINES`.
 
     Raises: ValueError for a backend that cannot train.
@@ -272,14 +274,16 @@ def training_variants(
         variants.append(Variant(f"dense {name}", step, dense_macs, dense_macs, 1.0))
         variants[-1].extra.update(forward=forward, model=network)
     for backend in backends:
-        if backend not in ("sdpa", "eager", "compile"):
-            raise ValueError(f"`--training` runs on sdpa, eager and compile, not on {backend!r}.")
+        if backend not in ("sdpa", "eager", "compile", "compile-layers"):
+            raise ValueError(f"`--training` runs on sdpa, eager, compile and compile-layers, not on {backend!r}.")
         for keep_rate in keep_rates:
             fixed = copy.deepcopy(model)
             fixed.set_keep_rate(keep_rate)
             fixed.set_attn_implementation("eager" if backend == "eager" else "sdpa")
             if backend == "compile":
                 fixed.compile(dynamic=False)
+            if backend == "compile-layers":
+                compile_layers(fixed)
             step, forward, network = _training_step(fixed, pixel_values, labels)
             macs = num_macs(model.config, keep_rate), num_macs(model.config, keep_rate, executed=True)
             variants.append(Variant(f"EViT {shown(keep_rate)} {backend}", step, *macs, keep_rate))

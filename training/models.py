@@ -94,3 +94,13 @@ def random_classifier(config: EViTConfig) -> EViTPreTrainedModel:
     if config.use_distillation_token and config.model_type == "evit":
         return EViTForImageClassificationWithTeacher(config)
     return AutoModelForImageClassification.from_config(config)
+
+
+def compile_layers(model: EViTPreTrainedModel) -> None:
+    """Compile the layers of a model in place, one graph for all of them and for any number of tokens.
+
+    A whole model would be compiled anew for each number of tokens, that is for each step of a schedule of the keep
+    rate, and its graph with unknown numbers is slower than eager code. `evit benchmark --schedule` measures both.
+    """
+    for layer in model.base_model.layers:
+        layer.compile(dynamic=True)

@@ -21,7 +21,7 @@ from .data import check_images, load_splits
 from .images import ImageSplits, StreamedTrainingImages, TrainingImages
 from .interruption import ignore_signals
 from .metrics_log import build_trackers
-from .models import build_model, load_classifier
+from .models import build_model, compile_layers, load_classifier
 from .optimization import WeightAverage, build_optimizer, freeze
 from .sampling import StepPlan, TrainingBatches
 from .teachers import Oracle, Teacher, build_oracle, build_teacher
@@ -116,9 +116,7 @@ def build_parts(arguments: TrainArguments, accelerator: Accelerator) -> Parts:
     freeze(network, arguments.model.trainable, arguments.model.freeze_layers)
     optimizer = build_optimizer(network, optimization, arguments.learning_rate)
     if arguments.run.compile:
-        # In place: no wrapper, the same names. One compilation for each keep rate of the schedule and of evaluation.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        network.compile()
+        compile_layers(network)
     model, optimizer = accelerator.prepare(network, optimizer)
     return Parts(
         arguments=arguments,

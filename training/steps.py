@@ -41,7 +41,7 @@ def training_keep_rate(parts: Parts, progress: Progress) -> KeepRate:
     arguments = parts.arguments
     optimization, steps_per_epoch = arguments.optimization, parts.plan.steps_per_epoch
     target = parts.network.config.keep_rate
-    levels = optimization.keep_rate_levels or (8 if arguments.run.compile else None)
+    levels = optimization.keep_rate_levels
     if optimization.keep_rate_range is not None:
         low, high = optimization.keep_rate_range
         # The same on all processes.
