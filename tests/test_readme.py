@@ -77,6 +77,40 @@ def test_training_command_runs(workplace):
     assert (workplace / "runs" / "beans" / "model" / "evaluation.png").is_file()
 
 
+def test_sharing_and_deployment_commands_run(workplace):
+    blocks = [block for block in code_blocks("bash") if "runs/digits" in block]
+    commands = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    assert [words[:2] for words in commands] == [
+        ["evit", "push"],
+        ["evit", "space"],
+        ["evit", "export"],
+        ["python", "exported/example.py"],
+    ]
+    for words in commands[1:]:
+        program = Path(sys.executable).with_name(words[0])
+        process = subprocess.run([program, *words[1:]], cwd=workplace, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("digit.png LABEL_")
+    assert (workplace / "demo" / "app.py").is_file()
+
+
+def test_flags_of_the_deployment_guide_exist():
+    import dataclasses
+
+    from evit_hf.export import FORMATS
+    from evit_training.arguments import DataArguments
+    from evit_training.benchmark import BenchmarkArguments
+    from evit_training.export import ExportArguments
+
+    text = (ROOT / "docs" / "deployment.md").read_text()
+    known = {
+        field.name for cls in (DataArguments, BenchmarkArguments, ExportArguments) for field in dataclasses.fields(cls)
+    }
+    flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][\w-]*)", text)}
+    assert flags <= known, flags - known
+    assert set(re.findall(r"^\| `([\w-]+)` \|", text, re.MULTILINE)) == set(FORMATS)
+
+
 def test_ci_runs_the_commands_of_the_readme():
     assert len(SETUP_COMMANDS) == 2
     ci = (ROOT / ".ci" / "run").read_text().splitlines()

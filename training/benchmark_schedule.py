@@ -48,6 +48,7 @@ def benchmark_schedule(name: str, arguments: "BenchmarkArguments", argv: Sequenc
     device = torch.device(arguments.device) if arguments.device else best_device()
     if arguments.threads:
         torch.set_num_threads(arguments.threads[0])
+    torch._inductor.config.force_disable_caches = True  # what an earlier run compiled would seem to cost nothing
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     target, batch_size = min(arguments.keep_rates), arguments.batch_sizes[0]
     rows = []

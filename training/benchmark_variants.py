@@ -169,6 +169,8 @@ def inference_variants(
             if name not in known:
                 raise ValueError(f"`{flag}` knows {', '.join(known)}, got {name!r}.")
     dense_macs = num_macs(model.config, 1.0)
+    if pixel_values.dtype == torch.bfloat16 and {"onnx", "onnx-int8", "openvino"} & set(backends):
+        raise ValueError("`--dtypes bfloat16` does not reach ONNX Runtime and OpenVINO: take float32 or float16.")
     variants = [
         Variant(f"dense {name}", _runner(dense_baseline(model, name), pixel_values), dense_macs, dense_macs, 1.0)
         for name in baselines
