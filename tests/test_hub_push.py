@@ -12,6 +12,8 @@ import pytest
 import torch
 from conftest import run_python, tiny_config_with
 from hub_server import READ_TOKEN, Commit, Fault, Hub, Repo
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from PIL import Image
 from training_runs import SMALL, read_log
 from transformers import ViTImageProcessor
 
@@ -102,6 +104,16 @@ def test_the_card_tells_the_results_of_the_run(hub, pushed):
     assert "evit train digits" in card and "(kept_patches.png)" in card
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
     compile(code, "card", "exec")
+
+
+def test_the_code_of_the_card_runs_as_pasted(hub, pushed, tmp_path):
+    card = hub.files(REPO)["README.md"].decode()
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
+    Image.effect_noise((40, 30), 90).save(tmp_path / "image.jpg")
+    output = run_python(code, tmp_path, without_package=True, **hub.environment(tmp_path / "home", token=""))
+    assert output.strip() in json.loads((pushed / "class_report.json").read_text())["label_names"]
+    (result,) = model_index_to_eval_results(check_card(card)["model-index"])[1]
+    assert result.task_type == "image-classification" and 0 <= result.metric_value <= 100
 
 
 def test_nothing_secret_is_pushed(tmp_path, model_folder):
@@ -454,6 +466,16 @@ def test_pushed_code_does_not_lean_on_an_installed_package_of_another_version(hu
 # Repositories that mean harm
 
 
+TRY_TO_LOAD = """
+from evit_hf import EViTForImageClassification
+try:
+    EViTForImageClassification.from_pretrained("{repo}")
+    print("loaded")
+except Exception as error:
+    print("refused", type(error).__name__)
+"""
+
+
 def put(hub, name, files):
     """A repository with any files under any names, as no honest client would make it."""
     repo = hub.repos[f"models/{name}"] = Repo(name)
@@ -468,14 +490,7 @@ def test_a_pickle_of_the_hub_is_not_run(hub, model_folder, tmp_path):
     torch.save({"classifier.bias": Evil()}, tmp_path / "evil.bin")
     files = {path.name: path.read_bytes() for path in model_folder.iterdir() if path.suffix == ".json"}
     put(hub, "org/pickle", {**files, "pytorch_model.bin": (tmp_path / "evil.bin").read_bytes()})
-    code = """
-from evit_hf import EViTForImageClassification
-try:
-    EViTForImageClassification.from_pretrained("org/pickle")
-    print("loaded")
-except Exception as error:
-    print("refused", type(error).__name__)
-"""
+    code = TRY_TO_LOAD.format(repo="org/pickle")
     assert "refused" in run_python(code, tmp_path, **hub.environment(tmp_path / "home"))
     assert not (tmp_path / "owned").exists()
 
@@ -505,14 +520,7 @@ for options in ({}, {"local_dir": "deep/er/local"}):
 def test_a_size_that_is_a_lie_fills_no_disk_and_is_not_taken_for_weights(method, hub, model_folder, tmp_path):
     put(hub, "org/boaster", {path.name: path.read_bytes() for path in model_folder.iterdir()})
     hub.faults.append(Fault(rf"{method} .*/resolve/.*/model.safetensors", "huge"))
-    code = """
-from evit_hf import EViTForImageClassification
-try:
-    EViTForImageClassification.from_pretrained("org/boaster")
-    print("loaded")
-except Exception as error:
-    print("refused", type(error).__name__)
-"""
+    code = TRY_TO_LOAD.format(repo="org/boaster")
     output = run_python(code, tmp_path, **hub.environment(tmp_path / "home"))
     assert output.split()[0] == ("refused" if method == "HEAD" else "loaded")
     size = sum(path.stat().st_size for path in (tmp_path / "home").rglob("*") if path.is_file())
@@ -523,12 +531,5 @@ def test_a_body_that_is_shorter_than_promised_is_not_taken_for_weights(hub, mode
     files = {path.name: path.read_bytes() for path in model_folder.iterdir()}
     put(hub, "org/liar", files)
     hub.faults.append(Fault(r"GET .*/resolve/.*/model.safetensors", "truncate"))
-    code = """
-from evit_hf import EViTForImageClassification
-try:
-    EViTForImageClassification.from_pretrained("org/liar")
-    print("loaded")
-except Exception as error:
-    print("refused", type(error).__name__)
-"""
+    code = TRY_TO_LOAD.format(repo="org/liar")
     assert "refused" in run_python(code, tmp_path, **hub.environment(tmp_path / "home"))

@@ -14,7 +14,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,6 +163,7 @@ def best_device() -> "torch.device":
 
 def machine(device: "torch.device") -> dict[str, Any]:
     """What was measured on, and when."""
+    from .card import package_versions
     from .evaluation import device_name
 
     cpu = next(
@@ -174,14 +174,8 @@ def machine(device: "torch.device") -> dict[str, Any]:
         ),
         platform.processor(),
     )
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     date = datetime.datetime.now().astimezone().date().isoformat()
-    return {"device": device_name(device), "cpu": cpu, "date": date, "versions": versions}
+    return {"device": device_name(device), "cpu": cpu, "date": date, "versions": package_versions(PACKAGES)}
 
 
 def measure(

@@ -6,6 +6,7 @@ import platform
 import re
 import shlex
 import sys
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,21 @@ MAX_CLASS_ROWS = 50
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evit-hf")
 
 
-def run_record(**values: Any) -> dict[str, Any]:
-    """What a card needs and no other file of a run tells: command, versions, hardware and the values given."""
+def package_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of Python and of those of the packages that are installed."""
     versions = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in packages:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
+    return versions
+
+
+def run_record(**values: Any) -> dict[str, Any]:
+    """What a card needs and no other file of a run tells: command, versions, hardware and the values given."""
     words = ["evit", "train", *sys.argv[2:]] if Path(sys.argv[0]).name.startswith(("evit", "cli")) else sys.argv
-    return {"command": shlex.join([Path(words[0]).name, *words[1:]]), "versions": versions, **values}
+    return {"command": shlex.join([Path(words[0]).name, *words[1:]]), "versions": package_versions(PACKAGES), **values}
 
 
 def render_run_card(run: Path, repo_id: str) -> str:

@@ -1,7 +1,7 @@
 """What a model is worth: top-1 and top-5 accuracy, GMACs, images per second."""
 
+import functools
 import statistics
-import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -20,6 +20,7 @@ from .interruption import ignore_signals
 from .metrics import ClassificationCounts, MultiLabelCounts
 from .sampling import EvaluationBatches
 from .teachers import Oracle
+from .timing import Variant, alternate
 
 
 KeepRate = float | Sequence[float] | None
@@ -106,15 +107,11 @@ def images_per_second(
     """
     was_training = model.training
     model.eval()
-    seconds: list[list[float]] = [[] for _ in keep_rates]
-    for round_number in range(rounds + 2):
-        for keep_rate, times in zip(keep_rates, seconds, strict=True):
-            _synchronize(pixel_values.device)
-            start = time.perf_counter()
-            model(pixel_values, keep_rate=keep_rate)
-            _synchronize(pixel_values.device)
-            if round_number >= 2:
-                times.append(time.perf_counter() - start)
+    variants = [
+        Variant(str(keep_rate), functools.partial(model, pixel_values, keep_rate=keep_rate), 0, 0)
+        for keep_rate in keep_rates
+    ]
+    seconds = alternate(variants, pixel_values.device, rounds)
     model.train(was_training)
     return [len(pixel_values) / statistics.median(times) for times in seconds]
 
@@ -189,9 +186,3 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
-
-
-def _synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
