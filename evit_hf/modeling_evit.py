@@ -210,6 +210,7 @@ class EViTAttention(ViTAttention):
         score_tokens: bool = False,
         token_mask: torch.Tensor | None = None,
         num_queries: int | None = None,
+        projects: bool = True,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Attend.
@@ -220,6 +221,7 @@ class EViTAttention(ViTAttention):
             score_tokens: whether to return the class token's attention.
             token_mask: (batch_size, sequence_length), the mask that `attention_mask` was made of.
             num_queries: how many tokens, from the first on, look at all tokens; None for all of them.
+            projects: False leaves the output projection to the caller.
             **kwargs: handed to the attention implementation.
 
         Returns: output (batch_size, num_queries, hidden_size); attention map or None; class token attention
@@ -240,7 +242,9 @@ class EViTAttention(ViTAttention):
         output, attention_map = attention_interface(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        output = self.o_proj(output.reshape(*input_shape, -1).contiguous())
+        output = output.reshape(*input_shape, -1).contiguous()
+        if projects:
+            output = self.o_proj(output)
 
         if not score_tokens:
             return output, attention_map, None
@@ -322,34 +326,91 @@ class EViTLayer(ViTLayer):
             this layer's image tokens, (batch_size, num_attentive), or None.
         """
         # Attend
+        reorganizes = num_attentive is not None
+        projects_late = reorganizes and self.can_project_late
         residual = hidden_states[:, :num_queries]
-        hidden_states, _, attention = self.attention(
+        branch, _, attention = self.attention(
             self.layernorm_before(hidden_states),
             attention_mask,
-            num_attentive is not None,
+            reorganizes,
             token_mask,
             num_queries,
+            not projects_late,
             **kwargs,
         )
-        hidden_states = residual + self.residual_branch(hidden_states)
 
         # Reorganize
         attentive_index = None
-        if num_attentive is not None:
-            hidden_states, attentive_index = reorganize_tokens(
-                hidden_states,
-                attention,
-                num_attentive,
-                num_prefix_tokens=self.config.num_prefix_tokens,
-                fuse_inattentive_tokens=self.config.fuse_inattentive_tokens,
-                token_scores=token_scores,
+        if projects_late:
+            hidden_states, attentive_index = self.reorganize_and_project(
+                residual, branch, attention, num_attentive, token_scores
             )
+        else:
+            hidden_states = residual + self.residual_branch(branch)
+            if reorganizes:
+                hidden_states, attentive_index = self.reorganize(hidden_states, attention, num_attentive, token_scores)
 
         # MLP
         residual = hidden_states
         hidden_states = self.mlp(self.layernorm_after(hidden_states))
         hidden_states = residual + self.residual_branch(hidden_states)
         return hidden_states, attentive_index
+
+    def reorganize(
+        self, hidden_states: torch.Tensor, attention: torch.Tensor, num_attentive: int, *choice: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reorganize tokens as the configuration says; `choice` is `token_scores` and, optionally, `attentive_index`.
+
+        Returns: see `reorganize_tokens`.
+        """
+        return reorganize_tokens(
+            hidden_states,
+            attention,
+            num_attentive,
+            num_prefix_tokens=self.config.num_prefix_tokens,
+            fuse_inattentive_tokens=self.config.fuse_inattentive_tokens,
+            **dict(zip(("token_scores", "attentive_index"), choice, strict=False)),
+        )
+
+    @property
+    def can_project_late(self) -> bool:
+        """Whether tokens may be reorganized before the output projection: if nothing acts on single tokens behind it.
+
+        Wrapped projections (adapters, quantization) keep the order of the paper.
+        """
+        return type(self.attention.o_proj) is nn.Linear and not (self.training and self.dropout.p)
+
+    def reorganize_and_project(
+        self,
+        residual: torch.Tensor,
+        attended: torch.Tensor,
+        attention: torch.Tensor,
+        num_attentive: int,
+        token_scores: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reorganize first and project what is left: exact, since fusing and projecting are both linear.
+
+        A sum weighted by attention has the weights' sum of biases, where the projection of the sum has one: the
+        difference is added to the fused token. Saves the projection of the inattentive tokens, 0.6 % of the operations
+        of DeiT-S at keep rate 0.7 and 1.1 % at 0.5; see BENCHMARKS.md.
+
+        Args:
+            residual: (batch_size, sequence_length, hidden_size), the layer's input.
+            attended: likewise, what attention gives before its output projection.
+            attention: (batch_size, num_image_tokens), the class token's attention.
+            num_attentive: image tokens to keep.
+            token_scores: see `forward`.
+
+        Returns: see `reorganize`.
+        """
+        residual, attentive_index = self.reorganize(residual, attention, num_attentive, token_scores)
+        attended, _ = self.reorganize(attended, attention, num_attentive, None, attentive_index)
+        branch = self.attention.o_proj(attended)
+        bias = self.attention.o_proj.bias
+        if bias is not None and self.config.fuse_inattentive_tokens:
+            weight = attention.scatter(1, attentive_index, 0.0).sum(dim=1, keepdim=True)
+            branch[:, -1] += ((weight - 1) * bias).to(branch.dtype)
+        return residual + self.residual_branch(branch), attentive_index
 
     def residual_branch(self, branch: torch.Tensor) -> torch.Tensor:
         """Return a branch, (batch_size, sequence_length, hidden_size), behind dropout and stochastic depth."""
