@@ -22,6 +22,11 @@ ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that fork trainings come first: a process in which others have run may not compute gradients forked."""
+    items.sort(key=lambda item: not {"ForkedRun", "fork_ranks"} & vars(item.module).keys())
+
+
 def tiny_config_with(**changes):
     settings = {
         "image_size": 32,
