@@ -20,7 +20,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .modeling_evit import EViTForImageClassificationWithTeacher, EViTPreTrainedModel
 from .modeling_evit_lv import EViTLVForImageClassification
 from .profiling import height_and_width
-from .token_reorganization import class_token_attention, class_token_probabilities, fused_token, top_attentive_index
+from .token_reorganization import (
+    class_token_attention,
+    class_token_probabilities,
+    fused_token,
+    inattentive_weights,
+    top_attentive_index,
+)
 
 
 # The file that holds the model, for each format.
@@ -98,7 +104,7 @@ class LogitsAtKeepRate(nn.Module):
             parts = [prefix, tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))]
             num_image_tokens = num_attentive
             if config.fuse_inattentive_tokens:
-                parts.append(fused_token(tokens, scores, index)[:, :num_fused])
+                parts.append(fused_token(tokens, inattentive_weights(scores, index))[:, :num_fused])
                 num_image_tokens = num_attentive + num_fused
             hidden_states = torch.cat(parts, dim=1)
 

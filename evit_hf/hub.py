@@ -26,6 +26,7 @@ ON_THE_HUB = (
     "model.safetensors.index.json",
     "configuration_evit.py",
     "configuration_evit_lv.py",
+    "linear.py",
     "modeling_evit.py",
     "modeling_evit_lv.py",
     "token_labelling.py",

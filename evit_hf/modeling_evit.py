@@ -33,16 +33,21 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_evit import EViTConfig, check_keep_rate, keep_rate_by_layer, refuse_misspelt_names
+from .linear import linear
 from .token_labelling import mix_tokens
 from .token_reorganization import (
     append_fused_patch,
+    attentive_rows,
     class_token_attention,
     class_token_probabilities,
     follow_patches,
+    inattentive_weights,
     num_attentive_tokens,
+    rearrange_tokens,
     reorganize_token_mask,
     reorganize_tokens,
     scores_by_patch,
+    top_attentive_index,
 )
 
 
@@ -200,8 +205,13 @@ class EViTAttention(ViTAttention):
     Differences from ViTAttention:
         - on request it returns the class token's attention to the image tokens. Fused kernels return no attention map,
           so that one row is computed beside them from query and key; the eager map is read where it exists;
-        - some tokens alone can be the queries.
+        - some tokens alone can be the queries;
+        - `linear` runs the projections, which is faster on CPUs.
     """
+
+    def __init__(self, config: EViTConfig) -> None:
+        super().__init__(config)
+        self.num_prefix_tokens = config.num_prefix_tokens
 
     def forward(
         self,
@@ -228,35 +238,46 @@ class EViTAttention(ViTAttention):
             (batch_size, num_image_tokens) or None. The latter never passes through attention dropout: noise would
             choose the tokens (the official code lets it).
         """
-        queries = hidden_states[:, :num_queries]
+        queries = hidden_states if num_queries is None else hidden_states[:, :num_queries]
         input_shape = queries.shape[:-1]
         hidden_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(queries).view(*input_shape, -1, self.head_dim).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        query = linear(self.q_proj, queries).view(*input_shape, -1, self.head_dim).transpose(1, 2)
+        key = linear(self.k_proj, hidden_states).view(hidden_shape).transpose(1, 2)
+        value = linear(self.v_proj, hidden_states).view(hidden_shape).transpose(1, 2)
 
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        implementation = self.config._attn_implementation
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         output, attention_map = attention_interface(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        output = output.reshape(*input_shape, -1).contiguous()
+        output = output.reshape(*input_shape, -1)
         if projects:
-            output = self.o_proj(output)
+            output = linear(self.o_proj, output)
 
         if not score_tokens:
             return output, attention_map, None
-        has_clean_map = self.config._attn_implementation == "eager" and not dropout
+        has_clean_map = implementation == "eager" and not dropout
         num_scoring = self.config.num_scoring_tokens
         probabilities = (
             attention_map
             if has_clean_map
             else class_token_probabilities(query, key, self.scaling, token_mask, num_scoring)
         )
-        scores = class_token_attention(probabilities, self.config.num_prefix_tokens, num_scoring)
+        scores = class_token_attention(probabilities, self.num_prefix_tokens, num_scoring)
         return output, attention_map, scores
+
+
+class EViTMLP(ViTMLP):
+    """The MLP of a ViT.
+
+    Differences from ViTMLP:
+        - `linear` runs it, with the activation, which is faster on CPUs.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return (batch_size, sequence_length, hidden_size) for the same."""
+        return linear(self.fc2, linear(self.fc1, hidden_states, self.activation_fn))
 
 
 class EViTDropPath(nn.Module):
@@ -296,7 +317,7 @@ class EViTLayer(ViTLayer):
         self.attention = EViTAttention(config)
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = ViTMLP(config)
+        self.mlp = EViTMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = EViTDropPath(drop_path_rate)
 
@@ -328,7 +349,7 @@ class EViTLayer(ViTLayer):
         # Attend
         reorganizes = num_attentive is not None
         projects_late = reorganizes and self.can_project_late
-        residual = hidden_states[:, :num_queries]
+        residual = hidden_states if num_queries is None else hidden_states[:, :num_queries]
         branch, _, attention = self.attention(
             self.layernorm_before(hidden_states),
             attention_mask,
@@ -348,7 +369,14 @@ class EViTLayer(ViTLayer):
         else:
             hidden_states = residual + self.residual_branch(branch)
             if reorganizes:
-                hidden_states, attentive_index = self.reorganize(hidden_states, attention, num_attentive, token_scores)
+                hidden_states, attentive_index = reorganize_tokens(
+                    hidden_states,
+                    attention,
+                    num_attentive,
+                    num_prefix_tokens=self.attention.num_prefix_tokens,
+                    fuse_inattentive_tokens=self.config.fuse_inattentive_tokens,
+                    token_scores=token_scores,
+                )
 
         # MLP
         residual = hidden_states
@@ -356,29 +384,16 @@ class EViTLayer(ViTLayer):
         hidden_states = residual + self.residual_branch(hidden_states)
         return hidden_states, attentive_index
 
-    def reorganize(
-        self, hidden_states: torch.Tensor, attention: torch.Tensor, num_attentive: int, *choice: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reorganize tokens as the configuration says; `choice` is `token_scores` and, optionally, `attentive_index`.
-
-        Returns: see `reorganize_tokens`.
-        """
-        return reorganize_tokens(
-            hidden_states,
-            attention,
-            num_attentive,
-            num_prefix_tokens=self.config.num_prefix_tokens,
-            fuse_inattentive_tokens=self.config.fuse_inattentive_tokens,
-            **dict(zip(("token_scores", "attentive_index"), choice, strict=False)),
-        )
-
     @property
     def can_project_late(self) -> bool:
         """Whether tokens may be reorganized before the output projection: if nothing acts on single tokens behind it.
 
-        Wrapped projections (adapters, quantization) keep the order of the paper.
+        Wrapped projections (adapters, quantization) keep the order of the paper, and so do those whose weights are
+        elsewhere (offloaded by Accelerate).
         """
-        return type(self.attention.o_proj) is nn.Linear and not (self.training and self.dropout.p)
+        projection = self.attention.o_proj
+        is_plain = type(projection) is nn.Linear and not hasattr(projection, "_hf_hook")
+        return is_plain and not (self.training and self.dropout.p)
 
     def reorganize_and_project(
         self,
@@ -401,15 +416,17 @@ class EViTLayer(ViTLayer):
             num_attentive: image tokens to keep.
             token_scores: see `forward`.
 
-        Returns: see `reorganize`.
+        Returns: see `reorganize_tokens`.
         """
-        residual, attentive_index = self.reorganize(residual, attention, num_attentive, token_scores)
-        attended, _ = self.reorganize(attended, attention, num_attentive, None, attentive_index)
-        branch = self.attention.o_proj(attended)
+        num_prefix_tokens = self.attention.num_prefix_tokens
+        attentive_index = top_attentive_index(attention if token_scores is None else token_scores, num_attentive)
+        rows = attentive_rows(attentive_index, residual.shape[1], num_prefix_tokens)
+        weights = inattentive_weights(attention, attentive_index) if self.config.fuse_inattentive_tokens else None
+        residual = rearrange_tokens(residual, rows, weights, num_prefix_tokens)
+        branch = linear(self.attention.o_proj, rearrange_tokens(attended, rows, weights, num_prefix_tokens))
         bias = self.attention.o_proj.bias
-        if bias is not None and self.config.fuse_inattentive_tokens:
-            weight = attention.scatter(1, attentive_index, 0.0).sum(dim=1, keepdim=True)
-            branch[:, -1] += ((weight - 1) * bias).to(branch.dtype)
+        if weights is not None and bias is not None:
+            branch[:, -1].add_(((weights.sum(dim=1, keepdim=True) - 1) * bias).to(branch.dtype))
         return residual + self.residual_branch(branch), attentive_index
 
     def residual_branch(self, branch: torch.Tensor) -> torch.Tensor:
@@ -703,7 +720,7 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding, mix_box)
 
-        num_prefix_tokens = self.config.num_prefix_tokens
+        num_prefix_tokens = self.embeddings.num_prefix_tokens
         batch_size, num_patches = hidden_states.shape[0], hidden_states.shape[1] - num_prefix_tokens
         patch_scores = self._scores_by_layer(patch_scores, batch_size, num_patches)
         token_mask = self._checked_token_mask(attention_mask, batch_size, num_patches)

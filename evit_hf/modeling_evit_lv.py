@@ -10,6 +10,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_evit import EViTConfig  # noqa: F401 (remote code: Transformers 5.9 copies direct imports alone)
 from .configuration_evit_lv import EViTLVConfig
+from .linear import linear  # noqa: F401 (as above)
 from .modeling_evit import (
     EViTEmbeddings,
     EViTImageClassifierOutput,

@@ -96,41 +96,72 @@ def top_attentive_index(scores: torch.Tensor, num_attentive: int) -> torch.Tenso
     return scores.topk(num_attentive, dim=1).indices
 
 
-def attentive_tokens(
-    hidden_states: torch.Tensor, attentive_index: torch.Tensor, num_prefix_tokens: int = 1
-) -> torch.Tensor:
-    """The attentive tokens, copied as whole rows: `gather` would look up each of their numbers one by one.
+def attentive_rows(attentive_index: torch.Tensor, sequence_length: int, num_prefix_tokens: int = 1) -> torch.Tensor:
+    """Where the attentive tokens stand if all sequences of the batch are one long list of tokens.
+
+    Copying rows of that list beats `gather`, which would look up each number of a token one by one.
 
     Args:
-        hidden_states: (batch_size, num_prefix_tokens + num_image_tokens, hidden_size).
         attentive_index: (batch_size, num_attentive), positions among the image tokens.
+        sequence_length: num_prefix_tokens + num_image_tokens.
         num_prefix_tokens: tokens in front of the image tokens, class token included.
 
-    Returns: (batch_size, num_attentive, hidden_size).
+    Returns: (batch_size * num_attentive,), positions among the batch_size * sequence_length tokens.
     """
-    batch_size, sequence_length, hidden_size = hidden_states.shape
-    first_row = torch.arange(batch_size, device=hidden_states.device) * sequence_length + num_prefix_tokens
-    rows = (attentive_index + first_row.unsqueeze(1)).flatten()
-    return hidden_states.reshape(-1, hidden_size).index_select(0, rows).view(batch_size, -1, hidden_size)
+    batch_size = attentive_index.shape[0]
+    first_row = torch.arange(batch_size, device=attentive_index.device) * sequence_length + num_prefix_tokens
+    return (attentive_index + first_row.unsqueeze(1)).flatten()
 
 
-def fused_token(tokens: torch.Tensor, attention: torch.Tensor, attentive_index: torch.Tensor) -> torch.Tensor:
+def inattentive_weights(attention: torch.Tensor, attentive_index: torch.Tensor) -> torch.Tensor:
+    """Share of each image token in the fused token: its attention, zero if it is attentive.
+
+    Args:
+        attention: (batch_size, num_image_tokens), the class token's attention, mean over heads, after softmax.
+        attentive_index: (batch_size, num_attentive), positions among the image tokens.
+
+    Returns: (batch_size, num_image_tokens). Gradients flow through it.
+    """
+    return attention.scatter(1, attentive_index, 0.0)
+
+
+def fused_token(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Sum of the inattentive tokens, weighted by the class token's attention: one token for all of them.
 
-    The attentive tokens get weight zero and the sum runs over all tokens, so no complement of `attentive_index` is
-    ever built. Gradients flow through the weights.
+    The sum runs over all tokens, the attentive ones with weight zero, so no complement of `attentive_index` is ever
+    built.
 
     Args:
         tokens: (batch_size, num_image_tokens, hidden_size), prefix tokens excluded.
-        attention: (batch_size, num_image_tokens), mean over heads, after softmax.
-        attentive_index: (batch_size, num_attentive), positions in `tokens`.
+        weights: (batch_size, num_image_tokens), see `inattentive_weights`. They are not renormalised, as in the
+            paper's code.
 
-    Returns: (batch_size, 1, hidden_size). The weights are not renormalised, as in the paper's code.
+    Returns: (batch_size, 1, hidden_size).
 
     Source: "inattentive token fusion" of the paper; evit.py:259-263 of the official implementation.
     """
-    weights = attention.scatter(1, attentive_index, 0.0).to(tokens.dtype)
-    return (weights.unsqueeze(1) @ tokens).to(tokens.dtype)
+    return (weights.to(tokens.dtype).unsqueeze(1) @ tokens).to(tokens.dtype)
+
+
+def rearrange_tokens(
+    hidden_states: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None, num_prefix_tokens: int = 1
+) -> torch.Tensor:
+    """Prefix tokens, attentive tokens, fused token: what is left once the attentive tokens are chosen.
+
+    Args:
+        hidden_states: (batch_size, num_prefix_tokens + num_image_tokens, hidden_size).
+        rows: (batch_size * num_attentive,), see `attentive_rows`.
+        weights: (batch_size, num_image_tokens), see `inattentive_weights`; None drops the inattentive tokens.
+        num_prefix_tokens: tokens in front of the image tokens, class token included.
+
+    Returns: (batch_size, num_prefix_tokens + num_attentive (+ 1 fused token), hidden_size).
+    """
+    batch_size, _, hidden_size = hidden_states.shape
+    prefix, tokens = hidden_states[:, :num_prefix_tokens], hidden_states[:, num_prefix_tokens:]
+    attentive = hidden_states.reshape(-1, hidden_size).index_select(0, rows).view(batch_size, -1, hidden_size)
+    if weights is None:
+        return torch.cat((prefix, attentive), dim=1)
+    return torch.cat((prefix, attentive, fused_token(tokens, weights)), dim=1)
 
 
 def reorganize_tokens(
@@ -193,15 +224,10 @@ def reorganize_tokens(
     if num_attentive == num_image_tokens:
         return hidden_states, attentive_index
 
-    # 2. Keep them, behind the prefix tokens.
-    prefix, tokens = hidden_states[:, :num_prefix_tokens], hidden_states[:, num_prefix_tokens:]
-    attentive = attentive_tokens(hidden_states, attentive_index, num_prefix_tokens)
-    if not fuse_inattentive_tokens:
-        return torch.cat((prefix, attentive), dim=1), attentive_index
-
-    # 3. Fuse the rest into one token.
-    fused = fused_token(tokens, attention, attentive_index)
-    return torch.cat((prefix, attentive, fused), dim=1), attentive_index
+    # 2. Keep them, behind the prefix tokens, and fuse the rest into one token.
+    rows = attentive_rows(attentive_index, hidden_states.shape[1], num_prefix_tokens)
+    weights = inattentive_weights(attention, attentive_index) if fuse_inattentive_tokens else None
+    return rearrange_tokens(hidden_states, rows, weights, num_prefix_tokens), attentive_index
 
 
 def follow_patches(patch_index: torch.Tensor, attentive_index: torch.Tensor) -> torch.Tensor:
@@ -268,12 +294,14 @@ def reorganize_token_mask(
 
 __all__ = [
     "append_fused_patch",
-    "attentive_tokens",
+    "attentive_rows",
     "class_token_attention",
     "class_token_probabilities",
     "follow_patches",
     "fused_token",
+    "inattentive_weights",
     "num_attentive_tokens",
+    "rearrange_tokens",
     "reorganize_token_mask",
     "reorganize_tokens",
     "scores_by_patch",

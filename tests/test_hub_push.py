@@ -77,6 +77,7 @@ def test_what_was_pushed_is_the_model_and_nothing_else(hub, pushed):
         "config.json",
         "configuration_evit.py",
         "kept_patches.png",
+        "linear.py",
         "model.safetensors",
         "modeling_evit.py",
         "preprocessor_config.json",
@@ -125,6 +126,7 @@ def test_nothing_secret_is_pushed(tmp_path, model_folder):
     assert set(names) == {
         "config.json",
         "configuration_evit.py",
+        "linear.py",
         "model.safetensors",
         "modeling_evit.py",
         "preprocessor_config.json",

@@ -12,8 +12,8 @@ from conftest import ROOT, run_python
 import evit_hf
 
 
-MODELING_FILES = ("configuration_evit.py", "modeling_evit.py", "token_reorganization.py", "token_labelling.py")
-MODELING_FILES += ("configuration_evit_lv.py", "modeling_evit_lv.py")
+MODELING_FILES = ("configuration_evit.py", "linear.py", "modeling_evit.py", "token_reorganization.py")
+MODELING_FILES += ("configuration_evit_lv.py", "modeling_evit_lv.py", "token_labelling.py")
 
 
 def test_code_passes_ruff():
@@ -71,7 +71,11 @@ def test_evit_hf_never_imports_the_trainer():
 def test_saved_folder_holds_the_code_that_remote_loading_needs(tmp_path, tiny_model):
     tiny_model.save_pretrained(tmp_path)
     names = {path.name for path in tmp_path.glob("*.py")}
-    assert {"configuration_evit.py", "modeling_evit.py", "token_reorganization.py"} <= names <= set(MODELING_FILES)
+    assert (
+        {"configuration_evit.py", "linear.py", "modeling_evit.py", "token_reorganization.py"}
+        <= names
+        <= set(MODELING_FILES)
+    )
 
 
 def test_wheel_holds_recipes_and_data(tmp_path):

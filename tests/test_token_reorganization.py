@@ -8,6 +8,7 @@ from evit_hf.token_reorganization import (
     class_token_probabilities,
     follow_patches,
     fused_token,
+    inattentive_weights,
     num_attentive_tokens,
     reorganize_token_mask,
     reorganize_tokens,
@@ -105,7 +106,9 @@ def test_prefix_tokens_are_never_moved_or_changed():
 def test_fused_token_is_attention_weighted_sum_without_renormalization():
     tokens = torch.ones(1, 4, 3)
     attention = torch.tensor([[0.4, 0.1, 0.2, 0.1]])
-    fused = fused_token(tokens, attention, torch.tensor([[0, 2]]))
+    weights = inattentive_weights(attention, torch.tensor([[0, 2]]))
+    assert weights.tolist() == [[0.0, attention[0, 1], 0.0, attention[0, 3]]]
+    fused = fused_token(tokens, weights)
     torch.testing.assert_close(fused, torch.full((1, 1, 3), 0.2))
 
 
@@ -156,7 +159,8 @@ def test_scores_from_outside_choose_and_attention_still_weighs():
     scores = -attention
     reorganized, attentive_index = reorganize_tokens(hidden_states, attention, 4, token_scores=scores)
     assert torch.equal(attentive_index, attention.argsort(dim=1)[:, :4])
-    torch.testing.assert_close(reorganized[:, -1:], fused_token(hidden_states[:, 1:], attention, attentive_index))
+    weights = inattentive_weights(attention, attentive_index)
+    torch.testing.assert_close(reorganized[:, -1:], fused_token(hidden_states[:, 1:], weights))
 
 
 def test_index_from_outside_is_the_choice():

@@ -40,8 +40,8 @@ class BenchmarkArguments:
     image_sizes: list[int] | None = setting(None, "Pixels; by default those of the model.")
     backends: list[str] = setting(
         ["sdpa"],
-        "sdpa, eager, compile-layers, compile, compile-freezing, compile-reduce-overhead, compile-max-autotune, "
-        "torch-export, aoti, onnx, onnx-int8, openvino.",
+        "sdpa, sdpa-mkl (without oneDNN's linear layers), eager, compile-layers, compile, compile-freezing, "
+        "compile-reduce-overhead, compile-max-autotune, torch-export, aoti, onnx, onnx-int8, openvino.",
     )
     baselines: list[str] = setting(
         ["timm", "timm-unfused", "transformers", "transformers-eager"],

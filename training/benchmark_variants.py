@@ -2,7 +2,8 @@
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from .timing import Variant
 BASELINES = ("timm", "timm-unfused", "transformers", "transformers-eager")
 COMPILE_MODES = {
     "compile": {},
-    "compile-freezing": {"options": {"freezing": True}},  # weights packed for the CPU's kernels, inference alone
+    # Weights are packed once for the CPU's kernels, and C++ calls them: inference alone.
+    "compile-freezing": {"options": {"freezing": True, "cpp_wrapper": True}},
     "compile-reduce-overhead": {"mode": "reduce-overhead"},
     "compile-max-autotune": {"mode": "max-autotune"},
 }
-BACKENDS = ("sdpa", "eager", "compile-layers", *COMPILE_MODES, *FORMATS, "onnx-int8")
+BACKENDS = ("sdpa", "sdpa-mkl", "eager", "compile-layers", *COMPILE_MODES, *FORMATS, "onnx-int8")
 
 
 def build_model(name: str, image_size: int | None = None) -> EViTPreTrainedModel:
@@ -125,14 +127,14 @@ def _timm_state_dict(ours: dict[str, torch.Tensor], num_layers: int) -> dict[str
 
 
 def reference_logits(model: EViTPreTrainedModel, pixel_values: torch.Tensor) -> Callable[[Any], torch.Tensor]:
-    """The plainest implementation as a function of the keep rate: eager, float32, every token of every layer."""
+    """The plainest implementation as a function of the keep rate: eager, float32, every token, no oneDNN."""
     plain = copy.deepcopy(model).float()
     plain.set_attn_implementation("eager")
     answers: dict[str, torch.Tensor] = {}
 
     def logits(keep_rate: Any) -> torch.Tensor:
         if str(keep_rate) not in answers:
-            with torch.no_grad():
+            with torch.no_grad(), without_onednn():
                 outputs = plain(pixel_values.float(), keep_rate=keep_rate, output_hidden_states=True)
             answers[str(keep_rate)] = outputs.logits
         return answers[str(keep_rate)]
@@ -201,6 +203,17 @@ def _runner(network: nn.Module, pixel_values: torch.Tensor, **keywords: Any) -> 
     return run
 
 
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """Leave linear layers to PyTorch's own choice, MKL; see `evit_hf.linear`."""
+    enabled = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = enabled
+
+
 def _backend(
     model: EViTPreTrainedModel,
     pixel_values: torch.Tensor,
@@ -215,11 +228,17 @@ def _backend(
     if backend in ("sdpa", "eager"):
         fixed.set_attn_implementation(backend)
         return _runner(fixed, pixel_values)
+    if backend == "sdpa-mkl":
+        return without_onednn()(_runner(fixed, pixel_values))
     if backend == "compile-layers":
         compile_layers(fixed)
         return _runner(fixed, pixel_values)
     if backend in COMPILE_MODES:
-        return _runner(torch.compile(fixed, fullgraph=True, dynamic=False, **COMPILE_MODES[backend]), pixel_values)
+        options = COMPILE_MODES[backend]
+        run = _runner(torch.compile(fixed, fullgraph=True, dynamic=False, **options), pixel_values)
+        with torch._inductor.config.patch(options.get("options", {})):  # Dynamo reads `freezing` here alone
+            run()
+        return run
     export_format = "onnx" if backend == "onnx-int8" else backend
     path = folder / f"{export_format}-{shown(keep_rate)}-{fixed.config.image_size}"
     if not (path / "export.json").exists():
