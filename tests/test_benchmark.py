@@ -151,7 +151,7 @@ def test_training_steps_are_compared_by_time_and_saved_activations(saved, capsys
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--backends", "tensorrt"], "`--backends` knows sdpa, eager"),
+        (["--backends", "tensorrt"], "`--backends` knows sdpa, sdpa-mkl, eager"),
         (["--baselines", "mlx"], "`--baselines` knows timm"),
         (["--dtypes", "int4"], "`--dtypes` knows float32"),
         (["--keep_rates", "0"], "`keep_rate` must be in (0, 1]"),
