@@ -16,7 +16,7 @@ def linear(layer: nn.Module, inputs: torch.Tensor, activation: nn.Module | None 
 
     That kernel, the one of `torch.compile`, spends less on rearranging the weights, which for few tokens is a large
     part of a product's time, and has bias and GELU done before the outputs leave the cache. Equal up to rounding.
-    BENCHMARKS.md has what DeiT-S gains. `torch.backends.mkldnn.enabled = False` switches it off.
+    DeiT-S gains 6 to 9 %, see BENCHMARKS.md. `torch.backends.mkldnn.enabled = False` switches it off.
 
     Args:
         layer: a linear layer, or a module in its place (an adapter, a quantized layer), which is then called.
@@ -49,11 +49,12 @@ def runs_on_onednn(layer: nn.Module, inputs: torch.Tensor) -> bool:
         return False
     if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
         return False
-    weight = layer.weight
+    weight, bias = layer.weight, layer.bias
     return (
         type(weight) is nn.Parameter
         and weight.dtype == torch.float32
         and weight.numel() >= MIN_ONEDNN_WEIGHTS
+        and (bias is None or (bias.dtype == torch.float32 and bias.is_contiguous()))  # it reads no strides of a bias
         and HAS_MKL_AND_ONEDNN
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")

@@ -71,6 +71,17 @@ def test_the_kernel_follows_weights_that_change(layer, inputs):
         torch.testing.assert_close(linear(layer, inputs), layer(inputs))
 
 
+@torch.no_grad()
+def test_weights_may_be_views_and_inputs_of_any_layout(layer, inputs, kernel_calls):
+    """As they are when q, k and v of other code bases are taken apart."""
+    layer.weight = nn.Parameter(torch.randn(256, 960).t()[320:640])
+    layer.bias = nn.Parameter(torch.randn(960)[320:640])
+    odd = [inputs, inputs.transpose(0, 1), inputs[:, ::2], inputs[0, 0], inputs[:0], inputs.mT.contiguous().mT]
+    for some in odd:
+        torch.testing.assert_close(linear(layer, some), layer(some), rtol=1e-4, atol=1e-4)
+    assert len(kernel_calls) == len(odd) * HAS_MKL_AND_ONEDNN
+
+
 class Wrapped(nn.Module):
     def __init__(self, layer):
         super().__init__()
@@ -116,7 +127,15 @@ def with_another_weight(layer):
     return layer
 
 
-@pytest.mark.parametrize("change", [small, wrapped, hooked, hooked_before, patched, parametrized, with_another_weight])
+def with_every_second_bias(layer):
+    layer.bias = nn.Parameter(torch.randn(2 * layer.out_features)[::2])
+    return layer
+
+
+@pytest.mark.parametrize(
+    "change",
+    [small, with_every_second_bias, wrapped, hooked, hooked_before, patched, parametrized, with_another_weight],
+)
 def test_layers_that_are_more_than_their_weights_are_called(change, layer, inputs, kernel_calls):
     changed = change(layer)
     with torch.no_grad():
