@@ -3,6 +3,8 @@
 Importing this package registers EViT with the Auto classes of Transformers.
 """
 
+from contextlib import suppress
+
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, ViTImageProcessor
 from transformers.utils import is_vision_available
 
@@ -29,8 +31,9 @@ AutoModel.register(EViTLVConfig, EViTLVModel, exist_ok=True)
 AutoModelForImageClassification.register(EViTLVConfig, EViTLVForImageClassification, exist_ok=True)
 if is_vision_available():  # without Pillow there are no image processors to register with
     for _config in (EViTConfig, EViTLVConfig):
-        # The name stands for the class on Pillow where there is no torchvision.
-        AutoImageProcessor.register(_config, ViTImageProcessor, ViTImageProcessor, exist_ok=True)
+        # The name stands for the class on Pillow where there is no torchvision. Transformers 5.9 needs torchvision.
+        with suppress(ImportError):
+            AutoImageProcessor.register(_config, ViTImageProcessor, ViTImageProcessor, exist_ok=True)
 
 __all__ = [
     "EViTConfig",

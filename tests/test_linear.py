@@ -194,7 +194,7 @@ def test_a_model_answers_alike_with_and_without_the_kernel(keep_rate, model, ima
     assert kernel_calls == []
     with torch.no_grad():
         outputs = model(images, keep_rate=keep_rate)
-    torch.testing.assert_close(outputs.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs.logits, expected.logits, rtol=1e-4, atol=1e-4)
     for index, expected_index in zip(outputs.attentive_index, expected.attentive_index, strict=True):
         assert torch.equal(index, expected_index)
     one_layer = ["none"] * 4 + ["gelu", "none"]
@@ -217,4 +217,4 @@ def test_a_model_whose_weights_are_offloaded_answers_alike(keep_rate, model, ima
         expected = model(images, keep_rate=keep_rate).logits
         cpu_offload(model, execution_device=torch.device("cpu"))
         assert model.vit.layers[1].attention.o_proj.weight.device.type == "meta"
-        torch.testing.assert_close(model(images, keep_rate=keep_rate).logits, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(images, keep_rate=keep_rate).logits, expected, rtol=1e-4, atol=1e-4)
