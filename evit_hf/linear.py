@@ -28,12 +28,13 @@ def linear(layer: nn.Module, inputs: torch.Tensor, activation: nn.Module | None 
     Source: the operator is found in Inductor,
         https://github.com/pytorch/pytorch/blob/v2.7.0/torch/_inductor/fx_passes/mkldnn_fusion.py.
     """
-    if not runs_on_onednn(layer, inputs):
+    if runs_on_onednn(layer, inputs):
+        kernel = torch.ops.mkldnn._linear_pointwise
+        if type(activation) is GELUActivation and activation.act is nn.functional.gelu:
+            return kernel(inputs, layer.weight, layer.bias, "gelu", [], "none")
+        outputs = kernel(inputs, layer.weight, layer.bias, "none", [], "")
+    else:
         outputs = layer(inputs)
-        return outputs if activation is None else activation(outputs)
-    if type(activation) is GELUActivation and activation.act is nn.functional.gelu:
-        return torch.ops.mkldnn._linear_pointwise(inputs, layer.weight, layer.bias, "gelu", [], "none")
-    outputs = torch.ops.mkldnn._linear_pointwise(inputs, layer.weight, layer.bias, "none", [], "")
     return outputs if activation is None else activation(outputs)
 
 

@@ -212,7 +212,10 @@ def _runner(network: nn.Module, pixel_values: torch.Tensor, **keywords: Any) -> 
 
 @contextmanager
 def without_onednn() -> Iterator[None]:
-    """Leave linear layers to PyTorch's own choice, MKL; see `evit_hf.linear`."""
+    """Leave linear layers to PyTorch's own choice, MKL; see `evit_hf.linear`.
+
+    `torch.backends.mkldnn.flags` would set precisions as well, and warn about them.
+    """
     enabled = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = False
     try:
