@@ -18,9 +18,9 @@ from evit_hf import (
     EViTForImageClassificationWithTeacher,
     EViTLVForImageClassification,
 )
-from evit_hf.hub import check_card, render_card
 from evit_hf.presets import PRESETS
 from evit_hf.profiling import num_macs, num_tokens_by_layer
+from evit_training.sharing.hub import check_card, render_card
 
 
 FOLDER = Path(__file__).parent

@@ -6,7 +6,7 @@ from torchvision.transforms import v2
 from transformers import AutoImageProcessor, ViTImageProcessor
 
 from evit_training.arguments import AugmentationArguments
-from evit_training.augmentation import (
+from evit_training.data.augmentation import (
     ProcessorTransform,
     RandAugment,
     batch_mixing,

@@ -12,13 +12,20 @@ from transformers import ViTImageProcessor
 
 from evit_hf import EViTConfig, EViTForImageClassification
 from evit_hf.profiling import num_macs
-from evit_training import timing
-from evit_training.benchmark import BenchmarkArguments, benchmark, summarize
-from evit_training.benchmark_variants import BASELINES, dense_baseline, reference_logits
 from evit_training.cli import main
-from evit_training.models import compile_layers
-from evit_training.timing import MeasurementError, Variant
-from evit_training.tuning import candidate_layers, greedy, loss_and_accuracy, next_step, parse_target, set_rates
+from evit_training.learning.models import compile_layers
+from evit_training.measuring import timing
+from evit_training.measuring.benchmark import BenchmarkArguments, benchmark, summarize
+from evit_training.measuring.timing import MeasurementError, Variant
+from evit_training.measuring.tuning import (
+    candidate_layers,
+    greedy,
+    loss_and_accuracy,
+    next_step,
+    parse_target,
+    set_rates,
+)
+from evit_training.measuring.variants import BASELINES, dense_baseline, reference_logits
 
 
 CPU = torch.device("cpu")
@@ -253,7 +260,7 @@ def test_compiled_layers_take_every_keep_rate_without_being_compiled_again(image
 @pytest.mark.slow
 def test_schedules_are_compared_by_graphs_and_speed(monkeypatch, saved, tmp_path, capsys):
     monkeypatch.setattr(
-        "evit_training.benchmark_schedule.STRATEGIES",
+        "evit_training.measuring.schedule.STRATEGIES",
         {"eager": (lambda model: None, 2), "layers": (compile_layers, 3)},
     )
     flags = ["--schedule", "--keep_rates", "0.5", "--batch_sizes", "2", "--output_dir", str(tmp_path)]

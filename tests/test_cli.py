@@ -48,7 +48,7 @@ def test_mistakes_end_with_a_sentence_and_status_2(arguments, sentence, tmp_path
     assert "Traceback" not in err
 
 
-LAUNCH = [str(Path(sys.executable).with_name("accelerate")), "launch", "-m", "evit_training.train"]
+LAUNCH = [str(Path(sys.executable).with_name("accelerate")), "launch", "-m", "evit_training", "train"]
 
 
 @pytest.mark.parametrize("command", [[EVIT, "train"], LAUNCH], ids=["evit", "accelerate"])

@@ -9,9 +9,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from evit_training.arguments import AugmentationArguments, DataArguments
-from evit_training.augmentation import ProcessorTransform, image_processor, training_transform
-from evit_training.data import check_images, load_splits
-from evit_training.images import (
+from evit_training.data.augmentation import ProcessorTransform, image_processor, training_transform
+from evit_training.data.images import (
     BadImageError,
     LabelledImages,
     StreamedEvaluationImages,
@@ -20,6 +19,7 @@ from evit_training.images import (
     decoded,
     rgb,
 )
+from evit_training.data.splits import check_images, load_splits
 
 
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # else 5 seconds for each pass over streamed files

@@ -23,7 +23,7 @@ DETERMINISTIC += ["--max_train_samples", "106"]
 
 def torchrun(flags, output_dir, num_processes=2):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    command += ["-m", "evit_training.train", *flags, "--output_dir", str(output_dir)]
+    command += ["-m", "evit_training", "train", *flags, "--output_dir", str(output_dir)]
     return subprocess.Popen(command, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -92,7 +92,7 @@ def test_every_step_process_and_forward_pass_draws_its_own_random_numbers(tmp_pa
 
 def sharded():
     """Accelerate leaves FSDP out on a CPU without a word; PyTorch's FSDP2 itself works there, so it is told to."""
-    from evit_training import trainer
+    from evit_training.loop import trainer
 
     original = trainer.build_accelerator
 
@@ -168,7 +168,7 @@ def test_sigterm_to_torchrun_saves_the_run(tmp_path):
 
 
 def test_a_rank_that_dies_takes_the_others_along_and_leaves_an_intact_checkpoint(tmp_path):
-    from evit_training.checkpoints import newest_checkpoint
+    from evit_training.loop.checkpoints import newest_checkpoint
 
     flags = [*SMALL, "--epochs", "500"]
     ranks = fork_ranks(flags, tmp_path / "run")
@@ -191,7 +191,7 @@ def test_a_run_ends_when_its_launcher_is_gone(tmp_path):
         "--num_machines",
         "1",
     ]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "evit_training.train", *SMALL]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "evit_training", "train", *SMALL]
     command += ["--epochs", "5000", "--output_dir", str(tmp_path / "run")]
     with (tmp_path / "out").open("w") as out:
         launcher = subprocess.Popen(command, env=os.environ, stdout=out, stderr=out)

@@ -11,7 +11,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from evit_hf import EViTForImageClassification
 from evit_hf.profiling import num_macs
-from evit_training.evaluate import main
+from evit_training.commands.evaluate import main
 
 
 @pytest.fixture(autouse=True)

@@ -176,7 +176,7 @@ def test_int8_is_smaller_and_its_accuracy_is_measured(kind, saved, color_files, 
 
 def test_accuracy_that_int8_loses_ends_with_a_status_of_its_own(saved, color_files, tmp_path, capsys, monkeypatch):
     shares = iter([0.9, 0.8])
-    monkeypatch.setattr("evit_training.export.accuracy", lambda *_: next(shares))
+    monkeypatch.setattr("evit_training.commands.export.accuracy", lambda *_: next(shares))
     with pytest.raises(SystemExit, match="3"):
         main(["export", str(saved), str(tmp_path / "out"), "--int8", "dynamic", "--dataset", *color_files])
     assert "int8 costs 10.00 points of accuracy, more than" in capsys.readouterr().err

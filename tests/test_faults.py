@@ -18,7 +18,7 @@ def patch(name, wrapper):
     """Replace a function of the trainer in the process that will run: `wrapper(original)` is the new one."""
 
     def before():
-        from evit_training import parts, steps, trainer
+        from evit_training.loop import parts, steps, trainer
 
         for module in (parts, steps, trainer):
             if hasattr(module, name):

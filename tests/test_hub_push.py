@@ -19,8 +19,8 @@ from transformers import ViTImageProcessor
 
 import evit_hf
 from evit_hf import EViTForImageClassification
-from evit_hf.hub import check_card, export_folder, plain_text
-from evit_training.card import keep_what_was_added, render_run_card
+from evit_training.sharing.card import keep_what_was_added, render_run_card
+from evit_training.sharing.hub import check_card, export_folder, plain_text
 
 
 REPO = "org/evit-digits"
@@ -40,7 +40,7 @@ def no_faults(request):
 
 
 def evit(*argv, env, status=0):
-    command = [sys.executable, "-m", "evit_training.cli", *map(str, argv)]
+    command = [sys.executable, "-m", "evit_training", *map(str, argv)]
     process = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=300)
     assert process.returncode == status, process.stdout[-3000:] + process.stderr[-3000:]
     return process.stdout + process.stderr

@@ -3,7 +3,7 @@ import pytest
 import torch
 from sklearn import metrics as sk
 
-from evit_training.metrics import ClassificationCounts, MultiLabelCounts
+from evit_training.measuring.metrics import ClassificationCounts, MultiLabelCounts
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_nothing_evaluated_is_an_error():
 
 
 def test_metrics_of_the_evaluate_library_work_offline(predictions):
-    from evit_training.evaluate_metrics import ClassReport, TopKAccuracy
+    from evit_training.measuring.evaluate_metrics import ClassReport, TopKAccuracy
 
     logits, labels = predictions
     import evaluate

@@ -13,10 +13,10 @@ from PIL import Image
 from transformers import ViTImageProcessor
 
 from evit_hf import EViTConfig, EViTForImageClassification, EViTLVConfig, EViTLVForImageClassification
-from evit_hf.hub import check_card, render_card
 from evit_hf.presets import PRESETS
 from evit_hf.profiling import num_macs
-from evit_training.convert import parser
+from evit_training.commands.convert import parser
+from evit_training.sharing.hub import check_card, render_card
 
 
 CARDS = sorted((ROOT / "model_cards").glob("*.md"))

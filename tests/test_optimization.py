@@ -7,7 +7,7 @@ from conftest import tiny_config_with
 from evit_hf import EViTForImageClassification, EViTForImageClassificationWithTeacher, EViTLVForImageClassification
 from evit_hf.configuration_evit_lv import EViTLVConfig
 from evit_training.arguments import OptimizationArguments
-from evit_training.optimization import (
+from evit_training.learning.optimization import (
     WeightAverage,
     build_optimizer,
     freeze,

@@ -99,8 +99,8 @@ def test_flags_of_the_deployment_guide_exist():
 
     from evit_hf.export import FORMATS
     from evit_training.arguments import DataArguments
-    from evit_training.benchmark import BenchmarkArguments
-    from evit_training.export import ExportArguments
+    from evit_training.commands.export import ExportArguments
+    from evit_training.measuring.benchmark import BenchmarkArguments
 
     text = (ROOT / "docs" / "deployment.md").read_text()
     known = {
@@ -160,7 +160,7 @@ def test_flags_and_recipes_of_the_training_guide_exist():
 
 
 def test_conversion_command_parses():
-    from evit_training.convert import parser
+    from evit_training.commands.convert import parser
 
     (command,) = [block for block in code_blocks("bash") if block.startswith("evit convert")]
     assert parser().parse_args(shlex.split(command)[2:]).keep_rate == [0.7]

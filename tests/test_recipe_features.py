@@ -31,7 +31,7 @@ def start(tmp_path_factory):
 
 def run_fresh(flags, cwd):
     """Run in a fresh interpreter: no fork, which would not survive what compiling leaves in this process."""
-    return run_python(f"from evit_training.train import main; main({flags})", cwd)
+    return run_python(f"from evit_training.commands.train import main; main({flags})", cwd)
 
 
 def logged(output_dir):

@@ -73,7 +73,7 @@ def newest_step(output_dir):
 
 def test_a_kill_during_evaluation_repeats_no_line_of_the_log(uninterrupted, tmp_path):
     def die_in_second_evaluation():
-        from evit_training import trainer
+        from evit_training.loop import trainer
 
         original, calls = trainer.until_interrupted, []
 
@@ -110,7 +110,7 @@ def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(number, status, uni
 
 def test_a_second_signal_ends_the_run_at_once(tmp_path):
     def sleep_in_steps():
-        from evit_training import trainer
+        from evit_training.loop import trainer
 
         original = trainer.training_keep_rate
 

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from evit_training.sampling import EvaluationBatches, StepPlan, TrainingBatches, epoch_order, seed_for
+from evit_training.data.sampling import EvaluationBatches, StepPlan, TrainingBatches, epoch_order, seed_for
 
 
 def test_seeds_differ_for_every_part_and_stay_the_same():

@@ -12,8 +12,8 @@ from evit_hf import (
     EViTLVForImageClassification,
 )
 from evit_training.arguments import TeacherArguments
-from evit_training.models import load_classifier
-from evit_training.teachers import Oracle, build_oracle, build_teacher, distillation_loss
+from evit_training.learning.models import load_classifier
+from evit_training.learning.teachers import Oracle, build_oracle, build_teacher, distillation_loss
 
 
 @pytest.fixture

@@ -30,11 +30,11 @@ from evit_hf import (
 )
 from evit_hf.keep_rate_schedule import scheduled_keep_rate
 from evit_hf.profiling import num_macs
-from evit_training import parts
 from evit_training.arguments import parse_train_arguments
-from evit_training.evaluation import comparison_table, evaluate, images_per_second
-from evit_training.steps import training_loss
-from evit_training.trainer import train
+from evit_training.loop import parts
+from evit_training.loop.steps import training_loss
+from evit_training.loop.trainer import train
+from evit_training.measuring.evaluation import comparison_table, evaluate, images_per_second
 
 
 SHORT = ["digits", "--max_train_samples", "128", "--max_eval_samples", "50", "--batch_size", "32", "--epochs", "2"]
@@ -308,7 +308,7 @@ def test_two_processes_share_the_work_and_count_each_image_once(tmp_path):
     """51 evaluation images on two processes: one is repeated to fill up, and must not be counted."""
     flags = [*SHORT, "--max_eval_samples", "51", "--output_dir", "run", "--log_steps", "1", "--batch_size", "64"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
-    status, output = run_command([*launch, "-m", "evit_training.train", *flags], tmp_path)
+    status, output = run_command([*launch, "-m", "evit_training", "train", *flags], tmp_path)
     assert status == 0, output
     assert "steps of 64 images on 2 x cpu" in output
     assert output.count("1.0 (dense ViT)") == 1

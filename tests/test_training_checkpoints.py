@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from evit_training.checkpoints import (
+from evit_training.loop.checkpoints import (
     HARMLESS,
     NoCheckpointError,
     Progress,
@@ -115,7 +115,7 @@ def test_an_intact_checkpoint_is_not_written_again_and_a_damaged_one_is(tmp_path
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     write(tmp_path, 1)
-    from evit_training import checkpoints
+    from evit_training.loop import checkpoints
 
     def full(path, data):
         if path.name == "optimizer.pt":

@@ -58,7 +58,7 @@ class ForkedRun:
             torch.set_num_threads(1)
             if before is not None:
                 stack.enter_context(before) if hasattr(before, "__enter__") else before()
-            from evit_training import train
+            from evit_training.commands import train
 
             status = 0
             try:

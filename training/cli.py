@@ -12,13 +12,13 @@ from collections.abc import Sequence
 
 # Word: (module whose `main` gets the arguments behind it, what it does). Imported when called, to start fast.
 COMMANDS = {
-    "train": ("evit_training.train", "train or fine-tune an EViT on a data set"),
-    "evaluate": ("evit_training.evaluate", "measure a model at a list of keep rates"),
-    "benchmark": ("evit_training.benchmark", "time a model against dense ViTs, or tune its keep rates"),
-    "export": ("evit_training.export", "make an ONNX, OpenVINO, torch.export or AOTInductor model"),
-    "push": ("evit_training.push", "push a model or a run to the Hugging Face Hub"),
-    "space": ("evit_training.space", "write a Gradio demo of a model, ready to be a Space"),
-    "convert": ("evit_training.convert", "make an EViT from a public checkpoint"),
+    "train": ("evit_training.commands.train", "train or fine-tune an EViT on a data set"),
+    "evaluate": ("evit_training.commands.evaluate", "measure a model at a list of keep rates"),
+    "benchmark": ("evit_training.commands.benchmark", "time a model against dense ViTs, or tune its keep rates"),
+    "export": ("evit_training.commands.export", "make an ONNX, OpenVINO, torch.export or AOTInductor model"),
+    "push": ("evit_training.commands.push", "push a model or a run to the Hugging Face Hub"),
+    "space": ("evit_training.commands.space", "write a Gradio demo of a model, ready to be a Space"),
+    "convert": ("evit_training.commands.convert", "make an EViT from a public checkpoint"),
 }
 
 

@@ -1,0 +1,1 @@
+"""The commands of `evit`: flags in, one line and one exit status out. Nothing imports them."""

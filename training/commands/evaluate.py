@@ -1,0 +1,98 @@
+"""Measure a model at a list of keep rates: `evit evaluate MODEL --dataset DATA --keep-rates 1.0 0.7 0.5`."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..arguments import DataArguments, setting
+
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass
+class EvaluateArguments:
+    """What to measure, and where to write it."""
+
+    keep_rates: list[float] = setting(
+        [1.0, 0.9, 0.8, 0.7, 0.6, 0.5], "Keep rates in (0, 1]; the first is the baseline."
+    )
+    batch_size: int = setting(128, "Images for each forward and process, also in the measurement of speed.")
+    output_dir: str | None = setting(
+        None, "Folder for evaluation.json and evaluation.png; by default MODEL, if local."
+    )
+    mixed_precision: str = setting("no", "Precision of matrix products: no, bf16 or fp16.")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluate with the settings of a command line; what cannot work ends with one line and status 2."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(
+        (EvaluateArguments, DataArguments),
+        prog="evit evaluate",
+        usage="evit evaluate MODEL --dataset DATA [--keep-rates 1.0 0.7 0.5] [--flag value ...]",
+        description="Accuracy, GMACs and images per second of one model at several keep rates, on all processes that "
+        "were launched. MODEL is a folder or Hub id.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", help="Folder or Hub id of a ViT, DeiT or EViT classifier.")
+    arguments, data, rest = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else list(argv))
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        evaluate_model(rest.model, arguments, data)
+    except (ValueError, OSError, StrictDataclassError) as error:
+        sys.stderr.write(f"evit evaluate: error: {error}\n")
+        sys.exit(2)
+
+
+def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments) -> list[dict[str, Any]]:
+    """Measure a model.
+
+    Args:
+        model: folder or Hub id of an image classifier that EViT can be.
+        arguments: keep rates and where to write.
+        data: evaluation images; classes are matched with the model's by name.
+
+    Returns: for each keep rate what `compare_keep_rates` returns; written to evaluation.json and drawn into
+        evaluation.png too.
+
+    Raises: ValueError if the model does not know the classes of the data, or for keep rates out of range.
+    """
+    import torch
+    from accelerate import Accelerator
+    from transformers import AutoImageProcessor
+
+    from evit_hf.configuration_evit import check_keep_rate
+
+    from ..data.loaders import evaluation_loader
+    from ..data.splits import load_evaluation_split, with_classes_of
+    from ..learning.models import load_classifier
+    from ..measuring.evaluation import compare_keep_rates, comparison_table, draw_tradeoff
+
+    for rate in arguments.keep_rates:
+        check_keep_rate(rate, 1)
+    accelerator = Accelerator(mixed_precision=arguments.mixed_precision, cpu=not torch.accelerator.is_available())
+    network = load_classifier(model)
+    splits = with_classes_of(network, load_evaluation_split(data))
+    processor = AutoImageProcessor.from_pretrained(model)
+    loader = evaluation_loader(
+        splits, processor, arguments.batch_size, data.num_workers, accelerator, data.on_bad_image
+    )
+    prepared = accelerator.prepare_model(network, evaluation_mode=True)
+    results = compare_keep_rates(accelerator, prepared, loader, arguments.keep_rates, multi_label=splits.multi_label)
+    accelerator.print(comparison_table(results))
+    folder = Path(arguments.output_dir or model)
+    if accelerator.is_main_process and (arguments.output_dir or folder.is_dir()):
+        folder.mkdir(parents=True, exist_ok=True)
+        report = {"model": model, "dataset": data.dataset, "label_names": splits.label_names, "results": results}
+        (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+        draw_tradeoff(results, folder / "evaluation.png")
+        accelerator.print(f"Saved {folder / 'evaluation.json'} and {folder / 'evaluation.png'}.")
+    accelerator.end_training()
+    return results

@@ -1,0 +1,195 @@
+"""The command `evit export MODEL DEST`: a model for ONNX Runtime, OpenVINO, torch.export or AOTInductor, checked."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..arguments import DataArguments, setting
+
+
+if TYPE_CHECKING:
+    from evit_hf import EViTPreTrainedModel
+
+    from ..data.images import ImageSplits
+
+
+ACCURACY_LOST = 3
+
+
+@dataclass
+class ExportArguments:
+    """What to make of a model."""
+
+    format: str = setting("onnx", "onnx, openvino, torch-export or aoti.")
+    keep_rate: list[float] | None = setting(
+        None, "Fixed in the export, in (0, 1]: one, or one for each layer; by default the model's."
+    )
+    keep_rate_input: bool = setting(
+        False, "Make the keep rate an input instead: each call then gives one number for each reorganization layer."
+    )
+    image_size: int | None = setting(None, "Pixels; resizes the position embeddings bicubically.")
+    int8: Literal["no", "dynamic", "static"] = setting(
+        "no",
+        "Matrix products of an ONNX model in 8 bits, with ranges found while running (dynamic) or from calibration "
+        "images (static). What it does to the accuracy is measured on --dataset.",
+    )
+    calibration_images: int = setting(64, "For static: images of the training split that set the ranges.")
+    max_accuracy_drop: float = setting(1.0, "Points of accuracy that int8 may cost; more ends with status 3.")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Export with the settings of a command line; status 2 for what cannot work or differs, 3 for lost accuracy."""
+    from transformers import HfArgumentParser
+
+    argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
+    parser = HfArgumentParser(
+        (ExportArguments, DataArguments),
+        prog="evit export",
+        usage="evit export MODEL DEST [--format onnx] [--keep-rate 0.7] [--flag value ...]",
+        description="Export a classifier with a dynamic batch size and compare it with the original. DEST gets the "
+        "model, labels.json, export.json and example.py, which needs no part of this package.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", help="Folder or Hub id of a ViT, DeiT or EViT classifier.")
+    parser.add_argument("dest", type=Path, help="Folder to write; it must not exist or be empty.")
+    arguments, data, rest = parser.parse_args_into_dataclasses(argv)
+    from huggingface_hub.errors import StrictDataclassError
+
+    from evit_hf.export import ExportError
+
+    try:
+        if rest.dest.exists() and (not rest.dest.is_dir() or any(rest.dest.iterdir())):
+            raise ValueError(f"`{rest.dest}` is there already: name a new folder.")
+        has_dataset = any(word.split("=")[0] == "--dataset" for word in argv)
+        record = export(rest.model, rest.dest, arguments, data if has_dataset else None)
+    except (ValueError, OSError, StrictDataclassError, ExportError) as error:
+        sys.stderr.write(f"evit export: error: {error}\n")
+        sys.exit(2)
+    sys.stdout.write(f"{json.dumps(record)}\nSaved in {rest.dest}. Try it: python {rest.dest / 'example.py'} IMAGE\n")
+    if record.get("accuracy_change", 0.0) < -arguments.max_accuracy_drop:
+        sys.stderr.write(
+            f"evit export: error: int8 costs {-record['accuracy_change']:.2f} points of accuracy, more than "
+            f"`--max-accuracy-drop` {arguments.max_accuracy_drop}: export without it, or try the other kind.\n"
+        )
+        sys.exit(ACCURACY_LOST)
+
+
+def export(name: str, dest: Path, arguments: ExportArguments, data: DataArguments | None) -> dict[str, Any]:
+    """Export a model and check it.
+
+    Args:
+        name: folder or Hub id.
+        dest: folder to write.
+        arguments: see `ExportArguments`.
+        data: images for int8; None otherwise.
+
+    Returns: what export.json holds.
+
+    Raises:
+        ValueError: for settings that cannot work.
+        ExportError: if the result differs from the original.
+    """
+    from transformers import AutoImageProcessor
+
+    from evit_hf.export import export_model, write_record
+
+    from ..data.augmentation import image_processor
+    from ..learning.models import load_classifier
+
+    if arguments.int8 != "no" and (arguments.format != "onnx" or data is None):
+        raise ValueError("`--int8` needs `--format onnx`, and `--dataset` to measure what it does to the accuracy.")
+    model = load_classifier(name).eval()
+    processor = AutoImageProcessor.from_pretrained(name)
+    if arguments.keep_rate is not None:
+        rates = arguments.keep_rate
+        model.set_keep_rate(rates[0] if len(rates) == 1 else rates)
+    if arguments.image_size is not None:
+        model.set_image_size(arguments.image_size)
+        processor = image_processor(name, arguments.image_size)
+    record = export_model(model, dest, arguments.format, arguments.keep_rate_input, processor)
+    processor.save_pretrained(dest)
+    if arguments.int8 != "no":
+        record |= quantize(model, dest, arguments, data, processor)
+        write_record(dest, record)
+    return record
+
+
+def quantize(
+    model: "EViTPreTrainedModel", dest: Path, arguments: ExportArguments, data: DataArguments, processor: Any
+) -> dict[str, Any]:
+    """Put an ONNX model's matrix products into 8 bits, and measure the accuracy before and after.
+
+    Returns: {"int8", "accuracy", "int8_accuracy", "accuracy_change" (points), "num_images"}.
+    """
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_dynamic,
+        quantize_static,
+    )
+
+    from evit_hf.export import load_exported
+
+    from ..data.loaders import batches
+    from ..data.splits import load_evaluation_split, load_splits, with_classes_of
+
+    if model.config.problem_type == "multi_label_classification":
+        raise ValueError("`--int8` measures top-1 accuracy, and this model can give several labels.")
+    splits = with_classes_of(model, load_evaluation_split(data))
+    path = str(dest / "model.onnx")
+    products = ["MatMul", "Gemm"]
+    before = accuracy(load_exported(dest), splits, processor, arguments, model)
+    if arguments.int8 == "dynamic":
+        quantize_dynamic(path, path, op_types_to_quantize=products, weight_type=QuantType.QInt8)
+    else:
+        if arguments.keep_rate_input:
+            raise ValueError("`--int8 static` calibrates one keep rate: leave out `--keep-rate-input`.")
+        train = load_splits(data, seed=0)
+
+        class Images(CalibrationDataReader):
+            def __init__(self) -> None:
+                self.batches = batches(train, "train", processor, arguments.calibration_images)
+
+            def get_next(self) -> dict[str, Any] | None:
+                batch = next(self.batches, None)
+                return None if batch is None else {"pixel_values": batch[0].numpy()}
+
+        quantize_static(
+            path,
+            path,
+            Images(),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=products,
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            activation_type=QuantType.QUInt8,
+        )
+    after = accuracy(load_exported(dest), splits, processor, arguments, model)
+    return {
+        "int8": arguments.int8,
+        "accuracy": before,
+        "int8_accuracy": after,
+        "accuracy_change": 100 * (after - before),
+        "num_images": len(splits.evaluation),
+    }
+
+
+def accuracy(
+    exported: Any, splits: "ImageSplits", processor: Any, arguments: ExportArguments, model: "EViTPreTrainedModel"
+) -> float:
+    """Share of evaluation images whose class an exported model names."""
+    keep_rate = None
+    if arguments.keep_rate_input:
+        rate, num_layers = model.config.keep_rate, len(model.config.reorganization_layers)
+        keep_rate = rate if isinstance(rate, list) else [rate] * num_layers
+    from ..data.loaders import batches
+
+    right = total = 0
+    for images, labels in batches(splits, "evaluation", processor):
+        right += (exported(images, keep_rate).argmax(-1) == labels).sum().item()
+        total += len(labels)
+    return right / total

@@ -1,0 +1,106 @@
+"""The network of a run: a checkpoint with a head for these classes, a model of the paper, or one of any size."""
+
+from typing import Any
+
+from transformers import AutoModelForImageClassification, PreTrainedConfig
+
+from evit_hf import (
+    EViTConfig,
+    EViTForImageClassification,
+    EViTForImageClassificationWithTeacher,
+    EViTLVForImageClassification,
+    EViTPreTrainedModel,
+)
+from evit_hf.profiling import keep_rate_for_macs, num_macs
+
+from ..arguments import TrainArguments
+
+
+def build_model(arguments: TrainArguments, label_names: list[str], multi_label: bool = False) -> EViTPreTrainedModel:
+    """Build the network of a run.
+
+    Args:
+        arguments: which network, and how it reorganizes.
+        label_names: the classes, which go into the configuration.
+        multi_label: whether an image can have several of them.
+
+    Raises: ValueError for a model that this trainer cannot train.
+    """
+    model = arguments.model
+    settings: dict[str, Any] = {
+        **labels(label_names),
+        "problem_type": "multi_label_classification" if multi_label else "single_label_classification",
+        "keep_rate": arguments.keep_rate,
+        "fuse_inattentive_tokens": model.fuse_inattentive_tokens,
+        "drop_path_rate": model.drop_path_rate,
+        **({"reorganization_layers": model.reorganization_layers} if model.reorganization_layers is not None else {}),
+    }
+    if model.model is not None:
+        network = load_classifier(model.model, **settings)
+        config = network.config
+        if not isinstance(config.image_size, int) or not isinstance(config.patch_size, int):
+            raise ValueError(
+                f"`{model.model}` was made for images of {config.image_size} pixels in patches of "
+                f"{config.patch_size}: this trainer takes square ones, `transformers.Trainer` takes all."
+            )
+        if model.image_size not in (None, config.image_size):
+            network.set_image_size(model.image_size)
+    elif model.preset is not None:
+        size = {} if model.image_size is None else {"image_size": model.image_size}
+        network = random_classifier(EViTConfig.preset(model.preset, num_labels=len(label_names), **settings, **size))
+    else:
+        network = random_classifier(
+            EViTConfig(
+                image_size=model.image_size or 224,
+                patch_size=model.patch_size,
+                hidden_size=model.hidden_size,
+                num_hidden_layers=model.num_hidden_layers,
+                num_attention_heads=model.num_attention_heads,
+                intermediate_size=4 * model.hidden_size,
+                initializer_range=model.initializer_range,
+                use_distillation_token=model.use_distillation_token,
+                layer_norm_eps=1e-6,
+                **settings,
+            )
+        )
+    if model.match_macs_of is not None:
+        dense = num_macs(network.config, 1.0, model.match_macs_of)
+        network.set_keep_rate(keep_rate_for_macs(network.config, dense))
+    if arguments.run.gradient_checkpointing:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    return network
+
+
+def labels(label_names: list[str]) -> dict[str, dict]:
+    """`id2label` and `label2id` of a configuration."""
+    return {
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: number for number, name in enumerate(label_names)},
+    }
+
+
+def load_classifier(name_or_path: str, **settings: Any) -> EViTPreTrainedModel:
+    """Load a checkpoint as the EViT classifier that its configuration asks for; a ViT or DeiT becomes one."""
+    config_dict, _ = PreTrainedConfig.get_config_dict(name_or_path)
+    if config_dict.get("model_type") == "evit_lv":
+        return EViTLVForImageClassification.from_pretrained(name_or_path, **settings)
+    if (config_dict.get("architectures") or [""])[0].endswith("WithTeacher"):
+        return EViTForImageClassificationWithTeacher.from_pretrained(name_or_path, **settings)
+    return EViTForImageClassification.from_pretrained(name_or_path, **settings)
+
+
+def random_classifier(config: EViTConfig) -> EViTPreTrainedModel:
+    """Classifier with random weights; with a distillation token it has a classifier on it."""
+    if config.use_distillation_token and config.model_type == "evit":
+        return EViTForImageClassificationWithTeacher(config)
+    return AutoModelForImageClassification.from_config(config)
+
+
+def compile_layers(model: EViTPreTrainedModel) -> None:
+    """Compile the layers of a model in place, one graph for all of them and for any number of tokens.
+
+    A whole model would be compiled anew for each number of tokens, that is for each step of a schedule of the keep
+    rate, and its graph with unknown numbers is slower than eager code. `evit benchmark --schedule` measures both.
+    """
+    for layer in model.base_model.layers:
+        layer.compile(dynamic=True)

@@ -1,0 +1,255 @@
+"""Networks that help in training and are not trained: the oracle that names tokens, the teacher to learn from.
+
+What the paper says about its oracle, as far as it could be found: a ViT that was trained before supplies the
+importance of the tokens, and training under it is longer and ends above the plain ViT (a published review quotes
+80.7 % against 79.8 % for DeiT-S). Which network it is, from which layer its attention is taken, for how many epochs it
+helps, and whether the student starts from its weights was never published
+(https://github.com/youweiliang/evit/issues/2 and /23). Here all of that is a setting; the defaults are inferred: the
+student's own initialization as the oracle, its attention at the layer that reorganizes, in all epochs.
+"""
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torchvision.transforms.v2 import functional as F
+from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
+from transformers.utils import ModelOutput
+
+from evit_hf import EViTPreTrainedModel
+from evit_hf.profiling import height_and_width
+
+from ..data.augmentation import output_size
+
+
+if TYPE_CHECKING:
+    from ..arguments import TeacherArguments
+
+
+class Oracle(nn.Module):
+    """Scores of all patches by a frozen dense ViT: its class token's attention, averaged over heads.
+
+    Args:
+        model: an EViT classifier; it runs at keep rate 1.0.
+        layers: zero-based layers of the student that reorganize; each takes the attention of the oracle's layer of the
+            same number, or of the last one.
+        from_layer: "same" or "last".
+
+    Raises: ValueError if the oracle has fewer layers than the student needs.
+    """
+
+    def __init__(self, model: EViTPreTrainedModel, layers: list[int], from_layer: str = "same") -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.layers = [len(model.vit.layers) - 1] * len(layers) if from_layer == "last" else layers
+        if max(self.layers) >= len(model.vit.layers):
+            raise ValueError(
+                f"`--oracle` has {len(model.vit.layers)} layers, but layer {max(self.layers)} of the student "
+                "reorganizes: take a deeper one, or `--oracle_layer last`."
+            )
+        self._scores: dict[int, torch.Tensor] = {}
+        for number in set(self.layers):
+            attention = model.vit.layers[number].attention
+            attention.register_forward_pre_hook(self._ask_for_scores)
+            attention.register_forward_hook(self._keep_scores(number))
+
+    @staticmethod
+    def _ask_for_scores(module: nn.Module, arguments: tuple) -> tuple:
+        hidden_states, mask, _, *rest = arguments
+        return (hidden_states, mask, True, *rest)
+
+    def _keep_scores(self, number: int) -> Any:
+        def keep(module: nn.Module, arguments: tuple, output: tuple) -> None:
+            self._scores[number] = output[2]
+
+        return keep
+
+    def train(self, mode: bool = True) -> "Oracle":
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(
+        self, pixel_values: torch.Tensor, mix_box: tuple[int, int, int, int] | None = None
+    ) -> list[torch.Tensor]:
+        """Return scores, (batch_size, num_patches), for each reorganization layer of the student.
+
+        Args:
+            pixel_values: what the student sees.
+            mix_box: what the student is given, see `EViTModel.forward`.
+        """
+        self.model(pixel_values, keep_rate=1.0, mix_box=mix_box)
+        return [self._scores[number] for number in self.layers]
+
+
+def build_oracle(
+    arguments: "TeacherArguments", student: EViTPreTrainedModel, load: Any, **settings: Any
+) -> Oracle | None:
+    """Build the oracle of a run, or None if it has none.
+
+    Args:
+        arguments: which oracle.
+        student: the model to be trained, with the weights that it starts from.
+        load: function from a folder or Hub id to an EViT classifier.
+        **settings: handed to `load`.
+
+    Raises: ValueError if the oracle sees other patches than the student.
+    """
+    if arguments.oracle is None:
+        return None
+    model = copy.deepcopy(student) if arguments.oracle == "initial" else load(arguments.oracle, **settings)
+    model.gradient_checkpointing_disable()
+    grids = []
+    for config in (model.config, student.config):
+        pixels, patch = height_and_width(config.image_size), height_and_width(config.patch_size)
+        grids.append((pixels[0] // patch[0], pixels[1] // patch[1]))
+    if grids[0] != grids[1]:
+        raise ValueError(
+            f"`--oracle {arguments.oracle}` has {grids[0][0]}x{grids[0][1]} patches and the student "
+            f"{grids[1][0]}x{grids[1][1]}: scores are by patch, so take an oracle for the same grid."
+        )
+    return Oracle(model, student.config.reorganization_layers, arguments.oracle_layer)
+
+
+class Teacher(nn.Module):
+    """Logits of a frozen classifier for the images that the student sees.
+
+    Args:
+        model: any image classifier of Transformers; an EViT runs at keep rate 1.0.
+        from_normalization: (mean, standard deviation) of the student's images.
+        to_normalization: of the teacher's.
+        image_size: (height, width) in pixels that the teacher wants, None for the student's.
+        class_numbers: the teacher's number of each of the student's classes.
+        patch_size: the student's, in pixels.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        from_normalization: tuple[list[float], list[float]],
+        to_normalization: tuple[list[float], list[float]],
+        image_size: tuple[int, int] | None,
+        class_numbers: list[int],
+        patch_size: int,
+    ) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.image_size = image_size
+        self.patch_size = patch_size
+        own, other = (
+            [torch.tensor(x).view(-1, 1, 1) for x in pair] for pair in (from_normalization, to_normalization)
+        )
+        # One affine map from the student's normalization to the teacher's.
+        self.register_buffer("scale", own[1] / other[1], persistent=False)
+        self.register_buffer("shift", (own[0] - other[0]) / other[1], persistent=False)
+        self.register_buffer("class_numbers", torch.tensor(class_numbers), persistent=False)
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(
+        self, pixel_values: torch.Tensor, mix_box: tuple[int, int, int, int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Look at the student's images.
+
+        Args:
+            pixel_values: (batch_size, 3, height, width), as the student sees them.
+            mix_box: what the student is given; the teacher sees the pixels mixed alike.
+
+        Returns: logits, (batch_size, num_labels), in the order of the student's classes; and of an LV-ViT
+            probabilities of every patch, (batch_size, num_patches, num_labels), for token labelling, else None.
+        """
+        images = pixel_values * self.scale + self.shift
+        if mix_box is not None:
+            top, left, height, width = (size * self.patch_size for size in mix_box)
+            box = (..., slice(top, top + height), slice(left, left + width))
+            images[box] = images.flip(0)[box]
+        if self.image_size is not None and images.shape[-2:] != self.image_size:
+            images = F.resize(images, list(self.image_size), F.InterpolationMode.BICUBIC, antialias=True)
+        outputs = self.model(images, **({"keep_rate": 1.0} if isinstance(self.model, EViTPreTrainedModel) else {}))
+        logits = outputs.logits.float()[:, self.class_numbers]
+        patch_logits = outputs.get("aux_logits")
+        if patch_logits is None:
+            return logits, None
+        return logits, patch_logits.float()[:, :, self.class_numbers].softmax(dim=-1)
+
+
+def build_teacher(
+    arguments: "TeacherArguments",
+    student: EViTPreTrainedModel,
+    processor: BaseImageProcessor,
+    label_names: list[str],
+    multi_label: bool = False,
+) -> Teacher | None:
+    """Build the teacher of a run, or None if it has none.
+
+    Args:
+        arguments: which teacher; "initial" is a copy of the student as it starts, at keep rate 1.0.
+        student: the model to be trained.
+        processor: of the student.
+        label_names: the student's classes, found in the teacher by name, or by number where the counts agree and the
+            teacher has no names.
+        multi_label: whether images have several labels.
+
+    Raises: ValueError if the teacher does not know the classes.
+    """
+    if arguments.teacher is None:
+        return None
+    if multi_label:
+        raise ValueError("`--teacher` teaches one class for each image; the data has several: leave it out.")
+    own = (list(processor.image_mean), list(processor.image_std))
+    if arguments.teacher == "initial":
+        model = copy.deepcopy(student)
+        model.gradient_checkpointing_disable()
+        return Teacher(model, own, own, None, list(range(len(label_names))), student.config.patch_size)
+    model = AutoModelForImageClassification.from_pretrained(arguments.teacher)
+    its_processor = AutoImageProcessor.from_pretrained(arguments.teacher)
+    number_of = {str(name).casefold(): number for number, name in model.config.id2label.items()}
+    wanted = [name.casefold() for name in label_names]
+    unnamed = all(name == f"label_{number}" for name, number in number_of.items())
+    if unnamed and len(number_of) == len(wanted):
+        class_numbers = list(range(len(wanted)))
+    elif all(name in number_of for name in wanted):
+        class_numbers = [number_of[name] for name in wanted]
+    else:
+        unknown = [name for name in label_names if name.casefold() not in number_of]
+        raise ValueError(
+            f"`--teacher {arguments.teacher}` knows {len(number_of)} classes but not {unknown[:5]} of the "
+            f"{len(wanted)} of the data: take a teacher that was trained on these classes."
+        )
+    mean, std = getattr(its_processor, "image_mean", None), getattr(its_processor, "image_std", None)
+    theirs = (list(mean), list(std)) if getattr(its_processor, "do_normalize", False) else ([0.0] * 3, [1.0] * 3)
+    return Teacher(model, own, theirs, output_size(its_processor), class_numbers, student.config.patch_size)
+
+
+def distillation_loss(
+    outputs: ModelOutput, teacher_logits: torch.Tensor, base_loss: torch.Tensor, arguments: "TeacherArguments"
+) -> torch.Tensor:
+    """Loss of a student with a teacher.
+
+    Args:
+        outputs: of the student; of a model with distillation token, the logits of that token learn from the teacher.
+        teacher_logits: (batch_size, num_labels).
+        base_loss: loss against the labels, of the class token where there are two.
+        arguments: "hard" learns the teacher's first choice; "soft" its distribution at temperature T, as T^2 KL.
+
+    Returns: scalar, (1 - weight) * base_loss + weight * the teacher's part.
+
+    Source: https://github.com/facebookresearch/deit/blob/7e160fe/losses.py.
+    """
+    student_logits = outputs.get("distillation_logits")
+    student_logits = (outputs.logits if student_logits is None else student_logits).float()
+    if arguments.distillation == "hard":
+        loss = nn.functional.cross_entropy(student_logits, teacher_logits.argmax(dim=1))
+    else:
+        temperature = arguments.distillation_temperature
+        loss = temperature**2 * nn.functional.kl_div(
+            (student_logits / temperature).log_softmax(dim=1),
+            (teacher_logits / temperature).log_softmax(dim=1),
+            reduction="batchmean",
+            log_target=True,
+        )
+    return (1 - arguments.distillation_weight) * base_loss + arguments.distillation_weight * loss

@@ -1,0 +1,96 @@
+"""Signals, lost launchers and locks: how a run ends before its end, and what keeps two of them apart."""
+
+import fcntl
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from accelerate import Accelerator
+
+
+class TrainingInterrupted(Exception):
+    """SIGTERM or SIGINT came; the run was saved and ends with 128 + the signal's number."""
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(message)
+        self.status = 128 + signal_number
+
+
+class Interruption:
+    """Remember the first SIGTERM or SIGINT until the optimizer step is done; the second one ends the process at once.
+
+    A run whose launcher died (`accelerate launch` does not hand on signals) is interrupted too: nobody could stop it.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.signal_number = 0
+        launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
+        self.launcher = os.getppid() if launched else None
+        self.before: dict[int, object] = {}
+
+    def __enter__(self) -> "Interruption":
+        """Start to listen."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Give the signals back."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_number:
+            os._exit(128 + number)
+        self.signal_number = number
+
+    def agreed(self) -> int:
+        """Number of the signal that any process got, 0 for none; every process must ask at the same step."""
+        if self.launcher is not None and os.getppid() != self.launcher:
+            self.signal_number = self.signal_number or signal.SIGTERM
+        if self.accelerator.num_processes == 1:
+            return self.signal_number
+        if self.signal_number:
+            self.accelerator.set_trigger()
+        if not self.accelerator.check_trigger():
+            return 0
+        self.signal_number = self.signal_number or signal.SIGTERM
+        return self.signal_number
+
+
+def await_deaths_of_loaders() -> None:
+    """Notice the death of a loading process where its images are awaited, at the edge of a step.
+
+    PyTorch's handler, set when the first loader starts, raises wherever the training process happens to be, in the
+    middle of an optimizer step if need be; the loader itself looks after its processes too, every five seconds.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def lock(output_dir: Path) -> IO:
+    """Make the output folder and lock it for this process; the lock ends with the process, however it ends.
+
+    Returns: the locked file, to be closed at the end.
+
+    Raises: ValueError if another run holds the lock, or the folder cannot be made or written.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        file = (output_dir / ".lock").open("w")
+    except OSError as error:
+        raise ValueError(f"`--output_dir {output_dir}` cannot be written: {error}.") from None
+    path = output_dir / ".lock"
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A run that just ended deletes its lock: one that was opened before is worth nothing.
+        if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+            raise OSError
+    except OSError:
+        file.close()
+        raise ValueError(
+            f"Another run is writing to `--output_dir {output_dir}`: wait for it, or choose another folder."
+        ) from None
+    return file

@@ -1,0 +1,114 @@
+"""The log of a run: metrics.jsonl always, and trackers through Accelerate where they are asked for."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+
+from ..arguments import RunArguments
+from ..measuring.machine import memory_gib
+from .checkpoints import replace_durably
+
+
+def build_trackers(run: RunArguments) -> dict[str, Any]:
+    """Arguments of the Accelerator for the trackers of a run.
+
+    Raises: ValueError for a tracker that is not installed, which Accelerate would leave out without a word.
+    """
+    available = [str(tracker) for tracker in get_available_trackers()]
+    missing = [name for name in run.trackers if name not in available]
+    if missing:
+        raise ValueError(
+            f"`--trackers` names {missing}, which is not installed or not known: install it, or take "
+            f"one of {available}."
+        )
+    return {"log_with": run.trackers, "project_dir": run.output_dir} if run.trackers else {}
+
+
+class MetricsLog:
+    """A file with one JSON object for each line, written by the main process, and the trackers.
+
+    Args:
+        path: of the file.
+        accelerator: knows the trackers.
+    """
+
+    def __init__(self, path: Path, accelerator: Accelerator) -> None:
+        self.path = path
+        self.accelerator = accelerator
+        self.has_complained = False
+        if accelerator.log_with:
+            self._try(lambda: accelerator.init_trackers("evit_hf"))
+
+    def drop_after(self, step: int, keeps_evaluation: bool) -> None:
+        """Drop what a resumed run will write again.
+
+        Args:
+            step: the last one that stays.
+            keeps_evaluation: whether the evaluation at `step` stays too.
+        """
+        if not self.accelerator.is_main_process or not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue  # half a line, written when the run was killed
+            is_evaluation = "learning_rate" not in entry
+            if entry["step"] < step or (entry["step"] == step and (keeps_evaluation or not is_evaluation)):
+                kept.append(f"{line}\n")
+        replace_durably(self.path, "".join(kept).encode())
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Append one line. A log that fails is reported once, and training goes on."""
+        if not self.accelerator.is_main_process:
+            return
+        self._try(lambda: self._append(json.dumps(entry)))
+        if self.accelerator.log_with:
+            numbers = {name: x for name, x in entry.items() if isinstance(x, (int, float)) and name != "step"}
+            self._try(lambda: self.accelerator.log(numbers, step=entry["step"]))
+
+    def close(self) -> None:
+        """End the trackers."""
+        if self.accelerator.log_with:
+            self._try(self.accelerator.end_training)
+
+    def _append(self, line: str) -> None:
+        with self.path.open("a") as file:
+            file.write(f"{line}\n")
+
+    def _try(self, action: Any) -> None:
+        try:
+            action()
+        except Exception as error:  # whatever a tracker may raise
+            if not self.has_complained:
+                sys.stderr.write(f"Logging failed, and will be tried again in silence: {error!r}\n")
+            self.has_complained = True
+
+
+class LogWindow:
+    """Sums since the last line of the log. The loss stays on the device until it is read: reading waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss_sum = torch.zeros((), device=device)
+        self.num_steps = 0
+        self.num_images = 0
+        self.data_seconds = 0.0
+        self.start = time.perf_counter()  # later by what evaluation and checkpoints take
+
+    def summarize(self, accelerator: Accelerator) -> dict[str, float]:
+        """Mean loss over all processes, speed, share of the time spent waiting for images, and peak memory."""
+        loss = accelerator.reduce(self.loss_sum, "sum").item() / accelerator.num_processes if self.num_steps else 0.0
+        seconds = time.perf_counter() - self.start
+        return {
+            "loss": loss / self.num_steps if self.num_steps else float("nan"),
+            "images_per_second": self.num_images / seconds,
+            "data_wait": self.data_seconds / seconds,
+            "memory_gib": memory_gib(accelerator.device),
+        }

@@ -1,0 +1,169 @@
+"""The folder of a run: who may write into it, what is left in it, and how an earlier run in it goes on."""
+
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from transformers import BaseImageProcessor
+
+from evit_hf import EViTPreTrainedModel
+from evit_hf.visualization import attentive_patch_picture
+
+from ..arguments import TrainArguments
+from ..data.augmentation import ProcessorTransform
+from ..data.images import EvaluationImages, ImageSplits
+from ..measuring.machine import package_versions
+from .checkpoints import CheckpointError, newest_checkpoint, read_checkpoint, settings_that_differ
+from .interruption import lock
+from .parts import Parts
+from .state import TrainingState
+
+
+# Whose versions the card of a run names.
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evit-hf")
+# What a run leaves in its output folder.
+RUN_FILES = (
+    "model",
+    "checkpoints",
+    "metrics.jsonl",
+    "results.json",
+    "class_report.json",
+    "arguments.yaml",
+    "kept_patches.png",
+    "tradeoff.png",
+    "run.json",
+    "README.md",
+    "export",
+    "push.log",
+    "non_finite.json",
+)
+
+
+@contextmanager
+def run_folder(accelerator: Accelerator, arguments: TrainArguments) -> Iterator[Path | None]:
+    """Lock the output folder for the time of the run.
+
+    Yields: the checkpoint to go on from, or None.
+
+    Raises: ValueError if the folder is in use, or holds a run that is neither to be resumed nor overwritten.
+    """
+    run = arguments.run
+    output_dir = Path(run.output_dir)
+    if run.resume and run.overwrite:
+        raise ValueError("`--overwrite` would delete what `--resume` goes on from: pass one of them.")
+    if run.dry_run:
+        yield None
+        return
+    locked = lock(output_dir) if accelerator.is_main_process else None
+    try:
+        left = [name for name in RUN_FILES if (output_dir / name).exists()]
+        resume_from = None
+        if run.resume == "auto":
+            resume_from = newest_checkpoint(output_dir / "checkpoints")
+            if resume_from is None and left:
+                accelerator.print(f"`{output_dir}` has no checkpoint yet: the run starts from the beginning.")
+        elif run.resume is not None:
+            resume_from = Path(run.resume)
+        is_its_own = resume_from is not None and resume_from.resolve().parent.parent == output_dir.resolve()
+        if left and not run.overwrite and run.resume != "auto" and not is_its_own:
+            raise ValueError(
+                f"`{output_dir}` holds a run already ({', '.join(left)}): go on with `--resume auto`, choose another "
+                "`--output_dir`, or pass `--overwrite` to delete it."
+            )
+        accelerator.wait_for_everyone()
+        yield resume_from
+    finally:
+        if locked is not None:
+            (output_dir / ".lock").unlink(missing_ok=True)
+            locked.close()
+            if not any(output_dir.iterdir()):
+                output_dir.rmdir()
+
+
+def prepare_output_dir(output_dir: Path, arguments: TrainArguments, keeps_files: bool) -> None:
+    """Write down the settings, and clear the folder of what an earlier run left unless this one goes on from it."""
+    for name in () if keeps_files else RUN_FILES:
+        path = output_dir / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    (output_dir / "arguments.yaml").write_text(yaml.safe_dump(arguments.as_dict(), sort_keys=False))
+
+
+def resume(state: TrainingState, path: Path, arguments: TrainArguments, num_steps: int) -> None:
+    """Go on from a checkpoint.
+
+    Raises: CheckpointError if it cannot be read; ValueError if settings that change the training are not what they
+        were, with a table of them.
+    """
+    old, tensors = read_checkpoint(path)
+    is_streamed = arguments.data.streaming
+    different = settings_that_differ(
+        old.settings, arguments.as_dict(), also_harmful=["num_workers"] if is_streamed else []
+    )
+    if is_streamed and old.num_processes != state.progress.num_processes:
+        different.append(f"  processes: {old.num_processes} in the checkpoint, {state.progress.num_processes} now")
+    if different and not arguments.run.resume_override:
+        table = "\n".join(different)
+        raise ValueError(
+            f"`--resume` from {path} with other settings would be another training:\n{table}\nTake the old ones, or "
+            "pass `--resume_override` to go on all the same."
+        )
+    num_processes = old.num_processes  # before it becomes that of this run
+    state.load(path, old, tensors)
+    if state.progress.step > num_steps:
+        raise ValueError(
+            f"{path} is of step {state.progress.step}, beyond the {num_steps} steps of this run: raise `--epochs` or "
+            "`--max_steps`."
+        )
+    if num_processes != state.progress.num_processes:
+        state.accelerator.print(
+            f"The checkpoint is of {num_processes} processes, this run has {state.progress.num_processes}: order, "
+            "augmentation and batch size stay, dropout and mixing are drawn anew."
+        )
+    state.accelerator.print(f"Going on from {path}, after step {state.progress.step}.")
+
+
+def export(parts: Parts, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Save model and image processor, in place of an earlier one when all is written.
+
+    Raises: CheckpointError if that fails.
+    """
+    partial = folder.with_name(f".partial-{folder.name}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        parts.network.save_pretrained(partial, state_dict=weights)
+        parts.processor.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except Exception as error:  # safetensors has an exception of its own for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"The model could not be saved in {folder}: {error}") from error
+
+
+def draw_kept_patches(
+    model: EViTPreTrainedModel, processor: BaseImageProcessor, splits: ImageSplits, num_images: int, output_dir: Path
+) -> None:
+    """Draw evaluation images with the patches that each reorganization layer keeps, into kept_patches.png."""
+    images = EvaluationImages(splits, ProcessorTransform(processor), on_bad_image="skip")
+    items = [images[i, True] for i in range(min(num_images, len(images)))]
+    pixel_values = torch.stack([item["pixel_values"] for item in items])
+    with torch.no_grad():
+        attentive_index = model.eval()(pixel_values.to(model.device)).attentive_index
+    mean, std = (torch.tensor(stat).view(1, -1, 1, 1) for stat in (processor.image_mean, processor.image_std))
+    picture = attentive_patch_picture(pixel_values * std + mean, attentive_index, model.config.patch_size)
+    picture.save(output_dir / "kept_patches.png")
+
+
+def run_record(**values: Any) -> dict[str, Any]:
+    """What a card needs and no other file of a run tells: command, versions, hardware and the values given."""
+    words = ["evit", "train", *sys.argv[2:]] if Path(sys.argv[0]).name.startswith(("evit", "cli")) else sys.argv
+    return {"command": shlex.join([Path(words[0]).name, *words[1:]]), "versions": package_versions(PACKAGES), **values}

@@ -1,0 +1,150 @@
+"""The state of a run in memory and its way into checkpoints and back, sharded or not."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from ..learning.optimization import WeightAverage
+from .checkpoints import (
+    CheckpointError,
+    NoCheckpointError,
+    Progress,
+    checkpoint_path,
+    rotate_checkpoints,
+    write_checkpoint,
+)
+
+
+class TrainingState:
+    """Model, optimizer, averaged weights and progress: all that a checkpoint holds.
+
+    Args:
+        accelerator: prepared `model` and `optimizer`.
+        model: as prepared.
+        optimizer: as prepared.
+        average: of the weights, or None.
+        progress: where the run stands.
+        folder: of the checkpoints.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        average: WeightAverage | None,
+        progress: Progress,
+        folder: Path,
+    ) -> None:
+        self.accelerator = accelerator
+        self.model = model
+        self.optimizer = optimizer
+        self.average = average
+        self.progress = progress
+        self.folder = folder
+        self.is_sharded = accelerator.is_fsdp2
+        self.failures: list[str] = []
+
+    def weights(self, averaged: bool = False) -> dict[str, torch.Tensor]:
+        """Weights on the CPU by the names of the unwrapped modules; whole on the main process."""
+        if averaged:
+            with self.average.in_model():
+                return self.weights()
+        if self.is_sharded:
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            return get_model_state_dict(self.model, options=options)
+        network = self.accelerator.unwrap_model(self.model)
+        # Copies: the averages share the parameters' memory for as long as they are in the model.
+        return {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
+
+    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Put whole weights into the model, every one of them."""
+        if self.is_sharded:
+            set_model_state_dict(self.model, weights, options=StateDictOptions(full_state_dict=True))
+        else:
+            self.accelerator.unwrap_model(self.model).load_state_dict(weights, strict=True)
+
+    def save(self, keep: int, must_succeed: bool = False) -> None:
+        """Write a checkpoint and delete old ones; a full disk is reported, and training goes on.
+
+        Args:
+            keep: newest checkpoints to keep beside the best one.
+            must_succeed: whether the run ends here, so that a failure is an error.
+
+        Raises: CheckpointError if it must succeed and cannot.
+        """
+        tensors = self.weights()
+        averages = self.weights(averaged=True) if self.average is not None else None
+        optimizer = {"optimizer": self._optimizer_state()}
+        if self.accelerator.scaler is not None:
+            optimizer["scaler"] = self.accelerator.scaler.state_dict()
+        error_text = ""
+        if self.accelerator.is_main_process:
+            spared = [self.progress.best["step"]] if self.progress.best else []
+            try:
+                write_checkpoint(self.folder, self.progress, tensors, optimizer, averages)
+                rotate_checkpoints(self.folder, keep, spared)
+            except OSError as error:
+                path = checkpoint_path(self.folder, self.progress.step)
+                error_text = f"The checkpoint {path} could not be written: {error}; older ones are untouched."
+                self.failures.append(error_text)
+                sys.stderr.write(f"{error_text}\n")
+        if must_succeed and error_text:
+            raise CheckpointError(error_text)
+        self.accelerator.wait_for_everyone()
+
+    def load(self, path: Path, progress: Progress, tensors: dict[str, Any]) -> None:
+        """Go on from a checkpoint; settings, learning rates and weight decay stay those of this run.
+
+        Args:
+            path: of the checkpoint, for messages.
+            progress: as `read_checkpoint` returned it.
+            tensors: as `read_checkpoint` returned them.
+
+        Raises: NoCheckpointError if it does not fit.
+        """
+        progress.settings, progress.num_processes = self.progress.settings, self.progress.num_processes
+        self.progress = progress
+        groups = [{key: x for key, x in group.items() if key != "params"} for group in self.optimizer.param_groups]
+        try:
+            if self.average is not None:
+                # Its averages first, by way of the model, whose own weights follow.
+                self.load_weights(tensors["ema"] or tensors["model"])
+                self.average.exchange()
+            self.load_weights(tensors["model"])
+            self._load_optimizer_state(tensors["optimizer"]["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise NoCheckpointError(f"{path} does not fit this model and optimizer: {error}") from None
+        for group, fresh in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(fresh)
+        if self.accelerator.scaler is not None and "scaler" in tensors["optimizer"]:
+            self.accelerator.scaler.load_state_dict(tensors["optimizer"]["scaler"])
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        if self.is_sharded:
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            state = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=options)
+        else:
+            state = self.optimizer.state_dict()
+        # The schedule's own note, which it makes anew; a sharded optimizer without it would refuse it.
+        groups = state.get("param_groups", [])  # a sharded state is on the main process alone
+        groups = [{key: x for key, x in group.items() if key != "initial_lr"} for group in groups]
+        return {**state, "param_groups": groups}
+
+    def _load_optimizer_state(self, state: dict[str, Any]) -> None:
+        if self.is_sharded:
+            options = StateDictOptions(full_state_dict=True)
+            set_optimizer_state_dict(self.model, self.optimizer.optimizer, state, options=options)
+        else:
+            self.optimizer.load_state_dict(state)

@@ -1,0 +1,172 @@
+"""What a model is worth: top-1 and top-5 accuracy, GMACs, images per second."""
+
+import functools
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+
+from evit_hf.profiling import num_macs
+
+from ..learning.teachers import Oracle
+from .machine import device_name
+from .metrics import ClassificationCounts, MultiLabelCounts
+from .timing import Variant, alternate
+
+
+KeepRate = float | Sequence[float] | None
+
+
+@torch.no_grad()
+def evaluate(
+    accelerator: Accelerator,
+    model: nn.Module,
+    loader: Iterable[dict[str, torch.Tensor]],
+    keep_rate: KeepRate = None,
+    oracle: Oracle | None = None,
+    multi_label: bool = False,
+) -> dict[str, Any]:
+    """Evaluate a model, each image counted once on any number of processes.
+
+    Args:
+        accelerator: adds up the counts.
+        model: left in the mode it was in.
+        loader: see `evaluation_loader`.
+        keep_rate: instead of the model's own.
+        oracle: chooses the tokens instead of the model's own attention.
+        multi_label: whether labels are zeros and ones for each class.
+
+    Returns: see `ClassificationCounts.summarize` and `MultiLabelCounts.summarize`.
+    """
+    # Without the wrapper that connects processes: it would wait for them in every forward.
+    network = accelerator.unwrap_model(model)
+    was_training = network.training
+    network.eval()
+    counts_class = MultiLabelCounts if multi_label else ClassificationCounts
+    counts = counts_class(network.config.num_labels, accelerator.device)
+    for batch in loader:
+        batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+        scores = oracle(batch["pixel_values"]) if oracle is not None else None
+        logits = network(batch["pixel_values"], keep_rate=keep_rate, patch_scores=scores).logits
+        counts.add(logits, batch["labels"], batch["is_counted"])
+        counts.counts["num_bad_images"] += batch["is_bad"].sum()
+    network.train(was_training)
+    return counts.summarize(accelerator)
+
+
+def main_score(metrics: dict[str, Any]) -> tuple[str, float]:
+    """Name and value of the metric that says which model is better: top-1, or micro F1 with several labels."""
+    name = "top1" if "top1" in metrics else "micro_f1"
+    return name, metrics[name]
+
+
+@torch.no_grad()
+def images_per_second(
+    model: nn.Module, pixel_values: torch.Tensor, keep_rates: Sequence[KeepRate], rounds: int = 20
+) -> list[float]:
+    """Speed of one model at several keep rates, in images per second: medians over rounds that alternate the rates.
+
+    Args:
+        model: left in the mode it was in.
+        pixel_values: (batch_size, num_channels, height, width), on the model's device.
+        keep_rates: what to compare.
+        rounds: measured rounds, after two that warm up.
+
+    Returns: one number for each keep rate.
+    """
+    was_training = model.training
+    model.eval()
+    variants = [
+        Variant(str(keep_rate), functools.partial(model, pixel_values, keep_rate=keep_rate), 0, 0)
+        for keep_rate in keep_rates
+    ]
+    seconds = alternate(variants, pixel_values.device, rounds)
+    model.train(was_training)
+    return [len(pixel_values) / statistics.median(times) for times in seconds]
+
+
+def compare_keep_rates(
+    accelerator: Accelerator,
+    model: nn.Module,
+    loader: DataLoader,
+    keep_rates: Sequence[KeepRate],
+    timed_model: nn.Module | None = None,
+    multi_label: bool = False,
+) -> list[dict]:
+    """Accuracy, cost and speed of one set of weights at several keep rates.
+
+    Args:
+        accelerator: see `evaluate`.
+        model: as in training.
+        loader: evaluation images; its first batch is used for the timing.
+        keep_rates: what to compare, for example [1.0, 0.7].
+        timed_model: the same network by itself, which the main process times alone; by default `model`.
+        multi_label: see `evaluate`.
+
+    Returns: for each keep rate what `evaluate` returns, and {"keep_rate", "gmacs", "images_per_second", "device",
+        "dtype", "batch_size", "image_size"}.
+    """
+    network = accelerator.unwrap_model(model) if timed_model is None else timed_model
+    pixel_values = next(iter(loader))["pixel_values"].to(network.device)
+    speeds = [float("nan")] * len(keep_rates)
+    if accelerator.is_main_process:  # alone, so that no other process disturbs the timing
+        speeds = images_per_second(network, pixel_values, keep_rates)
+    accelerator.wait_for_everyone()
+    height, width = pixel_values.shape[-2:]
+    return [
+        {
+            "keep_rate": keep_rate,
+            **evaluate(accelerator, model, loader, keep_rate, multi_label=multi_label),
+            "gmacs": num_macs(network.config, keep_rate, (height, width)) / 1e9,
+            "images_per_second": speed,
+            "device": device_name(network.device),
+            "dtype": str(network.dtype).removeprefix("torch."),
+            "batch_size": len(pixel_values),
+            "image_size": [height, width],
+        }
+        for keep_rate, speed in zip(keep_rates, speeds, strict=True)
+    ]
+
+
+def comparison_table(results: Sequence[dict]) -> str:
+    """The results of `compare_keep_rates` as text, one line for each keep rate, the first one as the baseline."""
+    first = results[0]
+    columns = (
+        {"top1": "top-1 %", "top5": "top-5 %"} if "top1" in first else {"micro_f1": "F1 %", "exact_match": "all %"}
+    )
+    lines = [
+        f"{first['num_images']} images, {first['device']}, {first['dtype']}, batch {first['batch_size']}, "
+        f"{first['image_size'][0]}x{first['image_size'][1]} pixels",
+        f"{'keep rate':<20}{''.join(f'{title:>9}' for title in columns.values())}"
+        f"{'GMACs':>10}{'MACs':>8}{'images/s':>10}{'speed':>8}",
+    ]
+    for result in results:
+        name = "1.0 (dense ViT)" if result["keep_rate"] == 1.0 else str(result["keep_rate"])
+        lines.append(
+            f"{name:<20}{''.join(f'{100 * result[column]:>9.2f}' for column in columns)}{result['gmacs']:>10.4f}"
+            f"{result['gmacs'] / first['gmacs']:>7.2f}x{result['images_per_second']:>10.0f}"
+            f"{result['images_per_second'] / first['images_per_second']:>7.2f}x"
+        )
+    return "\n".join(lines)
+
+
+def draw_tradeoff(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw accuracy against GMACs, one point for each keep rate."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    name, _ = main_score(results[0])
+    results = sorted(results, key=lambda result: result["gmacs"])
+    gmacs, scores = [r["gmacs"] for r in results], [100 * r[name] for r in results]
+    axes.plot(gmacs, scores, marker="o")
+    for result, x, y in zip(results, gmacs, scores, strict=True):
+        axes.annotate(str(result["keep_rate"]), (x, y), textcoords="offset points", xytext=(4, 6))
+    axes.set(xlabel="GMACs", ylabel={"top1": "top-1 %", "micro_f1": "micro F1 %"}[name], title="by keep rate")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)

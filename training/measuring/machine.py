@@ -1,0 +1,58 @@
+"""The machine that a measurement ran on: device, memory, date and package versions."""
+
+import datetime
+import platform
+import sys
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def best_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the device for a report, with the number of threads on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+def machine(device: torch.device, packages: Iterable[str]) -> dict[str, Any]:
+    """What was measured on, and when."""
+    cpu = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in (Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else [])
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    date = datetime.datetime.now().astimezone().date().isoformat()
+    return {"device": device_name(device), "cpu": cpu, "date": date, "versions": package_versions(packages)}
+
+
+def package_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of Python and of those of the packages that are installed."""
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory in GiB: of the device, or of this process where it is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB on Linux, in bytes on macOS
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)

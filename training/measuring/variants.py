@@ -1,0 +1,339 @@
+"""What `evit benchmark` compares: one set of weights as EViT and as dense ViTs, on every backend."""
+
+import copy
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
+
+from evit_hf import EViTConfig, EViTForImageClassification, EViTPreTrainedModel
+from evit_hf.export import FORMATS, export_model, load_exported
+from evit_hf.presets import PRESETS
+from evit_hf.profiling import num_macs
+
+from ..learning.models import compile_layers, load_classifier, random_classifier
+from .timing import Variant
+
+
+BASELINES = ("timm", "timm-unfused", "transformers", "transformers-eager")
+COMPILE_MODES = {
+    "compile": {},
+    # Weights are packed once for CPU kernels, the fastest is tried out, and C++ calls them: inference alone.
+    "compile-freezing": {
+        "options": {
+            "freezing": True,
+            "cpp_wrapper": True,
+            "max_autotune": True,
+            "max_autotune_gemm_backends": "CPP,ATEN",
+        }
+    },
+    "compile-reduce-overhead": {"mode": "reduce-overhead"},
+    "compile-max-autotune": {"mode": "max-autotune"},
+}
+BACKENDS = ("sdpa", "sdpa-mkl", "eager", "compile-layers", *COMPILE_MODES, *FORMATS, "onnx-int8")
+
+
+def build_model(name: str, image_size: int | None = None) -> EViTPreTrainedModel:
+    """Classifier of that name with its weights, or of that preset with random ones; speed does not depend on them.
+
+    Raises: ValueError for an unknown preset or folder.
+    """
+    if name in PRESETS:
+        # Attention that is far from uniform, so that rounding rarely changes which tokens are kept.
+        model = random_classifier(EViTConfig.preset(name, initializer_range=0.05))
+    else:
+        model = load_classifier(name)
+    if image_size is not None and image_size != model.config.image_size:
+        model.set_image_size(image_size)
+    return model.eval()
+
+
+def dense_baseline(model: EViTPreTrainedModel, name: str) -> nn.Module:
+    """The dense ViT with the weights of an EViT in another code base.
+
+    Args:
+        model: an `EViTForImageClassification` without distillation token.
+        name: one of `BASELINES`.
+
+    Raises: ValueError for models that those code bases lack, or if timm is not installed.
+    """
+    config = model.config
+    if type(model) is not EViTForImageClassification or config.use_distillation_token:
+        raise ValueError(
+            f"`--baselines {name}` has no {type(model).__name__} with its distillation token or auxiliary classifier: "
+            "take `--baselines none`, so that keep rate 1.0 of the model itself is the baseline."
+        )
+    if name.startswith("transformers"):
+        fields = {key: x for key, x in config.to_dict().items() if key in ViTConfig().to_dict()}
+        implementation = "eager" if name.endswith("eager") else "sdpa"
+        vit = ViTForImageClassification(
+            ViTConfig(**{**fields, "model_type": "vit"}, attn_implementation=implementation)
+        )
+        vit.load_state_dict(model.state_dict())
+        return vit.eval()
+    return _timm_vit(model, is_fused=name == "timm")
+
+
+def _timm_vit(model: EViTPreTrainedModel, is_fused: bool) -> nn.Module:
+    try:
+        import timm.layers
+        from timm.models.vision_transformer import VisionTransformer
+    except ImportError:
+        raise ValueError(
+            "timm is not installed: `pip install timm`, or `--baselines transformers transformers-eager`."
+        ) from None
+    config = model.config
+    before = timm.layers.use_fused_attn()
+    timm.layers.set_fused_attn(is_fused)
+    try:
+        vit = VisionTransformer(
+            img_size=config.image_size,
+            patch_size=config.patch_size,
+            in_chans=config.num_channels,
+            num_classes=config.num_labels,
+            embed_dim=config.hidden_size,
+            depth=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            mlp_ratio=config.intermediate_size / config.hidden_size,
+            qkv_bias=config.qkv_bias,
+            norm_layer=functools.partial(nn.LayerNorm, eps=config.layer_norm_eps),
+        )
+    finally:
+        timm.layers.set_fused_attn(bool(before))
+    vit.load_state_dict(_timm_state_dict(model.state_dict(), config.num_hidden_layers))
+    return vit.eval()
+
+
+def _timm_state_dict(ours: dict[str, torch.Tensor], num_layers: int) -> dict[str, torch.Tensor]:
+    """Weights under timm's names, query, key and value in one matrix."""
+    theirs = {
+        "cls_token": ours["vit.embeddings.cls_token"],
+        "pos_embed": ours["vit.embeddings.position_embeddings"],
+    }
+    pairs = {"vit.embeddings.patch_embeddings.projection": "patch_embed.proj"}
+    pairs |= {"vit.layernorm": "norm", "classifier": "head"}
+    for i in range(num_layers):
+        layer, block = f"vit.layers.{i}", f"blocks.{i}"
+        pairs |= {f"{layer}.layernorm_before": f"{block}.norm1", f"{layer}.layernorm_after": f"{block}.norm2"}
+        pairs |= {f"{layer}.attention.o_proj": f"{block}.attn.proj"}
+        pairs |= {f"{layer}.mlp.fc1": f"{block}.mlp.fc1", f"{layer}.mlp.fc2": f"{block}.mlp.fc2"}
+        for kind in ("weight", "bias"):
+            parts = [ours.get(f"{layer}.attention.{name}_proj.{kind}") for name in "qkv"]
+            if parts[0] is not None:
+                theirs[f"{block}.attn.qkv.{kind}"] = torch.cat(parts)
+    for ours_name, theirs_name in pairs.items():
+        for kind in ("weight", "bias"):
+            if f"{ours_name}.{kind}" in ours:
+                theirs[f"{theirs_name}.{kind}"] = ours[f"{ours_name}.{kind}"]
+    return theirs
+
+
+def reference_logits(model: EViTPreTrainedModel, pixel_values: torch.Tensor) -> Callable[[Any], torch.Tensor]:
+    """The plainest implementation as a function of the keep rate: eager, float32, every token, no oneDNN."""
+    plain = copy.deepcopy(model).float()
+    plain.set_attn_implementation("eager")
+    answers: dict[str, torch.Tensor] = {}
+
+    def logits(keep_rate: Any) -> torch.Tensor:
+        if str(keep_rate) not in answers:
+            with torch.no_grad(), without_onednn():
+                outputs = plain(pixel_values.float(), keep_rate=keep_rate, output_hidden_states=True)
+            answers[str(keep_rate)] = outputs.logits
+        return answers[str(keep_rate)]
+
+    return logits
+
+
+def inference_variants(
+    model: EViTPreTrainedModel,
+    pixel_values: torch.Tensor,
+    keep_rates: Sequence[Any],
+    backends: Sequence[str],
+    baselines: Sequence[str],
+    folder: Path,
+    num_threads: int | None = None,
+) -> list[Variant]:
+    """Everything to be timed in one setting.
+
+    Args:
+        model: on the device and in the dtype to measure.
+        pixel_values: likewise.
+        keep_rates: of the EViT variants.
+        backends: of `BACKENDS`.
+        baselines: of `BASELINES`, always eager code.
+        folder: for exported models.
+        num_threads: for engines that bring their own.
+
+    Returns: baselines first.
+
+    Raises: ValueError for an unknown name.
+    """
+    for names, known, flag in ((backends, BACKENDS, "--backends"), (baselines, BASELINES, "--baselines")):
+        for name in names:
+            if name not in known:
+                raise ValueError(f"`{flag}` knows {', '.join(known)}, got {name!r}.")
+    dense_macs = num_macs(model.config, 1.0)
+    if pixel_values.dtype == torch.bfloat16 and {"onnx", "onnx-int8", "openvino"} & set(backends):
+        raise ValueError("`--dtypes bfloat16` does not reach ONNX Runtime and OpenVINO: take float32 or float16.")
+    variants = [
+        Variant(f"dense {name}", _runner(dense_baseline(model, name), pixel_values), dense_macs, dense_macs, 1.0)
+        for name in baselines
+    ]
+    for backend in backends:
+        for keep_rate in keep_rates:
+            variants.append(
+                Variant(
+                    f"EViT {shown(keep_rate)} {backend}",
+                    _backend(model, pixel_values, keep_rate, backend, folder, num_threads),
+                    num_macs(model.config, keep_rate),
+                    num_macs(model.config, keep_rate, executed=True),
+                    keep_rate,
+                    is_exact=not backend.endswith("int8"),
+                )
+            )
+    return variants
+
+
+def _runner(network: nn.Module, pixel_values: torch.Tensor, **keywords: Any) -> Callable[[], torch.Tensor]:
+    network = network.to(pixel_values.device, pixel_values.dtype)
+
+    def run() -> torch.Tensor:
+        with torch.no_grad():
+            outputs = network(pixel_values, **keywords)
+        return getattr(outputs, "logits", outputs)
+
+    return run
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """Leave linear layers to PyTorch's own choice, MKL; see `evit_hf.linear`.
+
+    `torch.backends.mkldnn.flags` would set precisions as well, and warn about them.
+    """
+    enabled = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = enabled
+
+
+def _backend(
+    model: EViTPreTrainedModel,
+    pixel_values: torch.Tensor,
+    keep_rate: Any,
+    backend: str,
+    folder: Path,
+    num_threads: int | None,
+) -> Callable[[], torch.Tensor]:
+    """One model on one backend at one keep rate, ready to run."""
+    fixed = copy.deepcopy(model)
+    fixed.set_keep_rate(keep_rate)
+    if backend in ("sdpa", "eager"):
+        fixed.set_attn_implementation(backend)
+        return _runner(fixed, pixel_values)
+    if backend == "sdpa-mkl":
+        return without_onednn()(_runner(fixed, pixel_values))
+    if backend == "compile-layers":
+        compile_layers(fixed)
+        return _runner(fixed, pixel_values)
+    if backend in COMPILE_MODES:
+        options = COMPILE_MODES[backend]
+        run = _runner(torch.compile(fixed, fullgraph=True, dynamic=False, **options), pixel_values)
+        with torch._inductor.config.patch(options.get("options", {})):  # Dynamo reads `freezing` here alone
+            run()
+        return run
+    export_format = "onnx" if backend == "onnx-int8" else backend
+    path = folder / f"{export_format}-{shown(keep_rate)}-{fixed.config.image_size}"
+    if not (path / "export.json").exists():
+        export_model(fixed, path, export_format)
+    if backend == "onnx-int8":
+        path = quantized_copy(path)
+    exported = load_exported(path, num_threads)
+    return lambda: exported(pixel_values)
+
+
+def quantized_copy(folder: Path) -> Path:
+    """A folder beside an ONNX export, with its matrix products in 8 bits, the ranges found while running."""
+    import shutil
+
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    path = folder.with_name(f"{folder.name}-int8")
+    if not path.exists():
+        shutil.copytree(folder, path)
+        model = str(path / "model.onnx")
+        quantize_dynamic(model, model, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8)
+    return path
+
+
+def shown(keep_rate: Any) -> str:
+    """Return a keep rate, or one for each layer, as a word."""
+    return "-".join(str(rate) for rate in keep_rate) if isinstance(keep_rate, (list, tuple)) else str(keep_rate)
+
+
+def training_variants(
+    model: EViTPreTrainedModel,
+    pixel_values: torch.Tensor,
+    labels: torch.Tensor,
+    keep_rates: Sequence[Any],
+    backends: Sequence[str],
+    baselines: Sequence[str],
+) -> list[Variant]:
+    """Forward, backward and AdamW step of everything to be timed.
+
+    Args:
+        model: on the device and in the dtype to measure.
+        pixel_values: a batch.
+        labels: (batch_size,) class numbers.
+        keep_rates: of the EViT variants.
+        backends: "sdpa", "eager", "compile" or "compile-layers".
+        baselines: of `BASELINES`.
+
+    Raises: ValueError for a backend that cannot train.
+    """
+    dense_macs = num_macs(model.config, 1.0)
+    variants = []
+    for name in baselines:
+        step, forward, network = _training_step(dense_baseline(model, name), pixel_values, labels)
+        variants.append(Variant(f"dense {name}", step, dense_macs, dense_macs, 1.0))
+        variants[-1].extra.update(forward=forward, model=network)
+    for backend in backends:
+        if backend not in ("sdpa", "eager", "compile", "compile-layers"):
+            raise ValueError(f"`--training` runs on sdpa, eager, compile and compile-layers, not on {backend!r}.")
+        for keep_rate in keep_rates:
+            fixed = copy.deepcopy(model)
+            fixed.set_keep_rate(keep_rate)
+            fixed.set_attn_implementation("eager" if backend == "eager" else "sdpa")
+            if backend == "compile":
+                fixed.compile(dynamic=False)
+            if backend == "compile-layers":
+                compile_layers(fixed)
+            step, forward, network = _training_step(fixed, pixel_values, labels)
+            macs = num_macs(model.config, keep_rate), num_macs(model.config, keep_rate, executed=True)
+            variants.append(Variant(f"EViT {shown(keep_rate)} {backend}", step, *macs, keep_rate))
+            variants[-1].extra.update(forward=forward, model=network)
+    return variants
+
+
+def _training_step(network: nn.Module, pixel_values: torch.Tensor, labels: torch.Tensor) -> tuple:
+    """Functions that do a whole step and a forward alone, and the network."""
+    network = network.to(pixel_values.device, pixel_values.dtype).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)
+
+    def forward() -> torch.Tensor:
+        outputs = network(pixel_values)
+        return nn.functional.cross_entropy(getattr(outputs, "logits", outputs).float(), labels)
+
+    def step() -> None:
+        forward().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, forward, network

@@ -1,0 +1,1 @@
+"""Model cards, pushes to the Hub, Spaces."""
