@@ -35,7 +35,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     problem = f"`{argv[0]}` is no command of evit" if argv else "a command is missing"
     print(f"{usage}\n\nevit: error: {problem}", file=sys.stderr)
     sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -165,5 +165,5 @@ def draw_kept_patches(
 
 def run_record(**values: Any) -> dict[str, Any]:
     """What a card needs and no other file of a run tells: command, versions, hardware and the values given."""
-    words = ["evit", "train", *sys.argv[2:]] if Path(sys.argv[0]).name.startswith(("evit", "cli")) else sys.argv
+    words = ["evit", "train", *sys.argv[2:]] if Path(sys.argv[0]).name.startswith(("evit", "__main__")) else sys.argv
     return {"command": shlex.join([Path(words[0]).name, *words[1:]]), "versions": package_versions(PACKAGES), **values}
