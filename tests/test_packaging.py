@@ -1,6 +1,7 @@
 """What is installed, what it needs, how it looks."""
 
 import ast
+import graphlib
 import shutil
 import subprocess
 import sys
@@ -63,9 +64,116 @@ def test_files_that_travel_name_all_files_that_they_need(file):
     assert {needed for name in direct for needed in relative_imports(name)} <= direct
 
 
+# What each room of the trainer may import besides `evit_hf`: the rooms to the right of it.
+ROOMS = ("commands", "loop", "sharing", "measuring", "learning", "data", "arguments")
+
+
+def imported_modules(path, folder, package):
+    """Absolute names of what a file imports, and whether it is imported when the code runs.
+
+    Imports inside functions count; those under `if TYPE_CHECKING` are told apart. `from . import timing` counts as
+    `timing`, whether that is a module or a name in `__init__.py`.
+    """
+    tree = ast.parse(path.read_text())
+    for_types = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    parents = [package, *path.relative_to(folder).with_suffix("").parts[:-1]]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node not in for_types
+        elif isinstance(node, ast.ImportFrom):
+            above = parents[: len(parents) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield f"{module}.{alias.name}", node not in for_types
+
+
+def modules_of(folder, package):
+    """The package's modules: dotted name -> file."""
+    files = {}
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(folder).with_suffix("").parts
+        files[".".join([package, *(part for part in parts if part != "__init__")])] = path
+    return files
+
+
+def run_time_imports(folder, package):
+    """Each module's imports of other modules of the same package, without those for types only."""
+    files = modules_of(folder, package)
+
+    def module_named(name):
+        return name if name in files else name.rpartition(".")[0]
+
+    graph = {}
+    for module, path in files.items():
+        needed = {module_named(name) for name, runs in imported_modules(path, folder, package) if runs}
+        graph[module] = (needed & set(files)) - {module, package}
+    return graph
+
+
+def imports_that_climb(folder):
+    """Imports of the trainer that go up or sideways, those for types included."""
+    wrong = []
+    for module, path in modules_of(folder, "evit_training").items():
+        room = module.split(".")[1] if "." in module else ""
+        if room not in ROOMS:  # `cli.py` and `__main__.py` open the door to all rooms
+            continue
+        allowed = {room if room != "commands" else "commands.errors", *ROOMS[ROOMS.index(room) + 1 :]}
+        for name, _ in imported_modules(path, folder, "evit_training"):
+            if not name.startswith("evit_training."):
+                continue
+            target = name.removeprefix("evit_training.")
+            if not any(target == wall or target.startswith(f"{wall}.") for wall in allowed):
+                wrong.append(f"{module} imports {name}")
+    return wrong
+
+
+def test_rooms_import_downward_only():
+    """commands -> loop -> sharing -> measuring -> learning -> data -> arguments; nothing imports a command."""
+    assert imports_that_climb(ROOT / "training") == []
+
+
+@pytest.mark.parametrize(("folder", "package"), [("training", "evit_training"), ("evit_hf", "evit_hf")])
+def test_no_module_imports_itself_through_others(folder, package):
+    graph = run_time_imports(ROOT / folder, package)
+    assert any(graph.values())
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
 def test_evit_hf_never_imports_the_trainer():
     for path in (ROOT / "evit_hf").glob("*.py"):
         assert "evit_training" not in path.read_text(), path
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("data/splits.py", "from ..learning import models"),
+        ("measuring/timing.py", "def later():\n    from evit_training.loop.trainer import run_training"),
+        ("sharing/hub.py", "if TYPE_CHECKING:\n    from ..loop.parts import Parts"),
+        ("loop/steps.py", "from ..commands.train import main"),
+        ("commands/push.py", "from .train import main"),
+    ],
+)
+def test_an_import_upward_is_found(tmp_path, file, line):
+    (tmp_path / file).parent.mkdir()
+    (tmp_path / file).write_text(line)
+    assert len(imports_that_climb(tmp_path)) == 1
+
+
+def test_a_circle_is_found(tmp_path):
+    (tmp_path / "one.py").write_text("from .two import b")
+    (tmp_path / "two.py").write_text("def later():\n    from . import one")
+    with pytest.raises(graphlib.CycleError):
+        list(graphlib.TopologicalSorter(run_time_imports(tmp_path, "evit_hf")).static_order())
+    (tmp_path / "two.py").write_text("if TYPE_CHECKING:\n    from . import one")
+    assert run_time_imports(tmp_path, "evit_hf") == {"evit_hf.one": {"evit_hf.two"}, "evit_hf.two": set()}
 
 
 def test_saved_folder_holds_the_code_that_remote_loading_needs(tmp_path, tiny_model):
