@@ -21,6 +21,7 @@ from .modeling_evit import (
     EViTPreTrainedModel,
 )
 from .modeling_evit_lv import EViTLVForImageClassification, EViTLVImageClassifierOutput, EViTLVModel
+from .pictures import as_rgb
 
 
 AutoConfig.register("evit", EViTConfig, exist_ok=True)
@@ -48,4 +49,5 @@ __all__ = [
     "EViTModel",
     "EViTModelOutput",
     "EViTPreTrainedModel",
+    "as_rgb",
 ]

@@ -34,6 +34,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_evit import EViTConfig, check_keep_rate, keep_rate_by_layer, refuse_misspelt_names
 from .linear import linear
+from .pictures import as_rgb
 from .token_labelling import mix_tokens
 from .token_reorganization import (
     append_fused_patch,
@@ -453,6 +454,9 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
     }
     _no_split_modules = ["EViTEmbeddings", "EViTLayer"]
     _can_record_outputs = {"hidden_states": EViTLayer, "attentions": EViTAttention}
+
+    # What a picture must go through before the image processor, also for those who load with `trust_remote_code=True`.
+    as_rgb = staticmethod(as_rgb)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -18,6 +18,7 @@ from .modeling_evit import (
     EViTModel,
     EViTPreTrainedModel,
 )
+from .pictures import as_rgb  # noqa: F401 (as above)
 from .token_labelling import token_labelling_loss
 from .token_reorganization import reorganize_tokens  # noqa: F401 (as above)
 

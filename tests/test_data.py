@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from evit_hf import as_rgb
 from evit_training.arguments import AugmentationArguments, DataArguments
 from evit_training.data.augmentation import ProcessorTransform, image_processor, training_transform
 from evit_training.data.images import (
@@ -17,7 +18,6 @@ from evit_training.data.images import (
     StreamedTrainingImages,
     TrainingImages,
     decoded,
-    rgb,
 )
 from evit_training.data.splits import check_images, load_splits
 
@@ -26,7 +26,7 @@ datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # else 5 seconds for each pa
 
 
 def reds(splits, split):
-    images = LabelledImages(splits, split, rgb)
+    images = LabelledImages(splits, split, as_rgb)
     return [images.image(i).getpixel((0, 0))[0] for i in range(len(images))]
 
 
@@ -53,7 +53,7 @@ def test_packaged_digits_are_the_uci_set():
     assert (len(splits.train), len(splits.evaluation)) == (1437, 360)
     assert (splits.image_column, splits.label_column) == ("image", "label")
     assert splits.label_names == [str(digit) for digit in range(10)]
-    images = [LabelledImages(splits, name, rgb) for name in ("train", "evaluation")]
+    images = [LabelledImages(splits, name, as_rgb) for name in ("train", "evaluation")]
     ours = sorted(
         (split.label(i), np.asarray(split.image(i).convert("L")).tobytes())
         for split in images
@@ -116,7 +116,7 @@ def test_several_labels_for_an_image(names, tmp_path):
     data.to_parquet(tmp_path / "test.parquet")
     splits = load_splits(DataArguments(dataset=[str(tmp_path / "*.parquet")]), seed=0)
     assert splits.multi_label and splits.label_names == ["cat", "dog", "fox"]
-    images = LabelledImages(splits, "train", rgb)
+    images = LabelledImages(splits, "train", as_rgb)
     assert images.label(0).tolist() == [1, 0, 1]
     assert images.label(1).tolist() == [0, 0, 0]
 
@@ -136,7 +136,7 @@ def test_folders_written_by_save_to_disk_and_arrow_and_csv_files(tmp_path):
     arrow = next((tmp_path / "single").glob("*.arrow")).rename(tmp_path / "train.arrow")
     for source in ("dict", "train.csv", arrow.name):
         splits = load_splits(DataArguments(dataset=[str(tmp_path / source)], eval_fraction=0.25), seed=0)
-        images = LabelledImages(splits, "train", rgb)
+        images = LabelledImages(splits, "train", as_rgb)
         assert splits.label_names == ["a", "b"], source
         assert {(images.image(i).getpixel((0, 0))[0] % 2, images.label(i)) for i in range(len(images))} == {
             (0, 0),
@@ -158,7 +158,7 @@ def stored(image, format="PNG", **options):
 
 def test_every_mode_of_image_becomes_rgb():
     for mode in ["L", "P", "CMYK", "1", "RGB"]:
-        image = rgb(picture(255, mode))
+        image = as_rgb(picture(255, mode))
         assert image.mode == "RGB"
         assert image.getpixel((0, 0)) == (picture(255, mode).convert("RGB").getpixel((0, 0)))
 
@@ -167,16 +167,16 @@ def test_sixteen_bits_are_scaled_and_not_cut_off():
     image = Image.fromarray(np.array([[0, 32896, 65535]], dtype=np.uint16))
     assert decoded(stored(image), "it").getpixel((1, 0)) == (128, 128, 128)
     integers = Image.fromarray(np.array([[0, 200, 255]], dtype=np.int32))
-    assert rgb(integers).getpixel((1, 0)) == (200, 200, 200)
+    assert as_rgb(integers).getpixel((1, 0)) == (200, 200, 200)
     fractions = Image.fromarray(np.array([[0.0, 0.5, 1.0]], dtype=np.float32))
-    assert rgb(fractions).getpixel((1, 0)) == (128, 128, 128)
+    assert as_rgb(fractions).getpixel((1, 0)) == (128, 128, 128)
 
 
 def test_transparent_pixels_are_white():
     image = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
     image.putpixel((1, 0), (0, 0, 0, 0))
     with pytest.warns(UserWarning, match="Transparent images are laid over white"):
-        seen = rgb(image)
+        seen = as_rgb(image)
     assert [seen.getpixel((x, 0)) for x in range(2)] == [(200, 0, 0), (255, 255, 255)]
     palette = image.convert("P")
     palette.info["transparency"] = palette.getpixel((1, 0))

@@ -82,6 +82,7 @@ def test_what_was_pushed_is_the_model_and_nothing_else(hub, pushed):
         "modeling_evit.py",
         "preprocessor_config.json",
         "results.json",
+        "pictures.py",
         "token_labelling.py",
         "token_reorganization.py",
         "tradeoff.png",
@@ -130,6 +131,7 @@ def test_nothing_secret_is_pushed(tmp_path, model_folder):
         "model.safetensors",
         "modeling_evit.py",
         "preprocessor_config.json",
+        "pictures.py",
         "token_labelling.py",
         "token_reorganization.py",
     }

@@ -1,15 +1,15 @@
 """Labelled images one by one: decoded, made RGB, augmented with random numbers of their own, streamed or not."""
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
 from PIL import Image
+
+from evit_hf.pictures import as_rgb
 
 from .sampling import seed_for
 
@@ -53,35 +53,11 @@ def decoded(value: dict[str, Any], place: str) -> Image.Image:
     if value is None or (value.get("bytes") is None and value.get("path") is None):
         raise BadImageError(f"{place} is missing.")
     try:
-        return rgb(datasets.Image().decode_example(value))
+        return as_rgb(datasets.Image().decode_example(value))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         file = f" ({value['path']})" if value.get("path") else ""
         reason = " ".join(str(error).split())
         raise BadImageError(f"{place}{file} cannot be decoded: {type(error).__name__}: {reason}") from None
-
-
-def rgb(image: Image.Image) -> Image.Image:
-    """RGB version of an image in any mode of Pillow.
-
-    16-bit grey is scaled to 8 bits, where `convert("RGB")` would cut it off at 255. Transparent pixels show white,
-    where `convert("RGB")` would show whatever colour lies under them. Each kind is announced once.
-    """
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        _say_once("Images with more than 8 bits for each pixel are scaled to 8 bits.")
-        pixels = np.asarray(image).astype(np.float64)
-        top = 65535 if image.mode.startswith("I;16") or pixels.max() > 255 else 255 if pixels.max() > 1 else 1
-        return Image.fromarray((pixels.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        _say_once("Transparent images are laid over white.")
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _say_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)  # the default filter shows a message once for each place
 
 
 def target(label: int | list[int], num_labels: int, multi_label: bool) -> int | torch.Tensor:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 
-from .images import BadImageError, DatasetLike, ImageSplits, LabelledImages, rgb
+from evit_hf.pictures import as_rgb
+
+from .images import BadImageError, DatasetLike, ImageSplits, LabelledImages
 
 
 if TYPE_CHECKING:
@@ -97,7 +99,7 @@ def check_images(splits: ImageSplits, num_images: int) -> None:
     Raises: BadImageError naming the first one and how many more there are.
     """
     for split in ("train", "evaluation"):
-        images = LabelledImages(splits, split, transform=rgb)
+        images = LabelledImages(splits, split, transform=as_rgb)
         count = len(images) if num_images < 0 else min(num_images, len(images))
         bad = []
         for i in range(count):

@@ -29,6 +29,7 @@ ON_THE_HUB = (
     "linear.py",
     "modeling_evit.py",
     "modeling_evit_lv.py",
+    "pictures.py",
     "token_labelling.py",
     "token_reorganization.py",
     "arguments.yaml",
