@@ -1,9 +1,10 @@
 import dataclasses
+import re
 
 import pytest
 import yaml
 
-from evit_training.arguments import PARTS, RECIPES, parse_train_arguments, recipe_path
+from evit_training.arguments import PARTS, RECIPES, SETTINGS, parse_train_arguments, recipe_path
 
 
 RECIPE_FILES = sorted(RECIPES.glob("*.yaml"))
@@ -48,16 +49,26 @@ def test_one_keep_rate_is_a_number_and_several_a_list():
     assert parse_train_arguments(["--keep_rate", "0.9", "0.8", "0.7"]).keep_rate == [0.9, 0.8, 0.7]
 
 
-def test_a_recipe_can_be_any_file(tmp_path):
+def test_a_recipe_can_be_any_file(tmp_path, capsys):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(
         "epochs: 2\nlearning_rate: 1e-3\nfuse_inattentive_tokens: no\nkeep_rate: [0.9, 0.8, 0.7]\nmodel:\n"
     )
     arguments = parse_train_arguments([str(recipe)])
     assert arguments.optimization.learning_rate == 0.001  # YAML itself reads 1e-3 as a string
-    assert arguments.model.fuse_inattentive_tokens is False
+    assert arguments.model.inattentive_tokens == "dropped"
     assert arguments.keep_rate == [0.9, 0.8, 0.7]
     assert arguments.model.model is None
+    assert "mine.yaml:3`: `fuse_inattentive_tokens` is `inattentive_tokens: dropped` now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["mixed_precision: no", "mixed_precision: 'no'"])
+def test_words_of_a_recipe_are_read_as_the_file_spells_them(text, tmp_path):
+    """YAML takes `no` for False and 007 for 7."""
+    (tmp_path / "mine.yaml").write_text(f"{text}\neval_split: 007\ndrop_last: no\n")
+    arguments = parse_train_arguments([str(tmp_path / "mine.yaml")])
+    assert arguments.run.mixed_precision == "no" and arguments.data.eval_split == "007"
+    assert arguments.optimization.drop_last is False
 
 
 def test_written_settings_are_a_recipe_again(tmp_path):
@@ -72,7 +83,7 @@ def test_written_settings_are_a_recipe_again(tmp_path):
     [
         ("epochs: 1\nkeep_rat: 0.5", "bad.yaml:2` has an unknown setting `keep_rat`: did you mean `keep_rate`?"),
         ("- 1\n- 2", "must hold `name: value` lines, got a list"),
-        ("a: [", "is no YAML"),
+        ("a: [", "is not YAML"),
         ("epochs: many", "invalid int value: 'many'"),
         ("crop: square", "invalid choice: 'square'"),
     ],
@@ -86,19 +97,24 @@ def test_bad_recipes_are_refused(text, sentence, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--keep_rat", "0.5"], "unknown flag `--keep_rat`: did you mean `keep_rate`?"),
-        (["--learning-rat", "0.5"], "unknown flag `--learning-rat`: did you mean `learning_rate`?"),
+        (["--keep_rat", "0.5"], "unknown flag `--keep-rat`: did you mean `--keep-rate`?"),
+        (["--learning-rat", "0.5"], "unknown flag `--learning-rat`: did you mean `--learning-rate`?"),
         (["--epochs", "0"], "`--epochs` must be at least 1, got 0"),
-        (["--max_steps", "0"], "`--max_steps` must be at least 1, got 0. Leave it out for no limit."),
-        (["--horizontal_flip", "2"], "`--horizontal_flip` must be in [0, 1], got 2.0"),
-        (["--weight_decay", "-1"], "`--weight_decay` must be 0 or more, got -1.0"),
-        (["--keep_checkpoints", "1"], "`--keep_checkpoints` must be at least 2"),
-        (["--match_macs_of", "224", "--keep_rate", "0.5"], "`--match_macs_of` chooses the keep rate"),
+        (["--max_steps", "0"], "`--max-steps` must be at least 1, got 0. Leave it out for no limit."),
+        (["--horizontal_flip", "2"], "`--horizontal-flip` must be in [0, 1], got 2.0"),
+        (["--weight_decay", "-1"], "`--weight-decay` must be 0 or more, got -1.0"),
+        (["--keep_checkpoints", "1"], "`--keep-checkpoints` must be at least 2"),
+        (["--match_macs_of", "224", "--keep_rate", "0.5"], "`--match-macs-of` chooses the keep rate"),
         (["--keep_rate_range", "0.9", "0.5"], "must be two rates in (0, 1], the lower one first"),
-        (["--mix_token", "1", "--mixup", "0.8"], "`--mix_token` mixes images already"),
+        (["--mix_token", "1", "--mixup", "0.8"], "`--mix-token` mixes images already"),
         (["--oracle", "initial"], "`--oracle initial` takes the weights of `--model`, which is missing"),
         (["--teacher", "initial"], "`--teacher initial` takes the weights of `--model`, which is missing"),
-        (["--streaming"], "say with `--max_steps` how long to train"),
+        (["--no_fuse_inattentive_tokens"], "is `--inattentive-tokens fused|dropped` now"),
+        (["--keep-rate", "1.5"], "`--keep-rate` must be in (0, 1], got 1.5"),
+        (["--compare-keep-rates", "0.5", "0"], "`--compare-keep-rates` must be in (0, 1], got 0.0"),
+        (["--learning-rate", "nan"], "`--learning-rate` must be 0 or more, got nan"),
+        (["digits", "cifar10"], "`cifar10` is one word too many"),
+        (["--streaming"], "say with `--max-steps` how long to train"),
         (["--model", "a", "--preset", "b"], "`--model` and `--preset` both name the model"),
         (
             ["no_such_recipe"],
@@ -118,3 +134,14 @@ def test_every_setting_has_a_help_text_and_one_name():
 
 def test_packaged_recipes_are_found_by_name():
     assert recipe_path("digits") == RECIPES / "digits.yaml"
+
+
+def test_help_is_grouped_names_each_flag_once_and_lists_the_recipes(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        parse_train_arguments(["--help"])
+    text = capsys.readouterr().out
+    flags = re.findall(r"^  (--[\w-]+)", text, re.MULTILINE)
+    assert flags == [f"--{name.replace('_', '-')}" for name in SETTINGS]
+    assert "--no-" not in text and text.count("evit train") == 1 and "paper_lvvit" in text
+    for title in ("Which images to train and to evaluate on:", "How long and how fast to train:"):
+        assert title in text

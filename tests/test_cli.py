@@ -36,9 +36,9 @@ def test_help_starts_without_torch():
     [
         ([], "a command is missing"),
         (["trian"], "`trian` is no command of evit"),
-        (["train", "--keep_rat", "1"], "did you mean `keep_rate`?"),
+        (["train", "--keep_rat", "1"], "did you mean `--keep-rate`?"),
         (["train", "--dataset", "no/such/file.csv", "b.parquet"], "are no files"),
-        (["train", "--keep-rate", "1.5"], "`keep_rate` must be in (0, 1]"),
+        (["train", "--keep-rate", "1.5"], "`--keep-rate` must be in (0, 1], got 1.5"),
     ],
 )
 def test_mistakes_end_with_a_sentence_and_status_2(arguments, sentence, tmp_path):

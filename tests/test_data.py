@@ -220,7 +220,7 @@ def splits_with_a_bad_image(tmp_path, kind, bad=3, count=8):
 @pytest.mark.parametrize("kind", ["truncated", "empty", "html"])
 def test_a_bad_image_is_named_before_training(kind, tmp_path):
     splits = splits_with_a_bad_image(tmp_path, kind)
-    sentence = r"^Image 3 of the train split \(column `image`\) \(bad.jpg\) cannot be decoded: .*`--on_bad_image skip`"
+    sentence = r"^Image 3 of the train split \(column `image`\) \(bad.jpg\) cannot be decoded: .*`--on-bad-image skip`"
     with pytest.raises(BadImageError, match=sentence):
         check_images(splits, 1000)
     check_images(splits, 2)  # looks at 0 and 4
@@ -347,12 +347,12 @@ def test_bad_data_is_refused_with_the_way_out(tmp_path):
             load_splits(DataArguments(**settings), seed=0)
 
     refused(r"2 columns of images: name one of \['a', 'b'\]", dataset=[str(tmp_path / "two.parquet")])
-    refused("`--image_column` is `x`: name one of", dataset=[good], image_column="x")
-    refused("`--label_column` is `x`: name one of .* perhaps `label`", dataset=[good], label_column="x")
+    refused("`--image-column` is `x`: name one of", dataset=[good], image_column="x")
+    refused("`--label-column` is `x`: name one of .* perhaps `label`", dataset=[good], label_column="x")
     unlabelled = write_parquet(tmp_path / "unlabelled.parquet", [0, 1], label_name="number")
     refused("No column of labels was found: name one of", dataset=[unlabelled])
-    refused(r"`--train_split` is `training`, but the data has \['train'\]", dataset=[good], train_split="training")
-    refused("`--eval_split` is `dev`", dataset=[good], eval_split="dev")
+    refused(r"`--train-split` is `training`, but the data has \['train'\]", dataset=[good], train_split="training")
+    refused("`--eval-split` is `dev`", dataset=[good], eval_split="dev")
     refused(
         r"the evaluation split has labels \[-1\], but 2 classes; the first is image 0. Hidden test",
         dataset=[good, hidden],

@@ -88,7 +88,7 @@ def test_what_cannot_be_measured_is_refused(model_folder, tmp_path, capsys):
         ((model_folder, "--dataset", data), "classes that the model does not know: ['z'] of 2; the model has 4"),
         ((model_folder, "--dataset", data, "--keep_rates", "1.5"), "1.5"),
         ((tmp_path / "nothing", "--dataset", data), "nothing"),
-        ((model_folder, "--dataset", data, "--eval_split", "x"), "`--eval_split` is `x`, but the data has ['test']"),
+        ((model_folder, "--dataset", data, "--eval_split", "x"), "`--eval-split` is `x`, but the data has ['test']"),
     ):
         with pytest.raises(SystemExit) as exit_:
             evaluate(*argv)

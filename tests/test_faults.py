@@ -142,7 +142,7 @@ def test_a_diverged_run_stops_with_its_images_and_its_last_good_checkpoint(tmp_p
     output_dir = tmp_path / "run"
     text = run(SMALL, output_dir, status=3, before=loss_with(nan_in_second_epoch))
     assert "5 steps in a row had a loss or gradient that is not finite, the last is step 12" in text
-    assert "step-000000006, is intact" in text and "Lower `--learning_rate`" in text
+    assert "step-000000006, is intact" in text and "Lower `--learning-rate`" in text
     report = json.loads((output_dir / "non_finite.json").read_text())
     assert report["step"] == 12
     assert len(set(report["images"])) == 16 and max(report["images"]) < 104
@@ -182,7 +182,7 @@ def test_a_gradient_scaler_that_overflows_is_counted_and_holds_the_schedules(tmp
     run([*flags, "--resume", str(checkpoint)], tmp_path / "resumed", before=before)
     assert state_hash(tmp_path / "resumed") == state_hash(tmp_path / "run")  # the scale is part of it
     text = run([*SMALL, "--max_steps", "1", "--mixed_precision", "fp16"], tmp_path / "fp16", status=2)
-    assert "`--mixed_precision fp16` needs a GPU" in text
+    assert "`--mixed-precision fp16` needs a GPU" in text
 
 
 # Memory
@@ -215,7 +215,7 @@ def test_processes_agree_on_the_micro_batch(tmp_path):
 
 def test_memory_that_is_too_small_for_one_image_ends_with_status_4(tmp_path):
     text = run(SMALL, tmp_path / "run", status=4, before=out_of_memory_above(0))
-    assert "Memory does not suffice for one image" in text and "`--gradient_checkpointing`" in text
+    assert "Memory does not suffice for one image" in text and "`--gradient-checkpointing`" in text
 
 
 def test_a_real_allocation_that_fails_is_understood(tmp_path):
@@ -260,16 +260,16 @@ def test_bad_images_are_skipped_deterministically_and_counted(tmp_path):
         assert [e["bad_images"] for e in read_log(tmp_path / name) if "learning_rate" in e][-1] == 3  # one an epoch
     assert len(hashes) == 1
     text = run([*flags, "--max_bad_images", "0.01"], tmp_path / "c", status=2)
-    assert "1 images could not be decoded, more than `--max_bad_images` 0.01 of 48" in text
+    assert "1 images could not be decoded, more than `--max-bad-images` 0.01 of 48" in text
 
 
 def test_columns_that_do_not_exist_and_data_that_is_not_there_end_with_status_2(tmp_path):
     text = run([*SMALL, "--image_column", "picture"], tmp_path / "run", status=2)
-    assert "`--image_column` is `picture`: name one of ['image']" in text
+    assert "`--image-column` is `picture`: name one of ['image']" in text
     text = run([*SMALL, "--dataset", str(tmp_path / "nothing")], tmp_path / "run", status=2)
     assert "is no folder and could not be loaded" in text
     text = run([*SMALL, "--batch_size", "15", "--gradient_accumulation_steps", "2"], tmp_path / "run", status=2)
-    assert "`--batch_size` 15 cannot be cut evenly" in text
+    assert "`--batch-size` 15 cannot be cut evenly" in text
     assert not (tmp_path / "run").exists()
 
 

@@ -281,7 +281,7 @@ for revision in ("v1", "SHA"):
 def test_missing_rights_are_found_before_training(token, words, hub, tmp_path):
     flags = ["train", *SMALL, "--push_to_hub", "org/never", "--output_dir", tmp_path / "run"]
     text = evit(*flags, env=hub.environment(tmp_path / "home", token=token), status=2)
-    assert "`--push_to_hub` cannot work" in text and words in text
+    assert "`--push-to-hub` cannot work" in text and words in text
     assert not (tmp_path / "run").exists()
     assert "models/org/never" not in hub.repos
 

@@ -57,7 +57,7 @@ def test_a_linear_probe_trains_the_classifier_alone_and_frozen_layers_stay(tiny_
     assert trained == {name for name in dict(tiny_model.named_parameters()) if layer_number(name, 4) > 3}
     freeze(tiny_model, "all", 0)
     assert all(parameter.requires_grad for parameter in tiny_model.parameters())
-    with pytest.raises(ValueError, match="`--freeze_layers` is 5, but the model has 4 layers"):
+    with pytest.raises(ValueError, match="`--freeze-layers` is 5, but the model has 4 layers"):
         freeze(tiny_model, "all", 5)
 
 

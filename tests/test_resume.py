@@ -201,7 +201,7 @@ def test_changed_settings_are_refused_with_a_table_and_harmless_ones_are_not(tmp
     changed = [*SMALL, "--max_steps", "5", "--learning_rate", "1e-4", "--resume", "auto"]
     text = run(changed, output_dir, status=2)
     assert "max_steps" in text and "checkpoint: 3 " in text and "now: 5" in text
-    assert "learning_rate" in text and "`--resume_override`" in text
+    assert "learning_rate" in text and "`--resume-override`" in text
     run([*flags, "--resume", "auto", "--num_workers", "1", "--log_steps", "2"], output_dir)
     text = run([*flags, "--max_steps", "2", "--resume", "auto", "--resume_override"], output_dir, status=2)
     assert "is of step 3, beyond the 2 steps of this run" in text

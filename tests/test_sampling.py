@@ -80,7 +80,7 @@ def test_evaluation_counts_each_image_once_and_gives_every_process_as_many(num_i
 
 
 def test_impossible_plans_are_refused():
-    with pytest.raises(ValueError, match="`--batch_size` 10 cannot be cut evenly for 2 processes .* a multiple of 8"):
+    with pytest.raises(ValueError, match="`--batch-size` 10 cannot be cut evenly for 2 processes .* a multiple of 8"):
         StepPlan(100, 10, num_processes=2, accumulation_steps=4)
     with pytest.raises(ValueError, match="1 training images are too few for 2 processes"):
         StepPlan(1, 8, num_processes=2)

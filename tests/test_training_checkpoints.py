@@ -7,8 +7,8 @@ import re
 import pytest
 import torch
 
+from evit_training.arguments import FIELDS
 from evit_training.loop.checkpoints import (
-    HARMLESS,
     NoCheckpointError,
     Progress,
     newest_checkpoint,
@@ -144,12 +144,17 @@ def test_only_settings_that_change_the_training_differ():
     assert len(settings_that_differ(old, new, also_harmful=["num_workers"])) == 2
 
 
-def test_harmless_settings_exist():
-    from evit_training.arguments import SETTINGS
-
-    assert set(SETTINGS) >= HARMLESS
+def test_settings_say_whether_they_change_the_training():
     for name in ("learning_rate", "batch_size", "seed", "keep_rate", "epochs", "dataset", "mixed_precision"):
-        assert name not in HARMLESS
+        assert FIELDS[name].metadata["changes_training"]
+    for name in ("num_workers", "output_dir", "on_bad_image", "push_to_hub"):
+        assert not FIELDS[name].metadata["changes_training"]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_compared_in_todays_words():
+    assert settings_that_differ({"fuse_inattentive_tokens": True}, {"inattentive_tokens": "fused"}) == []
+    (line,) = settings_that_differ({"fuse_inattentive_tokens": False}, {"inattentive_tokens": "fused"})
+    assert "inattentive_tokens  checkpoint: dropped" in line
 
 
 def test_schedules_stand_still_in_skipped_steps():

@@ -235,7 +235,7 @@ class StreamedTrainingImages(torch.utils.data.IterableDataset):
                     is_empty = False
                     yield {name: column[i] for name, column in rows.items()}
             if is_empty:
-                raise ValueError("A part of the streamed data is empty: take fewer `--num_workers` or processes.")
+                raise ValueError("A part of the streamed data is empty: take fewer `--num-workers` or processes.")
             epoch += 1
 
 

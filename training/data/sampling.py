@@ -43,8 +43,8 @@ class StepPlan:
         """Check that every process and forward pass gets as many images."""
         if self.batch_size % (self.num_processes * self.accumulation_steps):
             raise ValueError(
-                f"`--batch_size` {self.batch_size} cannot be cut evenly for {self.num_processes} processes with "
-                f"`--gradient_accumulation_steps` {self.accumulation_steps}: take a multiple of "
+                f"`--batch-size` {self.batch_size} cannot be cut evenly for {self.num_processes} processes with "
+                f"`--gradient-accumulation-steps` {self.accumulation_steps}: take a multiple of "
                 f"{self.num_processes * self.accumulation_steps}."
             )
         if self.num_images < self.num_processes:

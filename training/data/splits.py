@@ -37,11 +37,11 @@ def load_splits(arguments: "DataArguments", seed: int) -> ImageSplits:
     """
     splits = _load(arguments)
     if arguments.train_split not in splits:
-        raise ValueError(f"`--train_split` is `{arguments.train_split}`, but the data has {sorted(splits)}.")
+        raise ValueError(f"`--train-split` is `{arguments.train_split}`, but the data has {sorted(splits)}.")
     train = splits[arguments.train_split]
     eval_split = arguments.eval_split or next((name for name in EVAL_SPLITS if name in splits), None)
     if eval_split is not None and eval_split not in splits:
-        raise ValueError(f"`--eval_split` is `{eval_split}`, but the data has {sorted(splits)}.")
+        raise ValueError(f"`--eval-split` is `{eval_split}`, but the data has {sorted(splits)}.")
     evaluation = splits[eval_split] if eval_split is not None else None
 
     image_column, train = _image_column(train, arguments.image_column)
@@ -70,7 +70,7 @@ def load_splits(arguments: "DataArguments", seed: int) -> ImageSplits:
 
 
 def load_evaluation_split(arguments: "DataArguments") -> ImageSplits:
-    """One split to evaluate on, as both splits: `--eval_split`, or validation or test, or the only one.
+    """One split to evaluate on, as both splits: `--eval-split`, or validation or test, or the only one.
 
     Raises: ValueError naming what there is.
     """
@@ -78,7 +78,7 @@ def load_evaluation_split(arguments: "DataArguments") -> ImageSplits:
     only = next(iter(splits)) if len(splits) == 1 else None
     name = arguments.eval_split or next((name for name in EVAL_SPLITS if name in splits), only)
     if name not in splits:
-        raise ValueError(f"`--eval_split` is `{name}`, but the data has {sorted(splits)}.")
+        raise ValueError(f"`--eval-split` is `{name}`, but the data has {sorted(splits)}.")
     image_column, dataset = _image_column(splits[name], arguments.image_column)
     label_column = _label_column(dataset, arguments.label_column)
     columns = {"image_column": image_column, "label_column": label_column}
@@ -109,7 +109,7 @@ def check_images(splits: ImageSplits, num_images: int) -> None:
                 bad.append(str(error))
         if bad:
             more = f" (and {len(bad) - 1} more of the {count} that were looked at)" if len(bad) > 1 else ""
-            raise BadImageError(f"{bad[0]}{more} Mend or remove it, or pass `--on_bad_image skip`.")
+            raise BadImageError(f"{bad[0]}{more} Mend or remove it, or pass `--on-bad-image skip`.")
 
 
 def _load(arguments: "DataArguments") -> dict[str, DatasetLike]:
@@ -187,9 +187,9 @@ def _image_column(dataset: DatasetLike, name: str | None) -> tuple[str, DatasetL
     if name is None and len(columns) == 1:
         name = columns[0]
     if name not in columns:
-        problem = f"`--image_column` is `{name}`" if name else f"The data has {len(columns)} columns of images"
+        problem = f"`--image-column` is `{name}`" if name else f"The data has {len(columns)} columns of images"
         raise ValueError(
-            f"{problem}: name one of {columns} with `--image_column` (all columns: {dataset.column_names})."
+            f"{problem}: name one of {columns} with `--image-column` (all columns: {dataset.column_names})."
         )
     return name, dataset.cast_column(name, datasets.Image(decode=False))
 
@@ -198,9 +198,9 @@ def _label_column(dataset: DatasetLike, name: str | None) -> str:
     guess = next((column for column in LABEL_COLUMNS if column in dataset.column_names), None)
     if (name or guess) in dataset.column_names:
         return name or guess
-    problem = f"`--label_column` is `{name}`" if name else "No column of labels was found"
+    problem = f"`--label-column` is `{name}`" if name else "No column of labels was found"
     hint = f", perhaps `{guess}`" if guess else ""
-    raise ValueError(f"{problem}: name one of {dataset.column_names} with `--label_column`{hint}.")
+    raise ValueError(f"{problem}: name one of {dataset.column_names} with `--label-column`{hint}.")
 
 
 def _numbered(
@@ -282,7 +282,7 @@ def _streamed(
 ) -> ImageSplits:
     """Streamed splits, whose labels must be numbered already."""
     if evaluation is None:
-        raise ValueError("Streamed data needs an evaluation split: name one with `--eval_split`.")
+        raise ValueError("Streamed data needs an evaluation split: name one with `--eval-split`.")
     feature = train.features[columns["label_column"]]
     inner = getattr(feature, "feature", None)
     classes = inner or feature

@@ -31,7 +31,7 @@ def build_model(arguments: TrainArguments, label_names: list[str], multi_label: 
         **labels(label_names),
         "problem_type": "multi_label_classification" if multi_label else "single_label_classification",
         "keep_rate": arguments.keep_rate,
-        "fuse_inattentive_tokens": model.fuse_inattentive_tokens,
+        "fuse_inattentive_tokens": model.inattentive_tokens == "fused",
         "drop_path_rate": model.drop_path_rate,
         **({"reorganization_layers": model.reorganization_layers} if model.reorganization_layers is not None else {}),
     }

@@ -41,7 +41,7 @@ def freeze(model: nn.Module, trainable: str, num_frozen_layers: int) -> None:
     """
     num_layers = model.config.num_hidden_layers
     if num_frozen_layers > num_layers:
-        raise ValueError(f"`--freeze_layers` is {num_frozen_layers}, but the model has {num_layers} layers.")
+        raise ValueError(f"`--freeze-layers` is {num_frozen_layers}, but the model has {num_layers} layers.")
     for name, parameter in model.named_parameters():
         is_below = num_frozen_layers > 0 and layer_number(name, num_layers) <= num_frozen_layers
         parameter.requires_grad_(not is_below and (trainable == "all" or name.startswith(CLASSIFIERS)))

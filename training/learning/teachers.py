@@ -46,7 +46,7 @@ class Oracle(nn.Module):
         if max(self.layers) >= len(model.vit.layers):
             raise ValueError(
                 f"`--oracle` has {len(model.vit.layers)} layers, but layer {max(self.layers)} of the student "
-                "reorganizes: take a deeper one, or `--oracle_layer last`."
+                "reorganizes: take a deeper one, or `--oracle-layer last`."
             )
         self._scores: dict[int, torch.Tensor] = {}
         for number in set(self.layers):

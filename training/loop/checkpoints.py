@@ -24,34 +24,12 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from ..arguments import FIELDS, in_todays_words
+
 
 MANIFEST = "manifest.json"
 PREFIX = "step-"
 PARTIAL = ".partial-"
-# Settings that change neither weights nor results; a run may go on with others.
-HARMLESS = {
-    "num_workers",
-    "check_images",
-    "eval_batch_size",
-    "output_dir",
-    "overwrite",
-    "resume",
-    "resume_override",
-    "checkpoint_steps",
-    "keep_checkpoints",
-    "final_weights",
-    "log_steps",
-    "compare_keep_rates",
-    "model_license",
-    "push_to_hub",
-    "push_when",
-    "push_private",
-    "push_revision",
-    "push_minutes",
-    "trackers",
-    "num_pictures",
-    "dry_run",
-}
 
 
 @dataclass
@@ -269,10 +247,12 @@ def settings_that_differ(old: dict[str, Any], new: dict[str, Any], also_harmful:
         new: flat settings of this run.
         also_harmful: settings that matter in this run though they usually do not.
     """
+    old = in_todays_words(old)
     names = [
         name
         for name in {**old, **new}
-        if (name not in HARMLESS or name in also_harmful) and old.get(name) != new.get(name)
+        if (name not in FIELDS or FIELDS[name].metadata["changes_training"] or name in also_harmful)
+        and old.get(name) != new.get(name)
     ]
     width = max((len(name) for name in names), default=0)
     return [f"  {name:<{width}}  checkpoint: {old.get(name)!s:<12}  now: {new.get(name)}" for name in names]

@@ -81,7 +81,7 @@ def lock(output_dir: Path) -> IO:
         output_dir.mkdir(parents=True, exist_ok=True)
         file = (output_dir / ".lock").open("w")
     except OSError as error:
-        raise ValueError(f"`--output_dir {output_dir}` cannot be written: {error}.") from None
+        raise ValueError(f"`--output-dir {output_dir}` cannot be written: {error}.") from None
     path = output_dir / ".lock"
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -91,6 +91,6 @@ def lock(output_dir: Path) -> IO:
     except OSError:
         file.close()
         raise ValueError(
-            f"Another run is writing to `--output_dir {output_dir}`: wait for it, or choose another folder."
+            f"Another run is writing to `--output-dir {output_dir}`: wait for it, or choose another folder."
         ) from None
     return file

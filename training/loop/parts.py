@@ -68,7 +68,7 @@ def build_accelerator(arguments: TrainArguments) -> Accelerator:
             "`torchrun --nproc_per_node N -m evit_training train`."
         )
     if arguments.run.mixed_precision == "fp16" and accelerator.scaler is None:
-        raise ValueError("`--mixed_precision fp16` needs a GPU, here it would train in float32: take `bf16` or `no`.")
+        raise ValueError("`--mixed-precision fp16` needs a GPU, here it would train in float32: take `bf16` or `no`.")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(
             "DeepSpeed steps the optimizer inside backward, so that steps could neither be skipped nor resumed "

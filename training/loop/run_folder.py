@@ -75,7 +75,7 @@ def run_folder(accelerator: Accelerator, arguments: TrainArguments) -> Iterator[
         if left and not run.overwrite and run.resume != "auto" and not is_its_own:
             raise ValueError(
                 f"`{output_dir}` holds a run already ({', '.join(left)}): go on with `--resume auto`, choose another "
-                "`--output_dir`, or pass `--overwrite` to delete it."
+                "`--output-dir`, or pass `--overwrite` to delete it."
             )
         accelerator.wait_for_everyone()
         yield resume_from
@@ -115,14 +115,14 @@ def resume(state: TrainingState, path: Path, arguments: TrainArguments, num_step
         table = "\n".join(different)
         raise ValueError(
             f"`--resume` from {path} with other settings would be another training:\n{table}\nTake the old ones, or "
-            "pass `--resume_override` to go on all the same."
+            "pass `--resume-override` to go on all the same."
         )
     num_processes = old.num_processes  # before it becomes that of this run
     state.load(path, old, tensors)
     if state.progress.step > num_steps:
         raise ValueError(
             f"{path} is of step {state.progress.step}, beyond the {num_steps} steps of this run: raise `--epochs` or "
-            "`--max_steps`."
+            "`--max-steps`."
         )
     if num_processes != state.progress.num_processes:
         state.accelerator.print(

@@ -223,8 +223,8 @@ def halve_micro_batches(parts: Parts, progress: Progress, buffers: list[torch.Te
     clear_device_cache(garbage_collection=True)
     if micro_batch_size == 1:
         raise OutOfMemory(
-            "Memory does not suffice for one image: take a smaller model or `--image_size`, "
-            "`--gradient_checkpointing`, `--mixed_precision bf16`, or a lower `--keep_rate`."
+            "Memory does not suffice for one image: take a smaller model or `--image-size`, "
+            "`--gradient-checkpointing`, `--mixed-precision bf16`, or a lower `--keep-rate`."
         )
     progress.accumulation_factor *= 2
     parts.accelerator.print(
@@ -264,8 +264,8 @@ def count_skipped_step(parts: Parts, state: TrainingState, step: int) -> None:
         report.write_text(json.dumps({"step": step + 1, "images": images_of_step(parts, step)}) + "\n")
     raise TrainingDiverged(
         f"{progress.skipped_in_row} steps in a row had a loss or gradient that is not finite, the last is step "
-        f"{step + 1} (its images: {report}); {where}. Lower `--learning_rate`, set `--max_grad_norm`, or train "
-        "without `--mixed_precision fp16`."
+        f"{step + 1} (its images: {report}); {where}. Lower `--learning-rate`, set `--max-grad-norm`, or train "
+        "without `--mixed-precision fp16`."
     )
 
 
@@ -283,7 +283,7 @@ def images_of_step(parts: Parts, step: int) -> list[int]:
 def count_bad_images(parts: Parts, progress: Progress, batches: list[Batch]) -> None:
     """Count replaced images over all processes.
 
-    Raises: BadImageError if they are more than `--max_bad_images` of the data.
+    Raises: BadImageError if they are more than `--max-bad-images` of the data.
     """
     if parts.arguments.data.on_bad_image == "error":
         return
@@ -295,6 +295,6 @@ def count_bad_images(parts: Parts, progress: Progress, batches: list[Batch]) -> 
     seen = max(progress.step * parts.plan.batch_size, parts.plan.num_images)
     if progress.bad_images > parts.arguments.data.max_bad_images * seen:
         raise BadImageError(
-            f"{progress.bad_images} images could not be decoded, more than `--max_bad_images` "
+            f"{progress.bad_images} images could not be decoded, more than `--max-bad-images` "
             f"{parts.arguments.data.max_bad_images} of {seen}: mend the data, or raise it."
         )

@@ -68,7 +68,7 @@ def train(arguments: TrainArguments) -> list[dict]:
         ValueError: settings or data that cannot work, a folder that is in use.
         CheckpointError: no intact checkpoint to resume from, or the end of the run could not be saved.
         TrainingInterrupted: SIGTERM or SIGINT; the run was saved.
-        TrainingDiverged: `--max_skipped_steps` steps in a row were not finite.
+        TrainingDiverged: `--max-skipped-steps` steps in a row were not finite.
         OutOfMemory: one image at a time is too much.
     """
     accelerator = build_accelerator(arguments)
@@ -151,7 +151,7 @@ def run_training(parts: Parts, state: TrainingState, is_resumed: bool) -> list[d
                 raise TrainingInterrupted(
                     signal_number,
                     f"Interrupted by signal {signal_number} after step {progress.step} of {num_steps}, and saved: "
-                    f"go on with `--resume auto --output_dir {output_dir}`.",
+                    f"go on with `--resume auto --output-dir {output_dir}`.",
                 )
             if progress.step == num_steps:
                 break
@@ -170,7 +170,7 @@ def run_training(parts: Parts, state: TrainingState, is_resumed: bool) -> list[d
                 state.save(run.keep_checkpoints)
                 raise CheckpointError(
                     f"A process that loads images died ({' '.join(str(error).split())}). The run was saved at step "
-                    f"{step}: go on with `--resume auto`, with fewer `--num_workers` if memory ran out."
+                    f"{step}: go on with `--resume auto`, with fewer `--num-workers` if memory ran out."
                 ) from None
             window.data_seconds += time.perf_counter() - start
             count_bad_images(parts, progress, batches)
@@ -364,7 +364,7 @@ def check_hub(arguments: TrainArguments) -> None:
     try:
         check_write_access(arguments.hub.push_to_hub, arguments.hub.push_private, arguments.hub.push_revision)
     except PushError as error:
-        raise ValueError(f"`--push_to_hub` cannot work: {error}.") from None
+        raise ValueError(f"`--push-to-hub` cannot work: {error}.") from None
 
 
 def background_push(parts: Parts) -> BackgroundPush | None:

@@ -1,0 +1,213 @@
+"""A setting: a dataclass field that knows its help text, what it accepts, and whether it changes the training.
+
+A command is one or more dataclasses of settings. `FlagParser` makes a flag of each field: `keep_rate` is `--keep-rate`
+(`--keep_rate` means the same). Only the standard library is imported, so that `--help` and usage errors are quick.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What a setting accepts. In a list, each item must be accepted; None always is.
+
+    Args:
+        words: completes "`--flag` must be ...".
+        holds: the test of a value.
+        way_out: a sentence for the end of the error.
+    """
+
+    words: str
+    holds: Callable[[Any], bool]
+    way_out: str = ""
+
+
+AT_LEAST_ONE = Accepted("at least 1", lambda value: value >= 1)
+LIMIT = Accepted("at least 1", lambda value: value >= 1, " Leave it out for no limit.")
+NOT_NEGATIVE = Accepted("0 or more", lambda value: 0 <= value < float("inf"))
+POSITIVE = Accepted("above 0", lambda value: 0 < value < float("inf"))
+SHARE = Accepted("in [0, 1]", lambda value: 0 <= value <= 1)
+KEEP_RATE = Accepted("in (0, 1]", lambda value: 0 < value <= 1)
+
+
+def setting(
+    default: Any, text: str, accepts: Accepted | None = None, changes_training: bool = True, **metadata: Any
+) -> Any:
+    """A dataclass field that is a setting.
+
+    Args:
+        default: its default.
+        text: its help text.
+        accepts: what it accepts beyond its type; None for everything.
+        changes_training: whether a run that resumes with a different value would be a different training.
+        **metadata: what a command wants to know besides, for example `only_for_training=True`.
+    """
+    metadata |= {"help": text, "accepts": accepts, "changes_training": changes_training}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def flag(name: str) -> str:
+    """A setting as it is written on a command line: `--keep-rate` for keep_rate."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_settings(part: Any) -> None:
+    """Check all fields of a dataclass of settings.
+
+    Raises: ValueError naming the first flag with a value that it does not accept.
+    """
+    for one in dataclasses.fields(part):
+        accepts, value = one.metadata.get("accepts"), getattr(part, one.name)
+        if accepts is None or value is None:
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            if not accepts.holds(item):
+                raise ValueError(f"`{flag(one.name)}` must be {accepts.words}, got {item}.{accepts.way_out}")
+
+
+def closest(word: str, known: Iterable[str], otherwise: str) -> str:
+    """The way out for a word that is not known: the known one that looks like it, or `otherwise`."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean `{close[0]}`?" if close else otherwise
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Help with the default of each flag."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        default, text = action.default, action.help or ""
+        if default in (None, [], argparse.SUPPRESS) or default is False or not action.option_strings:
+            return text
+        shown = "yes" if default is True else " ".join(map(str, default if isinstance(default, list) else [default]))
+        return f"{text} (default: {shown})".replace("%", "%%")
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Parser of a command: positional arguments, and a flag for each field of dataclasses of settings.
+
+    Args:
+        word: of the command, for example "evaluate".
+        parts: dataclasses of settings; the docstring of each is the title of its flags in the help.
+        usage: of the command, without the flags that are seldom given.
+        description: what the command does.
+        leave_out: says of a field whether the command does without it; it then has its default.
+        renamed: for flags of earlier versions, by name in hyphens: what to write instead.
+        epilog: the end of the help.
+    """
+
+    def __init__(
+        self,
+        word: str,
+        parts: Sequence[type],
+        usage: str,
+        description: str,
+        leave_out: Callable[[dataclasses.Field], bool] = lambda field: False,
+        renamed: dict[str, str] | None = None,
+        epilog: str | None = None,
+    ) -> None:
+        super().__init__(
+            prog=f"evit {word}",
+            usage=usage,
+            description=description,
+            epilog=epilog,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+        self.parts, self.renamed = parts, renamed or {}
+        self.names: list[str] = []
+        for part in parts:
+            group = self.add_argument_group((part.__doc__ or "").split("\n")[0].rstrip("."))
+            hints = typing.get_type_hints(part)
+            for one in dataclasses.fields(part):
+                if not leave_out(one):
+                    self.names.append(one.name)
+                    _add_flag(group, one, hints[one.name])
+
+    def parse(self, argv: Sequence[str]) -> tuple[list[Any], argparse.Namespace, Collection[str]]:
+        """Parse and check a command line.
+
+        Returns: an object of each part, the positional arguments, and the names of the settings that were given.
+
+        Raises: SystemExit with status 2 and one line on standard error, as argparse does.
+        """
+        words = [_with_hyphens(word) for word in argv]
+        space, unknown = self.parse_known_args(words)
+        if unknown:
+            self.error(self._about_unknown(unknown[0]))
+        given = {name for name in self.names if any(word.split("=")[0] in _spellings(name) for word in words)}
+        objects = []
+        for part in self.parts:
+            names = [one.name for one in dataclasses.fields(part) if one.name in self.names]
+            objects.append(part(**{name: getattr(space, name) for name in names}))
+            for name in names:
+                delattr(space, name)
+            try:
+                check_settings(objects[-1])
+            except ValueError as error:
+                self.error(str(error))
+        return objects, space, given
+
+    def error(self, message: str) -> NoReturn:
+        """End with one line and status 2."""
+        sys.stderr.write(f"{self.prog}: error: {message.removeprefix('argument ')}\n")
+        sys.exit(2)
+
+    def _about_unknown(self, word: str) -> str:
+        name = word.split("=")[0]
+        if not name.startswith("-"):
+            return f"`{word}` is one word too many: see `{self.prog} --help`."
+        if name.removeprefix("--no-").removeprefix("--") in self.renamed:
+            return f"`{name}` is {self.renamed[name.removeprefix('--no-').removeprefix('--')]} now."
+        known = [flag(name) for name in self.names]
+        return f"unknown flag `{name}`: {closest(name, known, f'see `{self.prog} --help`.')}"
+
+
+def _spellings(name: str) -> tuple[str, str]:
+    return flag(name), flag(f"no_{name}")
+
+
+def _with_hyphens(word: str) -> str:
+    """A flag with hyphens for underscores; what follows `=` and what is not a flag stay as they are."""
+    name, equals, value = word.partition("=")
+    return f"{name.replace('_', '-')}{equals}{value}" if name.startswith("--") else word
+
+
+def _add_flag(group: Any, one: dataclasses.Field, hint: Any) -> None:
+    """Add the flag of a field to a parser."""
+    if isinstance(hint, types.UnionType):  # of a type and None
+        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
+    keywords: dict[str, Any] = {"default": default, "help": one.metadata["help"].replace("%", "%%")}
+    metavar = {int: "N", float: "X"}
+    if typing.get_origin(hint) is Literal:
+        keywords |= {"choices": typing.get_args(hint)}
+    elif hint is bool:
+        keywords |= {"type": _truth, "nargs": "?", "const": True, "metavar": "yes|no"}
+    elif typing.get_origin(hint) is list:
+        (kind,) = typing.get_args(hint)
+        keywords |= {"type": kind, "nargs": "+", "metavar": metavar.get(kind, "WORD")}
+    else:
+        keywords |= {"type": hint, "metavar": metavar.get(hint, "WORD")}
+    group.add_argument(flag(one.name), dest=one.name, **keywords)
+    if hint is bool:
+        group.add_argument(
+            flag(f"no_{one.name}"), dest=one.name, action="store_false", default=default, help=argparse.SUPPRESS
+        )
+
+
+def _truth(word: str) -> bool:
+    if word.lower() in ("yes", "true", "t", "y", "1", "on"):
+        return True
+    if word.lower() in ("no", "false", "f", "n", "0", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"must be yes or no, got {word!r}")
