@@ -11,6 +11,7 @@ from transformers.utils import is_vision_available
 from .configuration_evit import EViTConfig
 from .configuration_evit import __version__ as __version__
 from .configuration_evit_lv import EViTLVConfig
+from .keep_rate_schedule import KeepRateCallback
 from .modeling_evit import (
     EViTForImageClassification,
     EViTForImageClassificationWithTeacher,
@@ -22,6 +23,7 @@ from .modeling_evit import (
 )
 from .modeling_evit_lv import EViTLVForImageClassification, EViTLVImageClassifierOutput, EViTLVModel
 from .pictures import as_rgb
+from .reorganization import families, reorganize
 
 
 AutoConfig.register("evit", EViTConfig, exist_ok=True)
@@ -49,5 +51,8 @@ __all__ = [
     "EViTModel",
     "EViTModelOutput",
     "EViTPreTrainedModel",
+    "KeepRateCallback",
     "as_rgb",
+    "families",
+    "reorganize",
 ]

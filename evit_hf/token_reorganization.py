@@ -43,6 +43,7 @@ def class_token_probabilities(
     scaling: float,
     token_mask: torch.Tensor | None = None,
     num_scoring_tokens: int = 1,
+    position_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention probabilities of the class token alone: one row of the attention map, at a fraction of its cost.
 
@@ -56,10 +57,14 @@ def class_token_probabilities(
         scaling: factor on the dot products, head_dim ** -0.5 in a ViT.
         token_mask: (batch_size, sequence_length), True or nonzero where a token may be attended to.
         num_scoring_tokens: 2 to let a distillation token behind the class token have its say as well.
+        position_bias: (1 or batch_size, num_heads, sequence_length, sequence_length), what the family adds to the
+            logits of a pair of positions, as BEiT does.
 
     Returns: (batch_size, num_heads, num_scoring_tokens, sequence_length), float32.
     """
     logits = (query[:, :, :num_scoring_tokens] @ key.transpose(-2, -1)).float() * scaling
+    if position_bias is not None:
+        logits = logits + position_bias[:, :, :num_scoring_tokens]
     if token_mask is not None:
         logits = logits.masked_fill(token_mask[:, None, None, :] == 0, float("-inf"))
     return logits.softmax(dim=-1)

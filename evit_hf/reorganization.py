@@ -1,0 +1,685 @@
+"""`reorganize`: any Vision Transformer with a class token keeps only its attentive tokens, by one call.
+
+The paper's step comes between the two halves of a layer, attention and feed-forward network. Each family of models
+writes these halves in one of a few dialects; `ReorganizingLayer` runs the first half, reorganizes, and runs the second.
+What one forward pass knows of its tokens (which are left, and where they were) is a `TokensLeft` that travels in the
+keywords of the layers, never on a module: two forward passes may be under way at once, and gradient checkpointing runs
+a layer again after others have run.
+
+The arithmetic is in `token_reorganization`. For ViT and DeiT the classes of `modeling_evit` compute the same, faster.
+"""
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput
+
+from .configuration_evit import (
+    EViTConfig,
+    check_keep_rate,
+    default_reorganization_layers,
+    keep_rate_by_layer,
+    refuse_misspelt_names,
+)
+from .token_reorganization import (
+    append_fused_patch,
+    class_token_attention,
+    class_token_probabilities,
+    follow_patches,
+    num_attentive_tokens,
+    reorganize_tokens,
+    scores_by_patch,
+)
+
+
+# Transformers' sdpa attention that also tells what the class token looks at, where a layer asks for it.
+SDPA_WITH_CLASS_ROW = "sdpa_with_class_row"
+DEFAULT_KEEP_RATE = 0.7
+
+
+@dataclass
+class TokensLeft:
+    """The tokens of one forward pass: what was asked for, and by layer what is left.
+
+    Everything is kept by layer number, so that a layer that gradient checkpointing runs again reads what it read at
+    first.
+
+    Args:
+        keep_rates: keep rate of each reorganization layer, by layer number.
+        fuse: whether the inattentive tokens are fused, or else dropped.
+        num_prefix_tokens: class tokens, distillation token and registers, which are never given up.
+        num_scoring_tokens: class tokens whose attention scores the image tokens, averaged.
+        patch_scores: scores from outside that choose the tokens, (batch_size, num_patches), by layer number.
+        attentive_index: kept tokens as positions in the patch grid, by layer number; -1 for an earlier fused token.
+        patch_index: position in the patch grid of the image tokens that leave a layer, by layer number.
+    """
+
+    keep_rates: dict[int, float]
+    fuse: bool
+    num_prefix_tokens: int
+    num_scoring_tokens: int
+    patch_scores: dict[int, torch.Tensor]
+    attentive_index: dict[int, torch.Tensor] = field(default_factory=dict)
+    patch_index: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def entering(self, layer: int) -> torch.Tensor | None:
+        """Position in the patch grid of the image tokens that enter a layer; None where all patches do, in order."""
+        earlier = [number for number in self.patch_index if number < layer]
+        return self.patch_index[max(earlier)] if earlier else None
+
+
+def sdpa_with_class_row(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    num_scoring_tokens: int = 0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Transformers' sdpa attention; on request with the attention probabilities of the class tokens.
+
+    Args:
+        module: the attention module.
+        query: (batch_size, num_heads, sequence_length, head_dim), rotated where the family rotates.
+        key: (batch_size, num_key_heads, sequence_length, head_dim), likewise.
+        value: (batch_size, num_key_heads, sequence_length, head_dim).
+        attention_mask: additive, (1 or batch_size, num_heads, sequence_length, sequence_length), or None.
+        scaling: factor on the dot products; head_dim ** -0.5 by default.
+        num_scoring_tokens: class tokens whose probabilities are wanted.
+        **kwargs: for `sdpa_attention_forward`.
+
+    Returns: output (batch_size, sequence_length, num_heads, head_dim), and (batch_size, num_heads,
+        num_scoring_tokens, sequence_length) in float32 or None.
+    """
+    kwargs.pop("tokens", None)
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if not num_scoring_tokens:
+        return output, None
+    if key.shape[1] != query.shape[1]:  # grouped keys
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rows = class_token_probabilities(
+        query, key, scaling, num_scoring_tokens=num_scoring_tokens, position_bias=attention_mask
+    )
+    return output, rows
+
+
+ALL_ATTENTION_FUNCTIONS.register(SDPA_WITH_CLASS_ROW, sdpa_with_class_row)
+ALL_MASK_ATTENTION_FUNCTIONS.register(SDPA_WITH_CLASS_ROW, sdpa_mask)
+
+
+class ReorganizingLayer:
+    """A layer that reorganizes its tokens between its two halves; in front of the layer's own class.
+
+    The halves come from a dialect: `attend(hidden_states, attention_mask, **kwargs)` returns the hidden states after
+    attention and residual and what the attention returned beside them, `feed_forward(hidden_states)` returns the
+    layer's output.
+    """
+
+    layer_number: int
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        tokens: TokensLeft | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Attend, reorganize, feed forward.
+
+        Args:
+            hidden_states: (batch_size, num_prefix_tokens + num_image_tokens, hidden_size).
+            attention_mask: of the family, over the tokens of the whole image.
+            tokens: of this forward pass. Without them the layer is the dense one.
+            **kwargs: of the family.
+
+        Returns: (batch_size, num_prefix_tokens + num_attentive (+ 1 fused token), hidden_size).
+        """
+        if tokens is None:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        number, num_image_tokens = self.layer_number, hidden_states.shape[1] - tokens.num_prefix_tokens
+        patch_index = tokens.entering(number)
+        if patch_index is not None:
+            attention_mask, kwargs = self.follow_tokens(tokens, patch_index, attention_mask, kwargs)
+        num_attentive = num_attentive_tokens(tokens.keep_rates.get(number, 1.0), num_image_tokens)
+        reorganizes = num_attentive < num_image_tokens
+        hidden_states, probabilities = self.attend(
+            hidden_states,
+            attention_mask,
+            tokens=tokens,
+            num_scoring_tokens=tokens.num_scoring_tokens if reorganizes else 0,
+            **kwargs,
+        )
+        if patch_index is None and number in tokens.keep_rates:
+            patch_index = torch.arange(num_image_tokens, device=hidden_states.device)
+            patch_index = patch_index.expand(hidden_states.shape[0], -1)
+        if reorganizes:
+            attention = class_token_attention(probabilities, tokens.num_prefix_tokens, tokens.num_scoring_tokens)
+            scores = tokens.patch_scores.get(number)
+            hidden_states, attentive_index = reorganize_tokens(
+                hidden_states,
+                attention,
+                num_attentive,
+                num_prefix_tokens=tokens.num_prefix_tokens,
+                fuse_inattentive_tokens=tokens.fuse,
+                token_scores=None if scores is None else scores_by_patch(scores, patch_index),
+            )
+            patch_index = follow_patches(patch_index, attentive_index)
+        if number in tokens.keep_rates:
+            tokens.attentive_index[number] = patch_index
+            tokens.patch_index[number] = (
+                append_fused_patch(patch_index) if reorganizes and tokens.fuse else patch_index
+            )
+        return self.feed_forward(hidden_states)
+
+    def follow_tokens(
+        self,
+        tokens: TokensLeft,
+        patch_index: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        """What the attention is given for the tokens that are left; rotary positions follow them.
+
+        A fused token has no position and is not rotated.
+
+        Args:
+            tokens: of this forward pass.
+            patch_index: (batch_size, num_image_tokens), see `TokensLeft.entering`.
+            attention_mask: of the family, over the tokens of the whole image.
+            kwargs: of the family.
+        """
+        if kwargs.get("position_embeddings") is None:
+            return attention_mask, kwargs
+        is_fused = (patch_index < 0).unsqueeze(-1)
+        cos, sin = (table[patch_index.clamp(min=0)] for table in kwargs["position_embeddings"])  # by patch
+        rotation = (cos.masked_fill(is_fused, 1.0).unsqueeze(1), sin.masked_fill(is_fused, 0.0).unsqueeze(1))
+        return attention_mask, {**kwargs, "position_embeddings": rotation}
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        """Pickle and copy by way of the dense class, since this one is made when it is needed."""
+        return _empty_layer, (type(self).dense_class,), self.__dict__
+
+
+class ViTHalves:
+    """Halves of ViT's layer and of those copied from it, with stochastic depth or without."""
+
+    def attend(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention with its residual."""
+        output, probabilities = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
+        return self._branch(output) + hidden_states, probabilities
+
+    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """MLP with its residual."""
+        return self._branch(self.mlp(self.layernorm_after(hidden_states))) + hidden_states
+
+    def _branch(self, output: torch.Tensor) -> torch.Tensor:
+        output = self.dropout(output)
+        return self.drop_path(output) if hasattr(self, "drop_path") else output
+
+
+class Dinov2Halves:
+    """Halves of DINOv2's layer: layer scale and stochastic depth."""
+
+    def attend(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention with its residual."""
+        output, probabilities = self.attention(self.norm1(hidden_states), attention_mask=attention_mask, **kwargs)
+        return self.drop_path(self.layer_scale1(output)) + hidden_states, probabilities
+
+    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """MLP with its residual."""
+        return self.drop_path(self.layer_scale2(self.mlp(self.norm2(hidden_states)))) + hidden_states
+
+
+class CLIPHalves:
+    """Halves of CLIP's layer."""
+
+    def attend(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention with its residual."""
+        normed = self.layer_norm1(hidden_states)
+        output, probabilities = self.self_attn(hidden_states=normed, attention_mask=attention_mask, **kwargs)
+        return hidden_states + output, probabilities
+
+    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """MLP with its residual."""
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+
+
+class BeitHalves:
+    """Halves of BEiT's layer, whose attention adds a bias for each pair of positions: its own, or one for all layers."""
+
+    def attend(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        tokens: TokensLeft,
+        interpolate_pos_encoding: bool = False,
+        resolution: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention with its residual; `attention_mask` is the bias that all layers share, or None."""
+        patch_index = tokens.entering(self.layer_number)
+        bias = attention_mask
+        if self.relative_position_bias is not None:
+            window = (resolution[0] // self.patch_size, resolution[1] // self.patch_size)
+            num_tokens = tokens.num_prefix_tokens + window[0] * window[1]
+            own = self.relative_position_bias(window, interpolate_pos_encoding, dim_size=num_tokens)
+            bias = own if bias is None else own + bias
+        if bias is not None and patch_index is not None:
+            bias = bias_of_pairs(bias, patch_index, tokens.num_prefix_tokens)
+        normed = self.layernorm_before(hidden_states)
+        output, probabilities = self.attention(normed, attention_mask=bias, tokens=tokens, **kwargs)
+        return self.drop_path(self.lambda_1 * self.dropout(output)) + hidden_states, probabilities
+
+    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """MLP with its residual."""
+        output = self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+        return self.drop_path(self.lambda_2 * output) + hidden_states
+
+
+def bias_of_pairs(bias: torch.Tensor, patch_index: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
+    """Bias for each pair of tokens that are left, of a bias for each pair of positions.
+
+    Args:
+        bias: (1, num_heads, num_tokens, num_tokens), prefix tokens first, then all patches.
+        patch_index: (batch_size, num_image_tokens), patches that are left, -1 for a fused token. That one has no
+            position: its bias is 0 with other image tokens, and with the prefix and itself that of any patch.
+        num_prefix_tokens: tokens before the image tokens.
+
+    Returns: (batch_size, num_heads, num_prefix_tokens + num_image_tokens, the same).
+    """
+    batch_size = patch_index.shape[0]
+    prefix = torch.arange(num_prefix_tokens, device=patch_index.device).expand(batch_size, -1)
+    position = torch.cat((prefix, patch_index.clamp(min=0) + num_prefix_tokens), dim=1)
+    pairs = bias[0][:, position[:, :, None], position[:, None, :]].transpose(0, 1)
+    is_fused = nn.functional.pad(patch_index < 0, (num_prefix_tokens, 0))
+    is_image = torch.arange(position.shape[1], device=position.device) >= num_prefix_tokens
+    lacks_distance = (is_fused[:, :, None] | is_fused[:, None, :]) & is_image & is_image[:, None]
+    lacks_distance = lacks_distance & ~torch.eye(position.shape[1], dtype=torch.bool, device=position.device)
+    return pairs.masked_fill(lacks_distance.unsqueeze(1), 0.0)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one family of models is reorganized.
+
+    Args:
+        layer: class name of its layers.
+        halves: dialect of their two halves.
+        models: class names of the models that read class tokens, or averages of patches; others want one answer for
+            each patch.
+        num_prefix_tokens: of a configuration.
+        num_class_tokens: of a configuration: those whose attention scores the image tokens.
+        attention: attribute of a layer that holds its attention.
+    """
+
+    layer: str
+    halves: type
+    models: tuple[str, ...]
+    num_prefix_tokens: Callable[[PreTrainedConfig], int] = lambda config: 1
+    num_class_tokens: Callable[[PreTrainedConfig], int] = lambda config: 1
+    attention: str = "attention"
+
+
+def _with_registers(config: PreTrainedConfig) -> int:
+    return 1 + config.num_register_tokens
+
+
+def _clip(prefix: str, layer: str, *more: str) -> Family:
+    return Family(layer, CLIPHalves, (f"{prefix}VisionModel", f"{prefix}Model", *more), attention="self_attn")
+
+
+# By the model type of the configuration that the layers' owner has.
+FAMILIES: dict[str, Family] = {
+    "vit": Family("ViTLayer", ViTHalves, ("ViTModel", "ViTForImageClassification")),
+    "vit_msn": Family("ViTMSNLayer", ViTHalves, ("ViTMSNModel", "ViTMSNForImageClassification")),
+    "deit": Family(
+        "DeiTLayer",
+        ViTHalves,
+        ("DeiTModel", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher"),
+        num_prefix_tokens=lambda config: 2,
+    ),
+    "vivit": Family("VivitLayer", ViTHalves, ("VivitModel", "VivitForVideoClassification")),
+    "audio-spectrogram-transformer": Family(
+        "ASTLayer",
+        ViTHalves,
+        ("ASTModel", "ASTForAudioClassification"),
+        num_prefix_tokens=lambda config: 2,
+        num_class_tokens=lambda config: 2,  # its answer is the mean of both
+    ),
+    "pixio": Family(
+        "PixioLayer",
+        ViTHalves,
+        ("PixioModel",),
+        num_prefix_tokens=lambda config: config.n_cls_tokens,
+        num_class_tokens=lambda config: config.n_cls_tokens,
+    ),
+    "dinov2": Family("Dinov2Layer", Dinov2Halves, ("Dinov2Model", "Dinov2ForImageClassification")),
+    "dinov2_with_registers": Family(
+        "Dinov2WithRegistersLayer",
+        Dinov2Halves,
+        ("Dinov2WithRegistersModel", "Dinov2WithRegistersForImageClassification"),
+        num_prefix_tokens=_with_registers,
+    ),
+    "dinov3_vit": Family("DINOv3ViTLayer", Dinov2Halves, ("DINOv3ViTModel",), num_prefix_tokens=_with_registers),
+    "sapiens2": Family("Sapiens2Layer", Dinov2Halves, ("Sapiens2Model",), num_prefix_tokens=_with_registers),
+    "tipsv2_vision_model": Family(
+        "Tipsv2VisionLayer", Dinov2Halves, ("Tipsv2VisionModel", "Tipsv2Model"), num_prefix_tokens=_with_registers
+    ),
+    "radio": Family(
+        "RadioLayer",
+        Dinov2Halves,
+        ("RadioModel",),
+        num_prefix_tokens=lambda config: config.num_cls_tokens + config.num_registers,
+        num_class_tokens=lambda config: config.num_cls_tokens,
+    ),
+    "clip_vision_model": _clip(
+        "CLIP", "CLIPEncoderLayer", "CLIPVisionModelWithProjection", "CLIPForImageClassification"
+    ),
+    "metaclip_2_vision_model": _clip(
+        "MetaClip2", "MetaClip2EncoderLayer", "MetaClip2VisionModelWithProjection", "MetaClip2ForImageClassification"
+    ),
+    "chinese_clip_vision_model": _clip("ChineseCLIP", "ChineseCLIPVisionLayer"),
+    "altclip_vision_model": _clip("AltCLIP", "AltCLIPEncoderLayer"),
+    "beit": Family("BeitLayer", BeitHalves, ("BeitModel", "BeitForImageClassification")),
+}
+
+_NO_CLASS_TOKEN = "it has no class token whose attention could say which patches matter"
+_GRID = "it wants one answer for each patch, or a whole grid of them"
+# Why other models are refused, by model type.
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(("siglip_vision_model", "siglip2_vision_model", "ijepa", "aimv2_vision_model"), _NO_CLASS_TOKEN),
+    "siglip": _NO_CLASS_TOKEN,
+    "siglip2": _NO_CLASS_TOKEN,
+    "aimv2": _NO_CLASS_TOKEN,
+    "vit_mae": "its model shuffles the patches and drops most of them itself: load the checkpoint as a ViT "
+    "(`ViTModel.from_pretrained`)",
+    "mlcd": "its rotary positions are one set for the whole batch, while each image keeps patches of its own",
+    "mlcd_vision_model": "its rotary positions are one set for the whole batch, while each image keeps patches of its "
+    "own",
+    "data2vec-vision": "its attention takes no keywords and adds its position bias out of reach",
+    "swin": "its windows need every patch",
+    "swinv2": "its windows need every patch",
+    "yolos": "its detection tokens come after the patches",
+    "owlvit": _GRID,
+    "owlv2": _GRID,
+    "dpt": _GRID,
+    "vitdet": _GRID,
+    "vitpose": _GRID,
+    "vitpose_backbone": _GRID,
+    "eomt": _GRID,
+    "sam": _GRID,
+    "llava": "its language model expects as many image tokens as its processor wrote into the prompt",
+    "llava_next": "its language model expects as many image tokens as its processor wrote into the prompt",
+}
+
+
+def reorganize(
+    model: PreTrainedModel,
+    keep_rate: float | Sequence[float] | None = None,
+    *,
+    reorganization_layers: Sequence[int] | None = None,
+    fuse_inattentive_tokens: bool | None = None,
+) -> PreTrainedModel:
+    """Let a Vision Transformer keep its attentive tokens, and fuse the rest into one token or drop them.
+
+    The model stays what it is: its class, its parameters' names, its model type and its checkpoints; `save_pretrained`
+    writes the three settings into config.json, and `reorganize(AutoModel.from_pretrained(folder))` restores them. Its
+    forward then takes `keep_rate` and `patch_scores` as that of `EViTModel` does, and its outputs have the attributes
+    `attentive_index` and `patch_index`. Called again it changes the settings.
+
+    Args:
+        model: a model of Transformers, see `families`. It is changed in place, its configuration becomes its own.
+        keep_rate: share of image tokens kept at each reorganization layer, in (0, 1]: one number, or one for each.
+            By default what its configuration says, or 0.7.
+        reorganization_layers: zero-based layers, strictly increasing; by default what its configuration says, or
+            those at one, two and three quarters of the depth.
+        fuse_inattentive_tokens: whether one token, weighted by class token attention, is appended for the inattentive
+            tokens, or they are dropped; by default what its configuration says, or True.
+
+    Returns: the same model.
+
+    Raises: ValueError for a model that cannot be reorganized, with the reason, or settings out of range.
+
+    Example:
+        >>> from transformers import AutoModelForImageClassification
+        >>> from evit_hf import reorganize
+        >>> model = AutoModelForImageClassification.from_pretrained("facebook/dinov2-base-imagenet1k-1-layer")
+        >>> model = reorganize(model, keep_rate=0.7)
+        >>> model(**inputs, keep_rate=0.5).attentive_index  # doctest: +SKIP
+    """
+    owner, path, family = _tower(model)
+    old = owner.config
+    layers = getattr(owner, _layers_name(owner, family))
+    chosen = {
+        "keep_rate": keep_rate,
+        "reorganization_layers": reorganization_layers,
+        "fuse_inattentive_tokens": fuse_inattentive_tokens,
+    }
+    defaults = {
+        "keep_rate": DEFAULT_KEEP_RATE,
+        "reorganization_layers": default_reorganization_layers(len(layers)),
+        "fuse_inattentive_tokens": True,
+    }
+    settings = {name: getattr(old, name, defaults[name]) if value is None else value for name, value in chosen.items()}
+    _check_settings(settings, len(layers))
+    implementation = old._attn_implementation
+    if implementation not in ("eager", "sdpa", SDPA_WITH_CLASS_ROW):
+        raise ValueError(
+            f"`attn_implementation` is {implementation!r}, which does not tell what the class token looks at: load "
+            "the model with `attn_implementation='sdpa'`, which runs flash kernels on a GPU, or 'eager'."
+        )
+    if not isinstance(layers[0], ReorganizingLayer):
+        _own_configuration(model)
+        for number, layer in enumerate(layers):
+            layer.__class__ = _reorganizing_class(type(layer), family.halves)
+            layer.layer_number = number
+        owner.training_keep_rate = None  # the rate of a schedule, see `KeepRateCallback`
+        for module in path:
+            module.register_forward_pre_hook(functools.partial(_start, owner=owner), with_kwargs=True)
+            module.register_forward_hook(_finish, with_kwargs=True)
+        # By default Transformers writes names of older versions, which `Trainer` does not find when it resumes.
+        model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
+    config = owner.config
+    for name, value in settings.items():
+        setattr(config, name, value)
+    if implementation == "sdpa":
+        config._attn_implementation = SDPA_WITH_CLASS_ROW
+    return model
+
+
+def families() -> dict[str, str]:
+    """Families of models by model type: those that `reorganize` takes, and why it refuses the others.
+
+    Returns: for each model type "works: " and the names of its classes, or "refused: " and the reason.
+    """
+    works = {name: f"works: {', '.join(family.models)}" for name, family in FAMILIES.items()}
+    return dict(sorted({**works, **{name: f"refused: {reason}" for name, reason in REFUSED.items()}}.items()))
+
+
+def _tower(model: nn.Module) -> tuple[nn.Module, list[nn.Module], Family]:
+    """The module that owns the layers, the models on the way to it from the outside in, and their family.
+
+    Raises: ValueError for a model that cannot be reorganized.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"`model` must be a model of Transformers, got {type(model).__name__}.")
+    owners = [
+        (name, module, family)
+        for name, module in model.named_modules()
+        if (family := FAMILIES.get(getattr(getattr(module, "config", None), "model_type", None))) is not None
+        and _layers_name(module, family) is not None
+    ]
+    model_type = model.config.model_type
+    if len(owners) != 1:
+        reason = REFUSED.get(model_type) or next(
+            (
+                REFUSED[module.config.model_type]
+                for module in model.modules()
+                if getattr(getattr(module, "config", None), "model_type", None) in REFUSED
+            ),
+            f"it has {len(owners)} stacks of layers of a known Vision Transformer" if owners else "",
+        )
+        reason = reason or f"no layers of a known Vision Transformer were found in it; known are {', '.join(FAMILIES)}"
+        raise ValueError(f"`{type(model).__name__}` ({model_type}) cannot be reorganized: {reason}.")
+    name, owner, family = owners[0]
+    known = {base.__name__ for base in type(model).__mro__}
+    if not known & set(family.models):
+        raise ValueError(
+            f"`{type(model).__name__}` cannot be reorganized: {REFUSED.get(model_type, _GRID)}. Of its family these "
+            f"can: {', '.join(family.models)}."
+        )
+    if not _hands_keywords_on(owner, family):
+        raise ValueError(
+            f"`{type(model).__name__}` cannot be reorganized with this version of Transformers, whose "
+            f"`{family.layer}` takes no keywords: update Transformers to 5.18 or newer."
+        )
+    steps = name.split(".") if name else []
+    path = [model.get_submodule(".".join(steps[:depth])) for depth in range(len(steps) + 1)]
+    return owner, [module for module in path if isinstance(module, PreTrainedModel) or module is owner], family
+
+
+def _layers_name(owner: nn.Module, family: Family) -> str | None:
+    """Name of the list of layers of a module, None if it has none."""
+    for name, child in owner.named_children():
+        if isinstance(child, nn.ModuleList) and len(child) and type(child[0]).__name__ == family.layer:
+            return name
+    return None
+
+
+def _hands_keywords_on(owner: nn.Module, family: Family) -> bool:
+    layer = getattr(owner, _layers_name(owner, family))[0]
+    forwards = [type(owner).forward, getattr(type(layer), "dense_class", type(layer)).forward]
+    forwards.append(type(getattr(layer, family.attention)).forward)
+    return all(
+        any(parameter.kind == parameter.VAR_KEYWORD for parameter in inspect.signature(forward).parameters.values())
+        for forward in forwards
+    )
+
+
+def _check_settings(settings: dict[str, Any], num_layers: int) -> None:
+    """Check the settings by the rules of `EViTConfig`, which also makes lists of what JSON would.
+
+    Raises: ValueError naming the setting, its value and the way out.
+    """
+    try:
+        config = EViTConfig(num_hidden_layers=num_layers, **settings)
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__ or error)) from None
+    settings.update({name: getattr(config, name) for name in settings})
+
+
+def _own_configuration(model: PreTrainedModel) -> None:
+    """Give a model a configuration of its own: others may have been built of the same object."""
+    memo: dict[int, Any] = {}
+    model.config = copy.deepcopy(model.config, memo)
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, PreTrainedConfig) and id(value) in memo:
+                setattr(module, name, memo[id(value)])
+
+
+@functools.cache
+def _reorganizing_class(layer_class: type, halves: type) -> type:
+    """The class of a layer that reorganizes; its name stays, since FSDP and Accelerate look for layers by name."""
+    names = {
+        "dense_class": layer_class,
+        "__module__": layer_class.__module__,
+        "__qualname__": layer_class.__qualname__,
+    }
+    return type(layer_class.__name__, (ReorganizingLayer, halves, layer_class), names)
+
+
+def _empty_layer(layer_class: type) -> nn.Module:
+    """A reorganizing layer without contents, for pickle and deepcopy to fill."""
+    halves = next(family.halves for family in FAMILIES.values() if family.layer == layer_class.__name__)
+    layer_class = _reorganizing_class(layer_class, halves)
+    return layer_class.__new__(layer_class)
+
+
+def _start(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], owner: nn.Module
+) -> tuple[tuple, dict[str, Any]] | None:
+    """Before the outermost model's forward: what is asked for goes into the keywords, which reach every layer."""
+    kwargs = dict(kwargs)
+    if "tokens" not in kwargs:
+        kwargs["tokens"] = _tokens(owner, kwargs.pop("keep_rate", None), kwargs.pop("patch_scores", None))
+        refuse_misspelt_names(kwargs, ("keep_rate", "patch_scores"))
+    config, is_vision = owner.config, getattr(module, "config", None) is owner.config
+    if config._attn_implementation not in ("eager", SDPA_WITH_CLASS_ROW):
+        raise ValueError(
+            f"`attn_implementation` was set to {config._attn_implementation!r}, which does not tell what the class "
+            "token looks at: set 'sdpa' or 'eager' and call `reorganize(model)` again."
+        )
+    if is_vision and (kwargs.get("attention_mask") is not None and module.main_input_name != "input_ids"):
+        raise ValueError("`attention_mask` cannot follow reorganized tokens yet: leave it out.")
+    wants_maps = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
+    if wants_maps and config._attn_implementation != "eager":
+        raise ValueError("`output_attentions=True` needs the attention maps: load with `attn_implementation='eager'`.")
+    drops = max(getattr(config, name, 0.0) for name in ("attention_probs_dropout_prob", "attention_dropout"))
+    if owner.training and drops and config._attn_implementation == "eager":
+        raise ValueError(
+            f"Attention dropout of {drops} would choose the tokens under 'eager', whose map it changes: set 'sdpa' and "
+            "call `reorganize(model)` again."
+        )
+    for name in ("image_grid_hw", "cu_seqlens", "bool_masked_pos"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"`{name}` and reorganized tokens do not go together: leave it out, or use a dense model."
+            )
+    return args, kwargs
+
+
+def _tokens(owner: nn.Module, keep_rate: Any, patch_scores: Any) -> TokensLeft:
+    config, family = owner.config, FAMILIES[owner.config.model_type]
+    layers = config.reorganization_layers
+    if keep_rate is None:
+        keep_rate = owner.training_keep_rate if owner.training else None
+    keep_rate = config.keep_rate if keep_rate is None else keep_rate
+    check_keep_rate(keep_rate, len(layers))
+    scores = [patch_scores] * len(layers) if isinstance(patch_scores, torch.Tensor) else list(patch_scores or [])
+    if scores and len(scores) != len(layers):
+        raise ValueError(
+            f"`patch_scores` has {len(scores)} tensors but there are {len(layers)} reorganization layers: pass one "
+            "tensor for all of them, or one for each."
+        )
+    return TokensLeft(
+        keep_rates=keep_rate_by_layer(keep_rate, layers),
+        fuse=config.fuse_inattentive_tokens,
+        num_prefix_tokens=family.num_prefix_tokens(config),
+        num_scoring_tokens=family.num_class_tokens(config),
+        patch_scores=dict(zip(layers, scores, strict=False)),
+    )
+
+
+def _finish(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    """After a model's forward: its output tells which patches were kept.
+
+    As attributes: `Trainer` would take fields for predictions, and a pipeline would cut them by image.
+    """
+    tokens = kwargs["tokens"]
+    if isinstance(output, ModelOutput) and tokens.attentive_index:
+        output.attentive_index = tuple(tokens.attentive_index[layer] for layer in sorted(tokens.attentive_index))
+        output.patch_index = tokens.patch_index[max(tokens.patch_index)]
+
+
+__all__ = ["FAMILIES", "REFUSED", "ReorganizingLayer", "TokensLeft", "families", "reorganize"]

@@ -1,0 +1,372 @@
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+from transformers import ViTConfig
+from vision_families import CASES, LAYERS, build, inputs, reference
+
+from evit_hf import EViTConfig, EViTForImageClassification, KeepRateCallback, families, reorganize
+from evit_hf.reorganization import FAMILIES, ReorganizingLayer
+
+
+def owner_of(model):
+    return next(module for module in model.modules() if hasattr(module, "training_keep_rate"))
+
+
+def layers_of(model):
+    return [module for module in model.modules() if isinstance(module, ReorganizingLayer)]
+
+
+def tensors(output):
+    return {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
+
+
+def reorganized(case, implementation="sdpa", **settings):
+    return reorganize(build(case, implementation), **{"keep_rate": 0.7, "reorganization_layers": LAYERS, **settings})
+
+
+# --- The paper, family by family ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_keep_rate_one_is_bit_equal(case, implementation):
+    dense = build(case, implementation)
+    expected = tensors(dense(**inputs(case)))
+    model = reorganize(copy.deepcopy(dense), keep_rate=1.0)
+    output = model(**inputs(case))
+    for name, value in expected.items():
+        assert torch.equal(output[name], value), name
+
+
+@pytest.mark.parametrize("fuse", [True, False], ids=["fused", "dropped"])
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_equals_a_loop_over_tokens(case, fuse):
+    dense = build(case)
+    model = reorganize(copy.deepcopy(dense), 0.7, reorganization_layers=LAYERS, fuse_inattentive_tokens=fuse)
+    entered = []
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, kwargs: entered.append((args[0], kwargs)), with_kwargs=True)
+        for layer in layers_of(model)
+    ]
+    left = []
+    layers_of(model)[-1].register_forward_hook(lambda *call: left.append(call[-1]))
+    output = model(**inputs(case))
+    for handle in handles:
+        handle.remove()
+    owner = owner_of(model)
+    family = FAMILIES[owner.config.model_type]
+    num_prefix, num_scoring = family.num_prefix_tokens(owner.config), family.num_class_tokens(owner.config)
+    first, kwargs = entered[0]
+    rotary = kwargs.get("position_embeddings")
+    rotary = None if rotary is None else [table.double() for table in rotary]
+    for image in range(2):
+        tokens = first[image].double()
+        patches, kept_patches = list(range(len(tokens) - num_prefix)), []
+        for number, layer in enumerate(copy.deepcopy(layers_of(model))):
+            layer = layer.double()
+            bias = kwargs.get("attention_mask")
+            if getattr(layer, "relative_position_bias", None) is not None:
+                window = (6, 6)
+                own = layer.relative_position_bias(window, False, dim_size=37)
+                bias = own if bias is None else own + bias
+            rate = 0.7 if number in LAYERS else None
+            bias = None if bias is None else bias[0].double()
+            tokens, patches, kept = reference(
+                layer, tokens, num_prefix, num_scoring, rate, fuse, patches, rotary, bias
+            )
+            if kept is not None:
+                kept_patches.append([-1 if patch is None else patch for patch in kept])
+        assert [index[image].tolist() for index in output.attentive_index] == kept_patches
+        assert output.patch_index[image].tolist() == [-1 if patch is None else patch for patch in patches]
+        error = (left[0][image].double() - tokens).norm() / tokens.norm()
+        assert error < 1e-5, error
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_halves_are_the_layer(case):
+    # Notices when Transformers changes a layer that our halves repeat.
+    model = reorganized(case, keep_rate=1.0)
+    calls = []
+    for layer in layers_of(model):
+        layer.register_forward_hook(
+            lambda layer, args, kwargs, output: calls.append((layer, args, dict(kwargs), output)), with_kwargs=True
+        )
+    model(**inputs(case))
+    for layer, args, kwargs, output in calls:
+        del kwargs["tokens"]
+        layer = copy.deepcopy(layer)
+        layer._forward_hooks.clear()
+        layer.__class__ = type(layer).dense_class
+        assert torch.equal(layer(*args, **kwargs), output)
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_eager_and_sdpa_agree(case):
+    outputs = [reorganized(case, implementation)(**inputs(case)) for implementation in ("eager", "sdpa")]
+    for name, value in tensors(outputs[0]).items():
+        torch.testing.assert_close(outputs[1][name], value, rtol=1e-4, atol=1e-4)
+    for kept, other in zip(outputs[0].attentive_index, outputs[1].attentive_index, strict=True):
+        assert torch.equal(kept, other)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@torch.no_grad()
+def test_vit_equals_evit(fuse):
+    vit = build("vit-classifier")
+    config = EViTConfig(
+        **{**vit.config.to_dict(), "model_type": "evit"},
+        keep_rate=0.7,
+        reorganization_layers=LAYERS,
+        fuse_inattentive_tokens=fuse,
+    )
+    evit = EViTForImageClassification(config).eval()
+    evit.load_state_dict(vit.state_dict())
+    model = reorganize(vit, 0.7, reorganization_layers=LAYERS, fuse_inattentive_tokens=fuse)
+    expected, output = evit(**inputs("vit")), model(**inputs("vit"))
+    torch.testing.assert_close(output.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    for kept, other in zip(output.attentive_index, expected.attentive_index, strict=True):
+        assert torch.equal(kept, other)
+
+
+@torch.no_grad()
+def test_rotary_positions_follow_tokens(monkeypatch):
+    model = reorganized("dinov3")
+    expected = model(**inputs("dinov3")).last_hidden_state
+    monkeypatch.setattr(
+        ReorganizingLayer,
+        "follow_tokens",
+        lambda self, tokens, patch_index, mask, kwargs: (
+            mask,
+            {**kwargs, "position_embeddings": tuple(x[: patch_index.shape[1]] for x in kwargs["position_embeddings"])},
+        ),
+    )
+    assert (model(**inputs("dinov3")).last_hidden_state - expected).abs().max() > 0.1
+
+
+# --- One call, one model --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_keep_rate_of_a_call_of_the_model_and_by_layer():
+    model = reorganized("dinov2")
+    assert [index.shape[1] for index in model(**inputs("dinov2")).attentive_index] == [26, 19, 14]
+    assert [index.shape[1] for index in model(**inputs("dinov2"), keep_rate=0.5).attentive_index] == [18, 10, 6]
+    kept = model(**inputs("dinov2"), keep_rate=[1.0, 0.5, 1.0]).attentive_index
+    assert [index.shape[1] for index in kept] == [36, 18, 19]
+    reorganize(model, keep_rate=[0.9, 0.8], reorganization_layers=(1, 3), fuse_inattentive_tokens=False)
+    assert [index.shape[1] for index in model(**inputs("dinov2")).attentive_index] == [33, 27]
+
+
+@torch.no_grad()
+def test_scores_from_outside_choose_the_patches():
+    scores = torch.rand(2, 36, generator=torch.Generator().manual_seed(0))
+    kept = reorganized("clip")(**inputs("clip"), patch_scores=scores).attentive_index[0]
+    assert torch.equal(kept, scores.topk(26).indices)
+
+
+@torch.no_grad()
+def test_hidden_states_shrink_and_nothing_else_becomes_a_field():
+    output = reorganized("vit-classifier")(**inputs("vit"), output_hidden_states=True)
+    assert [state.shape[1] for state in output.hidden_states] == [37, 37, 28, 21, 16]
+    assert list(output) == ["logits", "hidden_states"]
+
+
+def test_parameters_classes_and_model_type_are_untouched():
+    dense = build("dinov2")
+    model = reorganize(copy.deepcopy(dense), 0.7)
+    assert list(model.state_dict()) == list(dense.state_dict())
+    assert type(model) is type(dense) and model.config.model_type == "dinov2"
+    assert {type(layer).__name__ for layer in layers_of(model)} == {"Dinov2Layer"}
+
+
+def test_another_model_of_the_same_configuration_keeps_its_own():
+    config = ViTConfig(**{"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 48})
+    models = [transformers.ViTModel(config) for _ in range(2)]
+    reorganize(models[0], 0.7)
+    assert not hasattr(models[1].config, "keep_rate") and models[1].config._attn_implementation == "sdpa"
+    assert models[1](torch.zeros(1, 3, 48, 48)).last_hidden_state.shape[1] == 10
+
+
+@torch.no_grad()
+def test_copies_and_pickles_are_reorganized():
+    model = reorganized("beit")
+    expected = model(**inputs("beit"))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        output = twin(**inputs("beit"))
+        assert torch.equal(output.logits, expected.logits)
+        assert torch.equal(output.patch_index, expected.patch_index)
+        assert owner_of(twin) is not owner_of(model)
+
+
+@pytest.mark.parametrize("case", ["vit-classifier", "dinov2", "clip", "clip-classifier", "dinov3", "beit"])
+@torch.no_grad()
+def test_saved_and_reorganized_again(case, tmp_path):
+    model = reorganized(case, keep_rate=[0.9, 0.7, 0.5], fuse_inattentive_tokens=False)
+    model.save_pretrained(tmp_path)
+    dense, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    expected = tensors(build(case)(**inputs(case)))
+    for name, value in tensors(dense(**inputs(case))).items():
+        assert torch.equal(value, expected[name])  # without a call of `reorganize`: the dense model
+    again = reorganize(type(model).from_pretrained(tmp_path))
+    expected, output = model(**inputs(case)), again(**inputs(case))
+    for name, value in tensors(expected).items():
+        assert torch.equal(output[name], value)
+    assert len(output.attentive_index) == 3
+
+
+def test_gradients_are_those_of_the_model_without_checkpointing():
+    images = inputs("dinov3")["pixel_values"]
+    gradients = []
+    for use_reentrant in (None, False, True):
+        model = reorganized("dinov3").train()
+        if use_reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.get_input_embeddings().weight.requires_grad_(True)
+        # Two passes at different rates before one backward: state on a module would be that of the second.
+        first = model(images, keep_rate=0.7).last_hidden_state[:, 0].sum()
+        second = model(images.flip(0), keep_rate=0.5).last_hidden_state[:, 0].pow(2).sum()
+        (first + second).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for other in gradients[1:]:
+        assert set(other) == set(gradients[0])
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(other[name], gradient, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["vit-classifier", "dinov3", "radio", "clip-classifier", "beit"])
+@torch.no_grad()
+def test_compiles_into_one_graph(case):
+    model = reorganized(case)
+    expected = tensors(model(**inputs(case)))
+    torch._dynamo.reset()
+    output = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs(case))
+    for name, value in expected.items():
+        torch.testing.assert_close(output[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_callback_schedules_foreign_models(tmp_path):
+    model = reorganized("dinov2", keep_rate=0.5)
+    rates = []
+    layers_of(model)[0].register_forward_pre_hook(
+        lambda module, args, kwargs: rates.append(kwargs["tokens"].keep_rates[1]), with_kwargs=True
+    )
+    rows = [{"pixel_values": torch.randn(3, 48, 48), "labels": i % 5} for i in range(8)]
+    arguments = transformers.TrainingArguments(
+        tmp_path, num_train_epochs=4, per_device_train_batch_size=4, report_to=[], use_cpu=True, save_strategy="epoch"
+    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[KeepRateCallback(1, 2)])
+    trainer.train()
+    assert rates[:2] == [1.0, 1.0] and rates[-1] == 0.5 and rates == sorted(rates, reverse=True)
+    # Its checkpoints are found again, whole: upstream leaves an encoder at random here.
+    fresh = reorganized("dinov2", keep_rate=0.5)
+    trainer = transformers.Trainer(fresh, arguments, train_dataset=rows, callbacks=[KeepRateCallback(1, 2)])
+    trainer._load_from_checkpoint(str(tmp_path / "checkpoint-8"))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(fresh.get_parameter(name), parameter), name
+
+
+def test_predictions_of_the_trainer_are_logits(tmp_path):
+    rows = [{"pixel_values": torch.randn(3, 48, 48), "labels": i % 5} for i in range(4)]
+    arguments = transformers.TrainingArguments(tmp_path, report_to=[], use_cpu=True)
+    predictions = transformers.Trainer(reorganized("dinov2"), arguments).predict(rows).predictions
+    assert predictions.shape == (4, 5)
+
+
+@torch.no_grad()
+def test_the_image_tower_of_a_clip_model_is_reorganized():
+    torch.manual_seed(0)
+    _, config = CASES["clip-classifier"]
+    model = transformers.CLIPModel(config()).eval()
+    words = torch.tensor([[1, 2, 49]])
+    text = model.get_text_features(words)
+    images = inputs("clip")["pixel_values"]
+    dense = model(input_ids=words, pixel_values=images).logits_per_image
+    reorganize(model, 0.7, reorganization_layers=LAYERS)
+    assert torch.equal(model.get_text_features(words).pooler_output, text.pooler_output)
+    output = model(input_ids=words, pixel_values=images, attention_mask=torch.ones_like(words), keep_rate=1.0)
+    assert torch.equal(output.logits_per_image, dense)
+    features = model.get_image_features(images)
+    assert features.patch_index.shape == (2, 15)
+
+
+# --- What is refused, and why ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "reason"),
+    [
+        ("SiglipVisionModel", "SiglipVisionConfig", "no class token"),
+        ("IJepaModel", "IJepaConfig", "no class token"),
+        ("ViTMAEModel", "ViTMAEConfig", "load the checkpoint as a ViT"),
+        ("MLCDVisionModel", "MLCDVisionConfig", "one set for the whole batch"),
+        ("Data2VecVisionModel", "Data2VecVisionConfig", "out of reach"),
+        ("Dinov2Backbone", "Dinov2Config", "one answer for each patch"),
+        ("ViTForMaskedImageModeling", "ViTConfig", "one answer for each patch"),
+        ("BeitForSemanticSegmentation", "BeitConfig", "one answer for each patch"),
+        ("CLIPTextModel", "CLIPTextConfig", "no layers of a known Vision Transformer"),
+        ("ResNetModel", "ResNetConfig", "no layers of a known Vision Transformer"),
+    ],
+)
+def test_other_models_are_refused_with_the_reason(name, config, reason):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    if "Segmentation" in name:
+        sizes["out_indices"] = [0, 1, 2, 3]
+    config = getattr(transformers, config)(**({} if name == "ResNetModel" else {**sizes, "intermediate_size": 48}))
+    with torch.device("meta"):
+        model = getattr(transformers, name)(config)
+    with pytest.raises(ValueError, match=f"cannot be reorganized: .*{reason}"):
+        reorganize(model)
+
+
+def test_settings_out_of_range_are_refused():
+    model = build("vit")
+    with pytest.raises(ValueError, match=r"`keep_rate` must be in \(0, 1\]"):
+        reorganize(model, 1.5)
+    with pytest.raises(ValueError, match=r"`reorganization_layers` must be in \[0, 3\]"):
+        reorganize(model, 0.5, reorganization_layers=[4])
+    with pytest.raises(ValueError, match="`keep_rate` has 2 entries"):
+        reorganize(model, [0.5, 0.5])
+    reorganize(model, 0.7)
+    with pytest.raises(ValueError, match=r"`keep_rate` must be in \(0, 1\]"):
+        model(**inputs("vit"), keep_rate=0.0)
+    with pytest.raises(TypeError, match="did you mean `keep_rate`"):
+        model(**inputs("vit"), keep_rat=0.5)
+    with pytest.raises(ValueError, match="`attention_mask` cannot follow"):
+        model(**inputs("vit"), attention_mask=torch.ones(2, 37))
+    with pytest.raises(ValueError, match="`output_attentions=True` needs"):
+        model(**inputs("vit"), output_attentions=True)
+
+
+def test_kernels_without_a_class_row_are_refused():
+    model = build("vit")
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="load the model with `attn_implementation='sdpa'`"):
+        reorganize(model)
+    model = reorganized("vit")
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match=r"call `reorganize\(model\)` again"):
+        model(**inputs("vit"))
+    reorganize(model)(**inputs("vit"))
+
+
+def test_attention_dropout_never_chooses_tokens():
+    model = build("vit", "eager", attention_probs_dropout_prob=0.1)
+    with pytest.raises(ValueError, match="would choose the tokens"):
+        reorganize(model, 0.7).train()(**inputs("vit"))
+
+
+def test_families_are_listed():
+    listed = families()
+    assert listed["dinov2"].startswith("works: Dinov2Model") and listed["siglip"].startswith(
+        "refused: it has no class"
+    )
+    assert set(FAMILIES) < set(listed)
