@@ -1,7 +1,7 @@
 """`reorganize`: any Vision Transformer with a class token keeps only its attentive tokens, by one call.
 
 The paper's step comes between the two halves of a layer, attention and feed-forward network. Each family of models
-writes these halves in one of a few dialects; `ReorganizingLayer` runs the first half, reorganizes, and runs the second.
+writes these halves in one of a few dialects; `ReorganizingLayer` runs one half, reorganizes, and runs the other.
 What one forward pass knows of its tokens (which are left, and where they were) is a `TokensLeft` that travels in the
 keywords of the layers, never on a module: two forward passes may be under way at once, and gradient checkpointing runs
 a layer again after others have run.
@@ -265,7 +265,7 @@ class CLIPHalves:
 
 
 class BeitHalves:
-    """Halves of BEiT's layer, whose attention adds a bias for each pair of positions: its own, or one for all layers."""
+    """Halves of BEiT's layer, whose attention has a bias for each pair of positions: its own or a shared one."""
 
     def attend(
         self,
@@ -638,8 +638,8 @@ def _start(
     drops = max(getattr(config, name, 0.0) for name in ("attention_probs_dropout_prob", "attention_dropout"))
     if owner.training and drops and config._attn_implementation == "eager":
         raise ValueError(
-            f"Attention dropout of {drops} would choose the tokens under 'eager', whose map it changes: set 'sdpa' and "
-            "call `reorganize(model)` again."
+            f"Attention dropout of {drops} would choose the tokens under 'eager', whose map it changes: set 'sdpa' "
+            "and call `reorganize(model)` again."
         )
     for name in ("image_grid_hw", "cu_seqlens", "bool_masked_pos"):
         if kwargs.get(name) is not None:
