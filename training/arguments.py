@@ -97,7 +97,7 @@ class AugmentationArguments:
     )
     rand_augment: float = setting(
         0.0,
-        "Magnitude of RandAugment with two operations, up to 10; 0 is off, the paper has 9.",
+        "Magnitude of timm's RandAugment (inc1), up to 10; 0 is off, the paper has 9.",
         Accepted("in [0, 10]", lambda value: 0 <= value <= 10),
     )
     rand_augment_std: float = setting(

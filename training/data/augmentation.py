@@ -1,7 +1,10 @@
 """From a PIL image to the tensor that a model sees, in training and in evaluation."""
 
+import random
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -19,7 +22,7 @@ def image_processor(model: str | None, image_size: int) -> BaseImageProcessor:
 
     Args:
         model: checkpoint whose processor to take, with its mean, standard deviation and interpolation.
-        image_size: pixels of the images that it shall return.
+        image_size: pixels of the images that it returns.
 
     Returns: a processor that, from 128 pixels on, resizes the short side to 8/7 of `image_size` and crops the centre,
         as DeiT does, and resizes to a square below that.
@@ -96,7 +99,8 @@ def training_transform(
     if arguments.three_augment:
         steps.append(three_augment(image_size))
     if arguments.rand_augment:
-        steps.append(RandAugment(arguments.rand_augment, arguments.rand_augment_std, bicubic))
+        magnitude, std = arguments.rand_augment, arguments.rand_augment_std
+        steps.append(RandAugment(magnitude, std, image_size, processor.image_mean))
     if arguments.color_jitter:
         steps.append(v2.ColorJitter(*[arguments.color_jitter] * 3))
     steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
@@ -107,27 +111,45 @@ def training_transform(
 
 
 class RandAugment(nn.Module):
-    """RandAugment with two operations, whose magnitude varies from image to image: `rand-m9-mstd0.5` of timm.
+    """RandAugment of the paper's recipes: timm's `rand-m9-mstd0.5-inc1`, at any magnitude.
+
+    Two operations are drawn for each image, each is applied with probability 0.5, and its magnitude varies.
 
     Args:
         magnitude: mean, on a scale where 10 is the strongest.
         std: standard deviation.
-        interpolation: of the geometric operations.
-
-    torchvision's own scale ends at 30, and its list of operations is that of the RandAugment paper, where timm's
-    `inc1` set differs in a few; see https://github.com/huggingface/pytorch-image-models, timm/data/auto_augment.py.
+        image_size: pixels.
+        mean: colour, in [0, 1], of what rotations and shifts bring into the picture.
     """
 
-    def __init__(self, magnitude: float, std: float, interpolation: InterpolationMode) -> None:
+    def __init__(self, magnitude: float, std: float, image_size: int, mean: Sequence[float]) -> None:
         super().__init__()
-        self.magnitude = magnitude
-        self.std = std
-        self.by_magnitude = [v2.RandAugment(2, step, 31, interpolation) for step in range(31)]
+        from timm.data.auto_augment import rand_augment_transform
+
+        settings = {
+            "translate_const": int(0.45 * image_size),
+            "img_mean": tuple(min(255, round(255 * x)) for x in mean),
+            "interpolation": Image.Resampling.BICUBIC,
+            "magnitude_std": std,
+        }
+        self.transform = rand_augment_transform("rand-m9-inc1", settings)
+        for operation in self.transform.ops:
+            operation.magnitude = magnitude  # of which timm's text takes whole numbers only
 
     def forward(self, image: Image.Image) -> Image.Image:
-        """Return the varied image."""
-        drawn = self.magnitude + (torch.randn(()).item() * self.std if self.std else 0.0)
-        return self.by_magnitude[round(3 * min(max(drawn, 0.0), 10.0))](image)
+        """Return the varied image; the random numbers depend on PyTorch's generator only.
+
+        timm draws from the generators of Python and numpy: both get a seed for this image, and their state back.
+        """
+        seed = int(torch.randint(2**32, ()).item())
+        states = random.getstate(), np.random.get_state()
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            return self.transform(image)
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 def three_augment(image_size: int) -> v2.RandomChoice:

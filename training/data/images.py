@@ -1,4 +1,4 @@
-"""Labelled images one by one: decoded, made RGB, augmented with random numbers of their own, streamed or not."""
+"""Labelled images one by one: decoded to RGB, augmented with random numbers of their own, streamed or not."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class BadImageError(ValueError):
     """An image that cannot be decoded; the message names its split, number, column and file."""
 
     def __init__(self, message: str) -> None:
-        # A worker process hands on its whole traceback as the message; the reader needs the last line of it.
+        # The message from a worker process is its whole traceback; the reader needs the last line of it.
         super().__init__(message.rsplit("BadImageError: ", 1)[-1].strip())
 
 
@@ -40,13 +40,18 @@ class ImageSplits:
     label_names: list[str]
     multi_label: bool = False
 
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the images are read while they are used, so that their number is not known."""
+        return isinstance(self.train, datasets.IterableDataset)
+
 
 def decoded(value: dict[str, Any], place: str) -> Image.Image:
-    """Image as the tensor-making code wants it: upright, RGB, without transparency.
+    """Image as `as_rgb` makes it.
 
     Args:
-        value: {"bytes", "path"} as `datasets` stores images; EXIF rotation is applied.
-        place: where it stands, for the message.
+        value: {"bytes", "path"} as `datasets` stores images.
+        place: where it is, for the message.
 
     Raises: BadImageError if it is missing or cannot be decoded.
     """
@@ -63,7 +68,7 @@ def decoded(value: dict[str, Any], place: str) -> Image.Image:
 def target(label: int | list[int], num_labels: int, multi_label: bool) -> int | torch.Tensor:
     """Class number, or for several labels (num_labels,) of zeros and ones.
 
-    Raises: ValueError for a number that is no class.
+    Raises: ValueError for a number that is not a class.
     """
     for number in label if multi_label else [label]:
         if number is None or not 0 <= number < num_labels:
@@ -75,44 +80,75 @@ def target(label: int | list[int], num_labels: int, multi_label: bool) -> int | 
     return several
 
 
-class LabelledImages(torch.utils.data.Dataset):
+class _Pictures:
+    """What the classes below share: decoding, labels, and what a bad image does.
+
+    Args:
+        splits: the data.
+        transform: from an RGB picture to what the model sees.
+        on_bad_image: "error" raises for an image that cannot be decoded, "skip" leaves it to the class.
+    """
+
+    def __init__(self, splits: ImageSplits, transform: Callable, on_bad_image: str = "error") -> None:
+        self.splits = splits
+        self.transform = transform
+        self.on_bad_image = on_bad_image
+
+    def decoded(self, row: dict[str, Any], place: str) -> Image.Image | None:
+        """Picture of a row, None for a bad one that may be skipped; BadImageError for one that may not."""
+        try:
+            return decoded(row[self.splits.image_column], place)
+        except BadImageError:
+            if self.on_bad_image == "error":
+                raise
+            return None
+
+    def target(self, row: dict[str, Any]) -> int | torch.Tensor:
+        """One class number, or one vector of zeros and ones."""
+        label = row[self.splits.label_column]
+        return target(label, len(self.splits.label_names), self.splits.multi_label)
+
+    def evaluated(self, image: Image.Image | None, target: int | torch.Tensor, is_counted: bool) -> dict[str, Any]:
+        """Return one item of evaluation; a bad image is a blank that does not count."""
+        return {
+            "pixel_values": self.transform(image if image is not None else Image.new("RGB", (32, 32))),
+            "labels": target,
+            "is_counted": is_counted and image is not None,
+            "is_bad": is_counted and image is None,
+        }
+
+
+class LabelledImages(_Pictures, torch.utils.data.Dataset):
     """Images of one split that are decoded one by one; base of the two below."""
 
-    def __init__(
-        self,
-        splits: ImageSplits,
-        split: str,
-        transform: Callable[[Image.Image], torch.Tensor],
-        on_bad_image: str = "error",
-    ) -> None:
+    def __init__(self, splits: ImageSplits, split: str, transform: Callable, on_bad_image: str = "error") -> None:
+        super().__init__(splits, transform, on_bad_image)
         dataset: datasets.Dataset = getattr(splits, split)
         self.images = dataset.select_columns(splits.image_column)
         self.labels = dataset.select_columns(splits.label_column)
-        self.splits = splits
         self.split = split
-        self.transform = transform
-        self.on_bad_image = on_bad_image
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self.images)
 
-    def image(self, index: int) -> Image.Image:
-        """Return one image as RGB, before the transform; raise BadImageError if it cannot be decoded."""
+    def image(self, index: int) -> Image.Image | None:
+        """Return one image as RGB, before the transform; None for a bad one that may be skipped.
+
+        Raises: BadImageError if it cannot be decoded and may not be skipped.
+        """
         column = self.splits.image_column
-        place = f"Image {index} of the {self.split} split (column `{column}`)"
-        return decoded(self.images[index][column], place)
+        return self.decoded(self.images[index], f"Image {index} of the {self.split} split (column `{column}`)")
 
     def label(self, index: int) -> int | torch.Tensor:
         """Return one class number, or one vector of zeros and ones."""
-        label = self.labels[index][self.splits.label_column]
-        return target(label, len(self.splits.label_names), self.splits.multi_label)
+        return self.target(self.labels[index])
 
 
 class TrainingImages(LabelledImages):
     """Map from (epoch, position, image number) to {"pixel_values", "labels", "is_bad"}.
 
-    The augmentation's random numbers depend on seed, epoch and position alone, in whichever process they are drawn.
+    The augmentation's random numbers depend only on seed, epoch and position, in whichever process they are drawn.
     A bad image that may be skipped gives its place to the next good one.
     """
 
@@ -125,14 +161,10 @@ class TrainingImages(LabelledImages):
         epoch, position, index = key
         for offset in range(len(self)):
             i = (index + offset) % len(self)
-            try:
-                image = self.image(i)
-            except BadImageError:
-                if self.on_bad_image == "error":
-                    raise
-                continue
-            torch.default_generator.manual_seed(seed_for("image", self.seed, epoch, position))
-            return {"pixel_values": self.transform(image), "labels": self.label(i), "is_bad": offset > 0}
+            image = self.image(i)
+            if image is not None:
+                torch.default_generator.manual_seed(seed_for("image", self.seed, epoch, position))
+                return {"pixel_values": self.transform(image), "labels": self.label(i), "is_bad": offset > 0}
         raise BadImageError("Not one image of the train split can be decoded.")
 
 
@@ -148,22 +180,10 @@ class EvaluationImages(LabelledImages):
     def __getitem__(self, key: tuple[int, bool]) -> dict[str, Any]:
         """Return one image."""
         index, is_counted = key
-        is_bad = False
-        try:
-            image = self.image(index)
-        except BadImageError:
-            if self.on_bad_image == "error":
-                raise
-            image, is_bad = Image.new("RGB", (32, 32)), True
-        return {
-            "pixel_values": self.transform(image),
-            "labels": self.label(index),
-            "is_counted": is_counted and not is_bad,
-            "is_bad": is_counted and is_bad,
-        }
+        return self.evaluated(self.image(index), self.label(index), is_counted)
 
 
-class StreamedTrainingImages(torch.utils.data.IterableDataset):
+class StreamedTrainingImages(_Pictures, torch.utils.data.IterableDataset):
     """Endless stream of micro-batches of augmented images, from any micro-batch on, for one process.
 
     Each worker reads its own part of the data (its own files where there are enough of them). Micro-batch number n is
@@ -184,15 +204,13 @@ class StreamedTrainingImages(torch.utils.data.IterableDataset):
         num_processes: int = 1,
         on_bad_image: str = "error",
     ) -> None:
-        self.splits = splits
-        self.transform = transform
+        super().__init__(splits, transform, on_bad_image)
         self.seed = seed
         self.micro_batch_size = micro_batch_size
         self.first_micro_batch = first_micro_batch
         self.shuffle_buffer = shuffle_buffer
         self.process = process
         self.num_processes = num_processes
-        self.on_bad_image = on_bad_image
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         """Yield lists of {"pixel_values", "labels", "is_bad"}."""
@@ -206,18 +224,14 @@ class StreamedTrainingImages(torch.utils.data.IterableDataset):
         for position, row in enumerate(rows):
             if position < num_seen and self.on_bad_image == "error":
                 continue  # every row was used, there is no need to look at it
-            try:
-                image = decoded(row[self.splits.image_column], f"Streamed image {position} of part {part}")
-            except BadImageError:
-                if self.on_bad_image == "error":
-                    raise
+            image = self.decoded(row, f"Streamed image {position} of part {part}")
+            if image is None:
                 continue
             good += 1
             if self.on_bad_image == "skip" and good <= num_seen:
                 continue
             torch.default_generator.manual_seed(seed_for("image", self.seed, self.process, part, position))
-            label = target(row[self.splits.label_column], len(self.splits.label_names), self.splits.multi_label)
-            batch.append({"pixel_values": self.transform(image), "labels": label, "is_bad": False})
+            batch.append({"pixel_values": self.transform(image), "labels": self.target(row), "is_bad": False})
             if len(batch) == self.micro_batch_size:
                 yield batch
                 batch = []
@@ -239,8 +253,8 @@ class StreamedTrainingImages(torch.utils.data.IterableDataset):
             epoch += 1
 
 
-class StreamedEvaluationImages(torch.utils.data.IterableDataset):
-    """Batches of the streamed evaluation split for one process; as many on every process."""
+class StreamedEvaluationImages(_Pictures, torch.utils.data.IterableDataset):
+    """Batches of the streamed evaluation split for one process; every process gets the same number of them."""
 
     def __init__(
         self,
@@ -251,12 +265,10 @@ class StreamedEvaluationImages(torch.utils.data.IterableDataset):
         num_processes: int = 1,
         on_bad_image: str = "error",
     ) -> None:
-        self.splits = splits
-        self.transform = transform
+        super().__init__(splits, transform, on_bad_image)
         self.batch_size = batch_size
         self.process = process
         self.num_processes = num_processes
-        self.on_bad_image = on_bad_image
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         """Yield lists of {"pixel_values", "labels", "is_counted", "is_bad"}."""
@@ -265,20 +277,7 @@ class StreamedEvaluationImages(torch.utils.data.IterableDataset):
             num_rows = i + 1
             if i % self.num_processes != self.process and item is not None:
                 continue
-            is_bad = False
-            try:
-                image = decoded(row[self.splits.image_column], f"Streamed evaluation image {i}")
-            except BadImageError:
-                if self.on_bad_image == "error":
-                    raise
-                image, is_bad = Image.new("RGB", (32, 32)), True
-            label = target(row[self.splits.label_column], len(self.splits.label_names), self.splits.multi_label)
-            item = {
-                "pixel_values": self.transform(image),
-                "labels": label,
-                "is_counted": not is_bad,
-                "is_bad": is_bad,
-            }
+            item = self.evaluated(self.decoded(row, f"Streamed evaluation image {i}"), self.target(row), True)
             if i % self.num_processes == self.process:
                 batch.append(item)
             if len(batch) == self.batch_size:

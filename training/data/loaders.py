@@ -5,7 +5,6 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-import datasets
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, default_collate
@@ -44,7 +43,7 @@ def training_loader(
         "collate_fn": default_collate,
         "pin_memory": accelerator.device.type == "cuda",
     }
-    if isinstance(splits.train, datasets.IterableDataset):
+    if splits.is_streamed:
         images = StreamedTrainingImages(
             splits,
             augment,
@@ -74,7 +73,7 @@ def evaluation_loader(
     transform = ProcessorTransform(processor)
     process, num_processes = accelerator.process_index, accelerator.num_processes
     common = {"worker_init_fn": ignore_signals, "collate_fn": default_collate}
-    if isinstance(splits.evaluation, datasets.IterableDataset):
+    if splits.is_streamed:
         streamed = StreamedEvaluationImages(splits, transform, batch_size, process, num_processes, on_bad_image)
         return DataLoader(streamed, batch_size=None, num_workers=min(num_workers, 1), **common)
     images = EvaluationImages(splits, transform, on_bad_image)

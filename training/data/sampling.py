@@ -1,8 +1,8 @@
 """Which images each process sees at which optimizer step, and with which random numbers.
 
 Everything is a pure function of (seed, epoch, position) or (seed, step, process): nothing about order or randomness
-has to be saved, and a run that goes on from step 1000 sees what the uninterrupted one saw, whatever its workers
-fetched in advance.
+has to be saved, and a run resumed at step 1000 sees what the uninterrupted one saw, whatever its workers fetched in
+advance.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class StepPlan:
     drop_last: bool = True
 
     def __post_init__(self) -> None:
-        """Check that every process and forward pass gets as many images."""
+        """Check that every process and forward pass gets the same number of images."""
         if self.batch_size % (self.num_processes * self.accumulation_steps):
             raise ValueError(
                 f"`--batch-size` {self.batch_size} cannot be cut evenly for {self.num_processes} processes with "
@@ -93,7 +93,7 @@ def epoch_order(num_images: int, seed: int, epoch: int, repeats: int = 1) -> tor
         num_images: images to draw from, and length of the result.
         seed: of the run.
         epoch: number of the epoch.
-        repeats: copies of each image, side by side; the epoch then holds a part of the images only.
+        repeats: copies of each image, side by side; the epoch then holds only a part of the images.
 
     Returns: (num_images,), image numbers.
 
@@ -104,7 +104,7 @@ def epoch_order(num_images: int, seed: int, epoch: int, repeats: int = 1) -> tor
     return torch.randperm(num_images, generator=generator).repeat_interleave(repeats)[:num_images]
 
 
-class TrainingBatches(Sampler):
+class TrainingBatches(Sampler[list[tuple[int, int, int]]]):
     """Micro-batches of one process, from any optimizer step on, as lists of (epoch, position, image number)."""
 
     def __init__(
@@ -123,7 +123,8 @@ class TrainingBatches(Sampler):
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         """Yield the micro-batches, epoch after epoch."""
-        order, order_epoch = torch.empty(0), None
+        order: list[int] = []
+        order_epoch = None
         for step in range(self.first_step, self.num_steps):
             epoch = step // self.plan.steps_per_epoch
             if epoch != order_epoch:
@@ -133,7 +134,7 @@ class TrainingBatches(Sampler):
                 yield [(epoch, position, order[position]) for position in positions]
 
 
-class EvaluationBatches(Sampler):
+class EvaluationBatches(Sampler[list[tuple[int, bool]]]):
     """Batches of one process as lists of (image number, whether it counts).
 
     Every process gets the same number of batches of the same sizes, which sharded models need; where that takes an
