@@ -11,6 +11,7 @@ from transformers.utils import is_vision_available
 from .configuration_evit import EViTConfig
 from .configuration_evit import __version__ as __version__
 from .configuration_evit_lv import EViTLVConfig
+from .conversion import convert_checkpoint
 from .keep_rate_schedule import KeepRateCallback
 from .modeling_evit import (
     EViTForImageClassification,
@@ -53,6 +54,7 @@ __all__ = [
     "EViTPreTrainedModel",
     "KeepRateCallback",
     "as_rgb",
+    "convert_checkpoint",
     "families",
     "reorganize",
 ]

@@ -1,12 +1,14 @@
 """Public checkpoints to EViT: one key table for each format, every tensor accounted for.
 
-Formats, recognized from what a file holds:
+Formats, recognized from what a file or folder holds:
     - official EViT, DeiT and TokenReduction `.pth` (a pickle of weights, optimizer and settings), timm ViT and DeiT
-      state dicts (pickle or safetensors) and model objects: the same parameter names;
+      state dicts (pickle or safetensors) and model objects: the same parameter names, wherever training scripts nest
+      them and whatever prefix they leave;
+    - folders and Hub ids of timm, with their `config.json`;
     - official LV-ViT `.pth` and `.pth.tar`;
     - folders and Hub ids of Transformers 4.x and 5.x: ViT, DeiT, distilled DeiT, EViT.
 
-Pickles are opened with `torch.load(weights_only=True)` and a short list of harmless types; nothing in them is run.
+Importing this module also teaches `from_pretrained` of the EViT models to read timm's folders and to check files.
 """
 
 import argparse
@@ -14,19 +16,30 @@ import ast
 import json
 import math
 import os
-import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
+from transformers.utils import logging
+from transformers.utils.hub import cached_file
 
+from .checkpoint_files import (
+    WEIGHT_FILES,
+    ConversionError,
+    check_tensors,
+    chosen_weights,
+    non_finite,
+    read_checkpoint,
+    tensor_shapes,
+    weight_files,
+)
 from .configuration_evit import EViTConfig
 from .configuration_evit_lv import EViTLVConfig
+from .image_processors import processor_for_size, timm_processor
 from .modeling_evit import (
     EViTForImageClassification,
     EViTForImageClassificationWithTeacher,
@@ -35,14 +48,19 @@ from .modeling_evit import (
 )
 from .modeling_evit_lv import EViTLVForImageClassification
 from .profiling import height_and_width
+from .timm_checkpoints import (
+    PUBLISHED_HEADS,
+    TimmDescription,
+    describe_config,
+    describe_model,
+    features_of_keys,
+    is_timm_config,
+    refuse_features,
+)
 from .token_reorganization import num_attentive_tokens
 
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BICUBIC = 3  # PIL's number
-
-# Types beside tensors that the public pickles hold.
-HARMLESS_TYPES = [argparse.Namespace]
+logger = logging.get_logger(__name__)
 
 # Their parameter name -> ours, as regular expressions. `qkv` is one tensor of theirs and three of ours.
 BLOCK_KEYS = {
@@ -76,18 +94,10 @@ LVVIT_KEYS = {
 LVVIT_GEOMETRY = {(240, 12): (4, 1.0), (384, 16): (6, 2.0), (512, 20): (8, 2.0), (768, 24): (12, 3.0)}
 
 
-class ConversionError(RuntimeError):
-    """A checkpoint that cannot become an EViT; the message says why, and names every tensor concerned."""
-
-
-@dataclass
-class ImageSettings:
-    """What the checkpoint's images went through: goes into the image processor."""
-
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-    crop_fraction: float = 0.875
-    resample: int = BICUBIC
+# Parameters that every source with such names has, and their dimensions.
+NEEDED = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2}
+# Keywords of `from_pretrained` that say where on the Hub a file is.
+HUB_KEYWORDS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 
 
 @dataclass
@@ -97,65 +107,66 @@ class ConvertedCheckpoint:
     Args:
         model: in evaluation mode.
         source_format: what the source was recognized as.
+        image_processor: does what the source's images went through.
         unused: entries of the source that were left out on purpose, with the reason.
-        notes: what was assumed where the source does not say.
-        images: for the image processor; None takes the processor of the source folder.
+        notes: what was chosen or assumed where the source does not say, and what was changed.
     """
 
     model: EViTPreTrainedModel
     source_format: str
+    image_processor: Any
     unused: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    images: ImageSettings | None = field(default_factory=ImageSettings)
-    source: str | None = None
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Save model, image processor and the code for `trust_remote_code=True` into a folder."""
-        from transformers import AutoImageProcessor, ViTImageProcessor
-
         self.model.save_pretrained(folder)
-        image_size = self.model.config.image_size
-        if self.images is None:
-            try:
-                processor = AutoImageProcessor.from_pretrained(self.source)
-            except (OSError, ValueError):
-                self.images = ImageSettings(mean=(0.5,) * 3, std=(0.5,) * 3, crop_fraction=1.0)
-                self.notes.append("the source has no image processor: ViT's was taken (mean and deviation 0.5)")
-            else:
-                size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-                if (size.get("height"), size.get("width")) == height_and_width(image_size):
-                    processor.save_pretrained(folder)
-                    return
-                self.images = ImageSettings(
-                    tuple(processor.image_mean), tuple(processor.image_std), 1.0, processor.resample
-                )
-        height, width = height_and_width(image_size)
-        crop = {"height": height, "width": width}
-        style = {
-            "image_mean": list(self.images.mean),
-            "image_std": list(self.images.std),
-            "resample": self.images.resample,
-        }
-        if self.images.crop_fraction == 1.0:
-            processor = ViTImageProcessor(size=crop, **style)
-        else:
-            shortest_edge = int(math.floor(max(height, width) / self.images.crop_fraction))
-            processor = ViTImageProcessor(
-                size={"shortest_edge": shortest_edge}, do_center_crop=True, crop_size=crop, **style
-            )
-        processor.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+
+@dataclass
+class Weights:
+    """Tensors with the names of DeiT, timm, EViT or LV-ViT, and what else their source says.
+
+    Args:
+        tensors: by name, without prefixes.
+        source: for messages.
+        settings: `args` of an official training script.
+        description: what timm says of the model, if it does.
+        unused: see `ConvertedCheckpoint`.
+        notes: see `ConvertedCheckpoint`.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    source: Any
+    settings: dict[str, Any] = field(default_factory=dict)
+    description: TimmDescription | None = None
+    unused: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_lvvit(self) -> bool:
+        """Whether this is an LV-ViT, which has a stem of convolutions."""
+        return "patch_embed.conv1.weight" in self.tensors
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Class token and, in distilled models, distillation token."""
+        return 2 if "dist_token" in self.tensors else 1
 
 
 def convert_checkpoint(
-    source: str | os.PathLike | nn.Module | Mapping[str, torch.Tensor],
+    source: str | os.PathLike | nn.Module | Mapping[str, Any],
     *,
     keep_rate: float | list[float] | None = None,
     reorganization_layers: list[int] | None = None,
     fuse_inattentive_tokens: bool | None = None,
-    image_size: int | None = None,
+    image_size: int | Sequence[int] | None = None,
     labels: list[str] | None = None,
     num_attention_heads: int | None = None,
     residual_scale: float | None = None,
+    weights: str | None = None,
+    allow_non_finite_weights: bool = False,
 ) -> ConvertedCheckpoint:
     """Make an EViT from a public checkpoint.
 
@@ -164,16 +175,21 @@ def convert_checkpoint(
         keep_rate: in (0, 1]; by default what the source was trained with, 1.0 for a dense model.
         reorganization_layers: zero-based; by default the source's, or one, two and three quarters of the depth.
         fuse_inattentive_tokens: by default the source's, or True.
-        image_size: pixels; another size than the source's resizes the position embeddings bicubically.
-        labels: names of the classes, in the order of the classifier.
-        num_attention_heads: for a state dict of unusual geometry; by default the published model's, or one head for
-            every 64 channels.
-        residual_scale: `skip_lam` of an LV-ViT of unusual geometry; by default the published model's.
+        image_size: pixels, one number or (height, width). Another size than the source's resizes the position
+            embeddings bicubically. A state dict does not say its image size: a rectangle with as many patches as it
+            has positions is taken as the source's own.
+        labels: names of the classes, in the order of the classifier; by default the source's.
+        num_attention_heads: for a state dict that is not of a published size, since no tensor tells the heads.
+        residual_scale: `skip_lam` of an LV-ViT that is not of a published size.
+        weights: which ones to take from a file that holds several: 'state_dict', 'state_dict_ema', 'teacher', ... By
+            default what the framework's own loader takes; a note says which.
+        allow_non_finite_weights: whether to accept NaN and infinite weights.
 
-    Returns: the model and what was left out or assumed.
+    Returns: the model, its image processor, and what was left out or assumed.
 
-    Raises: ConversionError if the source is not recognized, holds anything that would have to be executed, leaves a
-        parameter unfilled or has a tensor that the model has no place for; the message lists all of them.
+    Raises: ConversionError if the source cannot be read or is not recognized, holds anything that would have to be
+        executed, does not say what is needed, computes something that an EViT does not, leaves a parameter unfilled
+        or has a tensor that the model has no place for; the message lists all of them.
     """
     overrides = {
         "keep_rate": keep_rate,
@@ -181,20 +197,21 @@ def convert_checkpoint(
         "fuse_inattentive_tokens": fuse_inattentive_tokens,
     }
     overrides = {name: value for name, value in overrides.items() if value is not None}
-    geometry = {"num_attention_heads": num_attention_heads, "residual_scale": residual_scale}
-    geometry = {name: value for name, value in geometry.items() if value is not None}
+    given = {"num_attention_heads": num_attention_heads, "residual_scale": residual_scale}
+    given = {name: value for name, value in given.items() if value is not None}
 
-    if isinstance(source, nn.Module):
-        converted = _from_timm_model(source, overrides)
-    elif isinstance(source, Mapping):
-        converted = _from_state_dict(dict(source), {}, geometry, overrides)
-    elif Path(source).is_file():
-        converted = _from_file(Path(source), geometry, overrides)
+    found = _weights_of(source, weights)
+    if found is None:
+        converted = _from_transformers(str(source), given, overrides, allow_non_finite_weights)
     else:
-        converted = _from_transformers(str(source), overrides)
-    if image_size is not None and height_and_width(converted.model.config.image_size) != (image_size, image_size):
+        converted = _from_weights(found, given, overrides, image_size, allow_non_finite_weights)
+    size = converted.model.config.image_size
+    if image_size is not None and height_and_width(size) != height_and_width(image_size):
         converted.model.set_image_size(image_size)
         converted.notes.append(f"position embeddings were resized bicubically to {image_size} pixels")
+    size = converted.model.config.image_size
+    converted.image_processor, notes = processor_for_size(converted.image_processor, size)
+    converted.notes += notes
     if labels is not None:
         _name_labels(converted.model, labels)
     converted.model.eval()
@@ -204,105 +221,120 @@ def convert_checkpoint(
 # Sources
 
 
-def _from_file(path: Path, geometry: dict, overrides: dict) -> ConvertedCheckpoint:
-    """A `.safetensors` file, or a pickle of weights, optimizer and settings."""
-    if path.suffix == ".safetensors":
-        return _from_state_dict(load_file(path), {}, geometry, overrides)
+def _weights_of(source: Any, wanted: str | None) -> Weights | None:
+    """Find tensors with timm's, DeiT's, EViT's or LV-ViT's names; None for anything else, such as a Hub id."""
+    if isinstance(source, nn.Module):
+        description, tensors = describe_model(source)
+        return Weights(tensors, type(source).__name__, description=description)
+    if isinstance(source, Mapping):
+        return _weights_in(source, "the state dict", wanted)
+    if Path(source).is_file():
+        return _weights_in(read_checkpoint(Path(source)), source, wanted)
+    config, folder = _raw_config(source, {})
+    return _timm_weights(source, config, folder, {}, wanted) if is_timm_config(config) else None
+
+
+def _weights_in(content: Mapping, source: Any, wanted: str | None) -> Weights:
+    """Find the weights in the content of a file."""
+    entries, place, unused = chosen_weights(content, "patch_embed.proj.weight", wanted, source)
+    missing = sorted(NEEDED.keys() - entries.keys())
+    if missing:
+        absent = {"cls_token": "no class token", "pos_embed": "no position embeddings"}
+        if entries and any(name.startswith("blocks.0.") for name in entries):
+            refuse_features(
+                source, [*features_of_keys(entries), *(absent[name] for name in missing if name in absent)]
+            )
+        names = entries or content
+        raise ConversionError(
+            f"Not recognized: no {missing} among {len(names)} entries of `{source}`, which begin with "
+            f"{sorted(map(str, names))[:5]}. EViT, DeiT, timm ViT and LV-ViT files have them; for Transformers give "
+            "the folder."
+        )
+    others = {name: type(value).__name__ for name, value in entries.items() if not isinstance(value, torch.Tensor)}
+    if others:
+        raise ConversionError(f"`{source}` must hold tensors only, but some entries are not: {others}.")
+    check_tensors(entries, source)
+    args = content.get("args")
+    notes = []
+    if place:
+        notes.append(f"the weights are those at `{place}`")
+    settings = vars(args) if isinstance(args, argparse.Namespace) else {}
+    return Weights(entries, source, settings, unused=unused, notes=notes)
+
+
+def _raw_config(source: str | os.PathLike, hub: dict[str, Any]) -> tuple[dict[str, Any], Path | None]:
+    """Content of the source's config.json, empty if there is none that can be read, and the folder it is in."""
     try:
-        with torch.serialization.safe_globals(HARMLESS_TYPES):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = re.search(r"GLOBAL (\S+)|Unsupported \S+ (\S+)", str(error))
-        raise ConversionError(
-            f"`{path}` is no plain pickle of tensors and settings: it wants "
-            f"{(reason.group(1) or reason.group(2)) if reason else 'something else'}, and nothing in it was executed. "
-            "If you trust it, open it yourself and save its state dict."
-        ) from None
-    except RuntimeError as error:
-        raise ConversionError(f"`{path}` is no checkpoint that PyTorch can read: {error}") from None
-    if not isinstance(content, Mapping):
-        raise ConversionError(f"`{path}` holds a {type(content).__name__}, not a dictionary of tensors.")
-    unused = {}
-    state_dict, settings = content, {}
-    for name in ("model", "state_dict"):
-        if isinstance(content.get(name), Mapping):
-            state_dict = content[name]
-            settings = vars(content["args"]) if isinstance(content.get("args"), argparse.Namespace) else {}
-            unused = {key: "belongs to training" for key in content if key not in (name, "args")}
+        path = cached_file(
+            source,
+            "config.json",
+            **hub,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        config = json.loads(Path(path).read_text()) if path is not None else {}
+    except (OSError, ValueError, RecursionError):  # Transformers says what is wrong
+        return {}, None
+    return config if isinstance(config, dict) else {}, Path(path).parent if path is not None else None
+
+
+def _timm_weights(
+    source: str | os.PathLike, config: dict[str, Any], folder: Path, hub: dict[str, Any], wanted: str | None = None
+) -> Weights:
+    """Read a folder or Hub id as timm saves them."""
+    for name in WEIGHT_FILES if not Path(source).is_dir() else ():  # from the Hub, into the folder of config.json
+        if cached_file(source, name, **hub, _raise_exceptions_for_missing_entries=False) is not None:
             break
-    converted = _from_state_dict(dict(state_dict), settings, geometry, overrides)
-    converted.unused.update(unused)
-    return converted
+    files = weight_files(folder)
+    if not files:
+        raise ConversionError(
+            f"`{source}` has a config.json of timm, but neither model.safetensors nor pytorch_model.bin."
+        )
+    content: dict[str, Any] = {}
+    for file in files:
+        content.update(read_checkpoint(file))
+    names = chosen_weights(content, "patch_embed.proj.weight", wanted, source)[0] or content
+    description = describe_config(config, names, source)
+    found = _weights_in(content, files[0] if len(files) == 1 else source, wanted)
+    found.description = description
+    return found
 
 
-def _from_state_dict(
-    state_dict: dict[str, torch.Tensor], settings: dict, geometry: dict, overrides: dict
+def _from_weights(
+    found: Weights, given: dict[str, Any], overrides: dict[str, Any], image_size: Any, allow_non_finite: bool
 ) -> ConvertedCheckpoint:
-    """Tensors with DeiT's, timm's, EViT's or LV-ViT's names, and the settings that they were trained with."""
-    state_dict = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
-    needed = {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"}
-    if not needed <= set(state_dict):
-        raise ConversionError(
-            f"Not recognized: no {sorted(needed - set(state_dict))} among {len(state_dict)} entries, which begin with "
-            f"{sorted(state_dict)[:5]}. EViT, DeiT, timm ViT and LV-ViT files have them; for Transformers give the "
-            "folder."
-        )
-    is_lvvit = "patch_embed.conv1.weight" in state_dict
-    is_distilled = "dist_token" in state_dict
-    fields, notes = _geometry(state_dict, geometry, is_lvvit, is_distilled)
-    source_format, trained = _trained_reorganization(settings, fields)
-    source_format = "LV-ViT" if is_lvvit else source_format
-    config_class, keys = EViTConfig, DISTILLED_DEIT_KEYS if is_distilled else DEIT_KEYS
-    images = ImageSettings()
-    if not settings and not is_lvvit:
-        notes.append("images are normalized and cropped as for DeiT: no tensor tells")
-    if is_lvvit:
-        config_class, keys = EViTLVConfig, LVVIT_KEYS
-        images = ImageSettings(crop_fraction=0.9)
+    """Build the model that the tensors and their source describe."""
+    fields = _fields(found, given, image_size)
+    source_format, trained = _trained_reorganization(found, fields)
+    config_class = EViTLVConfig if found.is_lvvit else EViTConfig
     config = config_class(**{**fields, "keep_rate": 1.0, **trained, **overrides})
-    model = _filled_model(config, state_dict, keys, has_head="head.weight" in state_dict)
-    return ConvertedCheckpoint(model, source_format, notes=notes, images=images)
+    model_class, state_dict = _translated(found, config, allow_non_finite)
+    with torch.device("meta"):  # nothing is allocated twice, and nothing at random
+        model = model_class(config, **({"add_pooling_layer": False} if model_class is EViTModel else {}))
+    model.load_state_dict(state_dict, assign=True)
+    preprocessing = found.description.preprocessing if found.description else {}
+    if found.is_lvvit:
+        preprocessing = {"crop_pct": 0.9}
+    elif not found.settings and not found.description:
+        found.notes.append("images are normalized and cropped as for DeiT: no tensor tells")
+    processor, notes = timm_processor(preprocessing, config.image_size, config.num_channels)
+    return ConvertedCheckpoint(model, source_format, processor, found.unused, found.notes + notes)
 
 
-def _from_timm_model(module: nn.Module, overrides: dict) -> ConvertedCheckpoint:
-    """A `timm` VisionTransformer: tensors and geometry from the object itself."""
-    block = module.blocks[0] if hasattr(module, "blocks") else None
-    if block is None or not hasattr(block.attn, "num_heads"):
-        raise ConversionError(f"A {type(module).__name__} is no VisionTransformer of timm.")
-    if not isinstance(block.mlp.act, nn.GELU):
-        raise ConversionError(f"The activation is {type(block.mlp.act).__name__}, but a ViT of Transformers has GELU.")
-    if getattr(module, "global_pool", "token") != "token":
-        raise ConversionError(
-            f"The classifier pools '{module.global_pool}', but EViT classifies, and scores, with the class token."
-        )
-    state_dict = module.state_dict()
-    is_distilled = "dist_token" in state_dict
-    fields, _ = _geometry(state_dict, {"num_attention_heads": block.attn.num_heads}, False, is_distilled)
-    fields["layer_norm_eps"] = block.norm1.eps
-    config = EViTConfig(**{**fields, "keep_rate": 1.0, **overrides})
-    keys = DISTILLED_DEIT_KEYS if is_distilled else DEIT_KEYS
-    model = _filled_model(config, state_dict, keys, has_head="head.weight" in state_dict)
-    settings = getattr(module, "pretrained_cfg", None) or {}
-    images = ImageSettings(
-        mean=tuple(settings.get("mean", IMAGENET_MEAN)),
-        std=tuple(settings.get("std", IMAGENET_STD)),
-        crop_fraction=settings.get("crop_pct", 0.875),
-        resample={"bilinear": 2, "bicubic": BICUBIC}.get(settings.get("interpolation", "bicubic"), BICUBIC),
-    )
-    return ConvertedCheckpoint(model, "timm", images=images)
-
-
-def _from_transformers(source: str, overrides: dict) -> ConvertedCheckpoint:
+def _from_transformers(
+    source: str, given: dict[str, Any], overrides: dict[str, Any], allow_non_finite: bool
+) -> ConvertedCheckpoint:
     """A folder or Hub id of Transformers."""
     try:
         config_dict, _ = EViTConfig.get_config_dict(source)
     except OSError as error:
         raise ConversionError(
-            f"`{source}` is no file, no folder of Transformers, and no Hub id at hand: {error}"
+            f"`{source}` is not a file, a Transformers folder, or a reachable Hub id: {error}"
         ) from None
     except ValueError as error:
         raise ConversionError(str(error)) from None
-    architecture = (config_dict.get("architectures") or ["ViTForImageClassification"])[0]
+    architecture = str((config_dict.get("architectures") or ["ViTForImageClassification"])[0])
     model_class = EViTForImageClassification
     if architecture.endswith("WithTeacher"):
         model_class = EViTForImageClassificationWithTeacher
@@ -312,73 +344,280 @@ def _from_transformers(source: str, overrides: dict) -> ConvertedCheckpoint:
         raise ConversionError(f"`{source}` is a {architecture}: EViT has classifiers and plain models only.")
     if "keep_rate" not in config_dict:
         overrides = {"keep_rate": 1.0, **overrides}
+    for name, value in given.items():
+        if config_dict.get(name, value) != value:
+            raise ConversionError(f"`{name}` is {value}, but `{source}` has {config_dict[name]}: leave it out.")
     try:
-        model, info = model_class.from_pretrained(source, output_loading_info=True, **overrides)
-    except RuntimeError as error:
+        model, info = model_class.from_pretrained(
+            source, output_loading_info=True, allow_non_finite_weights=allow_non_finite, **overrides
+        )
+    except (RuntimeError, OSError) as error:
         raise ConversionError(str(error)) from None
     unfilled = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if unfilled or info["mismatched_keys"]:
-        raise ConversionError(f"`{source}` does not fill {unfilled or info['mismatched_keys']}.")
+        folder = _raw_config(source, {})[1]
+        names = [file.name for file in weight_files(folder)] if folder else []
+        raise ConversionError(
+            f"`{source}` ({', '.join(names)}) does not fill its model. Not filled: {unfilled}. Of another shape: "
+            f"{info['mismatched_keys']}. No place for: {sorted(info['unexpected_keys'])}."
+        )
     unused = {key: f"{model_class.__name__} has no place for it" for key in info["unexpected_keys"]}
-    return ConvertedCheckpoint(model, f"Transformers {architecture}", unused=unused, images=None, source=source)
+    processor, notes = _source_processor(source, model.config)
+    return ConvertedCheckpoint(model, f"Transformers {architecture}", processor, unused, notes)
+
+
+def _source_processor(source: str, config: EViTConfig) -> tuple[Any, list[str]]:
+    """The image processor of a Transformers folder, whole, or ViT's if there is none."""
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(source), []
+    except Exception as error:  # a damaged file makes it fail in any way
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            try:
+                file = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+            except OSError:
+                file = None
+            if file is not None:
+                raise ConversionError(f"`{file}` is not the configuration of an image processor: {error}") from None
+    settings = {"mean": (0.5,), "std": (0.5,), "crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bilinear"}
+    processor, _ = timm_processor(settings, config.image_size, config.num_channels)
+    return processor, ["the source has no image processor: ViT's was taken (mean and deviation 0.5)"]
+
+
+# Opening for `from_pretrained`
+
+
+def open_checkpoint(
+    model_class: type[EViTPreTrainedModel], source: str | os.PathLike, kwargs: dict[str, Any]
+) -> tuple[type[EViTPreTrainedModel], str | os.PathLike | None, dict[str, Any]]:
+    """Prepare what `from_pretrained` was given: read timm's folders, check files of Transformers'.
+
+    Args:
+        model_class: that is loaded.
+        source: folder or Hub id.
+        kwargs: keywords of `from_pretrained`.
+
+    Returns: class, source and keywords for Transformers. For a timm checkpoint the keywords hold `config` and
+        `state_dict`, the source is None, and a distilled classifier gets the class that has both heads.
+
+    Raises: ConversionError for files that are damaged, hold less than the configuration says, or a timm model that
+        an EViT cannot be.
+    """
+    if kwargs.get("state_dict") is not None or kwargs.get("gguf_file") is not None:
+        return model_class, source, kwargs
+    hub = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
+    config, folder = _raw_config(source, hub)
+    if not is_timm_config(config):
+        if folder is None and Path(source).is_dir():
+            folder = Path(source) / (kwargs.get("subfolder") or "")
+        if folder is not None:
+            _check_files(folder, config, kwargs)
+        return model_class, source, kwargs
+    if issubclass(model_class.config_class, EViTLVConfig):
+        raise ConversionError(f"`{source}` is a timm checkpoint: load it with EViTForImageClassification.")
+    return _opened_timm(model_class, _timm_weights(source, config, folder, hub), kwargs)
+
+
+def _opened_timm(
+    model_class: type[EViTPreTrainedModel], found: Weights, kwargs: dict[str, Any]
+) -> tuple[type[EViTPreTrainedModel], None, dict[str, Any]]:
+    """Class and keywords for Transformers that load weights of timm."""
+    kwargs = {name: value for name, value in kwargs.items() if name not in HUB_KEYWORDS}
+    heads = kwargs.pop("num_attention_heads", None)
+    fields = _fields(found, {} if heads is None else {"num_attention_heads": heads}, kwargs.get("image_size"))
+    own_class, state_dict = _translated(found, EViTConfig(**fields), allow_non_finite=True)  # checked after loading
+    if own_class is EViTForImageClassificationWithTeacher and model_class is EViTForImageClassification:
+        model_class = own_class
+    if not isinstance(kwargs.get("config"), EViTConfig):
+        config, kwargs = EViTConfig.from_dict(
+            {**fields, "architectures": [model_class.__name__]}, return_unused_kwargs=True, **kwargs
+        )
+        kwargs["config"] = config
+    for note in found.notes:
+        logger.warning(f"`{found.source}`: {note}.")
+    if own_class is EViTModel:
+        state_dict = {f"vit.{name}": tensor for name, tensor in state_dict.items()}
+    return model_class, None, {**kwargs, "state_dict": state_dict}
+
+
+def _check_files(folder: Path, config: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    """Refuse weight files that are damaged, or that hold less than the configuration would have to allocate."""
+    files = weight_files(folder, kwargs.get("variant"), kwargs.get("use_safetensors"))
+    if not files or "quantization_config" in config or kwargs.get("quantization_config") is not None:
+        return
+    num_stored = sum(math.prod(shape) for file in files for shape in tensor_shapes(file).values())
+    given = kwargs.get("config")
+    sizes = {
+        name: kwargs.get(name, getattr(given, name, config.get(name, default)))
+        for name, default in (("hidden_size", 768), ("num_hidden_layers", 12), ("intermediate_size", 3072))
+    }
+    if not all(isinstance(size, int) and size > 0 for size in sizes.values()):
+        return  # the configuration's own checks say so
+    hidden, layers, intermediate = sizes.values()
+    num_needed = layers * (4 * hidden * hidden + 2 * hidden * intermediate)
+    if num_needed > num_stored:
+        raise ConversionError(
+            f"`{folder}` does not fill its model: config.json and keywords ask for {num_needed} weights in the layers "
+            f"({', '.join(f'`{name}` {size}' for name, size in sizes.items())}), but "
+            f"{', '.join(file.name for file in files)} has {num_stored} in all. Load the checkpoint with its own "
+            "configuration."
+        )
+
+
+EViTPreTrainedModel.checkpoint_opener = staticmethod(open_checkpoint)
 
 
 # Pieces
 
 
-def _geometry(
-    state_dict: dict[str, torch.Tensor], given: dict, is_lvvit: bool, is_distilled: bool
-) -> tuple[dict[str, Any], list[str]]:
-    """Fields of the configuration that the shapes of the tensors tell, and what had to be assumed."""
-    notes = []
-    hidden_size = state_dict["cls_token"].shape[-1]
-    num_layers = 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("blocks."))
-    patch_size = state_dict["patch_embed.proj.weight"].shape[-1] * (2 if is_lvvit else 1)
-    num_positions = state_dict["pos_embed"].shape[1] - (2 if is_distilled else 1)
-    side = math.isqrt(max(num_positions, 0))
-    if side**2 != num_positions:
+def _fields(found: Weights, given: dict[str, Any], image_size: Any) -> dict[str, Any]:
+    """Fields of the configuration, from the shapes of the tensors, what the source says, and what was given."""
+    tensors = found.tensors
+    wrong = {
+        name: tuple(tensors[name].shape)
+        for name, num_dims in NEEDED.items()
+        if tensors[name].ndim != num_dims or 0 in tensors[name].shape
+    }
+    if wrong:
         raise ConversionError(
-            f"`pos_embed` has {state_dict['pos_embed'].shape[1]} positions: {num_positions} for image tokens, which "
-            "is no square grid. EViT wants one position for each prefix token and each patch of a square image."
+            f"`{found.source}` has tensors of a wrong shape: {wrong}. Expected are `cls_token` (1, 1, hidden size), "
+            "`pos_embed` (1, positions, hidden size), `patch_embed.proj.weight` (hidden size, channels, height, "
+            "width) and `blocks.0.mlp.fc1.weight` (MLP size, hidden size)."
         )
+    numbers = {int(match[1]) for match in (re.match(r"blocks\.(\d{1,6})\.", name) for name in tensors) if match}
+    num_layers = len(numbers)
+    if numbers != set(range(num_layers)):
+        absent = sorted(set(range(max(numbers))) - numbers)[:5]
+        raise ConversionError(f"`{found.source}` has blocks up to number {max(numbers)}, but lacks blocks {absent}.")
+
+    known = dict(found.description.known) if found.description else {}
+    hidden_size = tensors["cls_token"].shape[-1]
+    if known.pop("hidden_size", hidden_size) != hidden_size:  # a changed width: the architecture's heads are others
+        known.pop("num_attention_heads")
+    known_size = known.pop("image_size", None)
     fields = {
-        "image_size": side * patch_size,
-        "patch_size": patch_size,
         "hidden_size": hidden_size,
         "num_hidden_layers": num_layers,
-        "intermediate_size": state_dict["blocks.0.mlp.fc1.weight"].shape[0],
-        "qkv_bias": "blocks.0.attn.qkv.bias" in state_dict,
+        "intermediate_size": tensors["blocks.0.mlp.fc1.weight"].shape[0],
+        "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
         "layer_norm_eps": 1e-6,
-        "num_channels": state_dict["patch_embed.conv1.weight" if is_lvvit else "patch_embed.proj.weight"].shape[1],
-        "use_distillation_token": is_distilled,
+        "num_channels": tensors["patch_embed.conv1.weight" if found.is_lvvit else "patch_embed.proj.weight"].shape[1],
+        "use_distillation_token": found.num_prefix_tokens == 2,
+        **known,
     }
-    if "head.weight" in state_dict:
-        fields["num_labels"] = state_dict["head.weight"].shape[0]
-    if is_lvvit:
-        heads, scale = LVVIT_GEOMETRY.get((hidden_size, num_layers), (None, None))
-        fields["residual_scale"] = given.get("residual_scale", scale)
-        fields["stem_hidden_size"] = state_dict["patch_embed.conv1.weight"].shape[0]
-        fields["layer_norm_eps"] = 1e-5
-        if fields["residual_scale"] is None:
-            raise ConversionError(
-                f"An LV-ViT of width {hidden_size} and depth {num_layers} is none of the published ones: give its "
-                "`skip_lam` as `residual_scale`."
-            )
-    else:
-        heads = hidden_size // 64 if hidden_size % 64 == 0 else None
-    fields["num_attention_heads"] = given.get("num_attention_heads", heads)
-    if fields["num_attention_heads"] is None:
+    fields |= _grid(found, known_size, image_size)
+    if "head.weight" in tensors:
+        fields |= _classes(found)
+    for name, value in given.items():
+        if known.get(name, value) != value:
+            raise ConversionError(f"`{name}` is {value}, but `{found.source}` has {known[name]}: leave it out.")
+    return {**fields, **(_lvvit_fields if found.is_lvvit else _heads)(found, {**fields, **given})}
+
+
+def _grid(found: Weights, known_size: Any, image_size: Any) -> dict[str, Any]:
+    """Image and patch size: as the source says, as was asked for if it fits, or a square."""
+    patch = [size * (2 if found.is_lvvit else 1) for size in found.tensors["patch_embed.proj.weight"].shape[-2:]]
+    num_positions = found.tensors["pos_embed"].shape[1]
+    num_patches = num_positions - found.num_prefix_tokens
+    fields = {"patch_size": patch[0] if patch[0] == patch[1] else patch}
+    for size in (known_size, image_size):
+        if size is None:
+            continue
+        pixels = [size, size] if isinstance(size, int) else list(size)
+        if len(pixels) != 2 or not all(isinstance(x, int) and x > 0 for x in pixels):
+            raise ConversionError(f"`image_size` of `{found.source}` must be pixels, (height, width), got {size!r}.")
+        if (pixels[0] // patch[0]) * (pixels[1] // patch[1]) == num_patches:
+            return {**fields, "image_size": pixels[0] if pixels[0] == pixels[1] else pixels}
+    side = math.isqrt(max(num_patches, 0))
+    if not side or side**2 != num_patches:
         raise ConversionError(
-            f"No tensor tells the number of attention heads, and a width of {hidden_size} is none of the published "
-            "models': give `num_attention_heads`."
+            f"`pos_embed` of `{found.source}` has {num_positions} positions: {num_patches} for image tokens, which is "
+            "not a square grid. EViT needs one position for each prefix token and each patch: give the size of its "
+            "images as `image_size`, (height, width) (`--image-size`)."
         )
-    if "num_attention_heads" not in given and not is_lvvit:
-        notes.append(f"{fields['num_attention_heads']} attention heads, one for every 64 channels, as in DeiT and ViT")
-    return fields, notes
+    pixels = [side * patch[0], side * patch[1]]
+    if known_size is not None:
+        found.notes.append(f"images are {pixels[0]}x{pixels[1]} pixels, as its positions say, not {known_size}")
+    elif not found.is_lvvit:
+        found.notes.append(f"images are square, {side}x{side} patches: no tensor tells")
+    return {**fields, "image_size": pixels[0] if pixels[0] == pixels[1] else pixels}
 
 
-def _trained_reorganization(settings: dict, fields: dict) -> tuple[str, dict[str, Any]]:
+def _classes(found: Weights) -> dict[str, Any]:
+    """Number of classes and their names, which must agree with the classifier."""
+    num_labels = found.tensors["head.weight"].shape[0] if found.tensors["head.weight"].ndim else 0
+    description = found.description or TimmDescription({})
+    names = description.label_names
+    if description.num_classes not in (None, num_labels):
+        raise ConversionError(
+            f"`num_classes` in the config.json of `{found.source}` is {description.num_classes}, but `head.weight` "
+            f"has {num_labels} rows."
+        )
+    if names and not 0 <= min(names) <= max(names) < num_labels:
+        raise ConversionError(
+            f"`label_names` in the config.json of `{found.source}` names classes {min(names)} to {max(names)}, but "
+            f"`head.weight` has {num_labels} rows."
+        )
+    if not names:
+        return {"num_labels": num_labels}
+    id2label = {number: names.get(number, f"LABEL_{number}") for number in range(num_labels)}
+    return {"id2label": id2label, "label2id": {label: number for number, label in id2label.items()}}
+
+
+def _heads(found: Weights, fields: dict[str, Any]) -> dict[str, Any]:
+    """Attention heads: as the source says, as was given, or the published model's."""
+    if "residual_scale" in fields:
+        raise ConversionError(f"`residual_scale` is for LV-ViTs, and `{found.source}` is not one: leave it out.")
+    heads = fields.get("num_attention_heads")
+    if heads is None:
+        size = (fields["hidden_size"], fields["num_hidden_layers"], fields["intermediate_size"])
+        heads = PUBLISHED_HEADS.get(size)
+        if heads is None:
+            raise ConversionError(
+                f"No tensor tells the number of attention heads, and `{found.source}` is not one of the published "
+                f"models: it has width {size[0]}, depth {size[1]} and MLP size {size[2]}: "
+                "give `num_attention_heads` (`--num-attention-heads`)."
+            )
+        found.notes.append(f"{heads} attention heads, as in the published model of this width and depth")
+    return {"num_attention_heads": _checked_heads(found, heads, fields["hidden_size"])}
+
+
+def _checked_heads(found: Weights, heads: Any, hidden_size: int) -> int:
+    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or hidden_size % heads:
+        raise ConversionError(
+            f"`num_attention_heads` of `{found.source}` must divide the hidden size of {hidden_size}, got {heads!r}."
+        )
+    return heads
+
+
+def _lvvit_fields(found: Weights, fields: dict[str, Any]) -> dict[str, Any]:
+    """Heads, residual scale and stem of an LV-ViT."""
+    size = (fields["hidden_size"], fields["num_hidden_layers"])
+    heads, scale = LVVIT_GEOMETRY.get(size, (None, None))
+    heads, scale = fields.get("num_attention_heads", heads), fields.get("residual_scale", scale)
+    if scale is None:
+        raise ConversionError(
+            f"An LV-ViT of width {size[0]} and depth {size[1]} is none of the published ones: give its `skip_lam` as "
+            "`residual_scale` (`--residual-scale`)."
+        )
+    if heads is None:
+        raise ConversionError(
+            "No tensor tells the number of attention heads: give `num_attention_heads` (`--num-attention-heads`)."
+        )
+    return {
+        "num_attention_heads": _checked_heads(found, heads, size[0]),
+        "residual_scale": scale,
+        "stem_hidden_size": found.tensors["patch_embed.conv1.weight"].shape[0],
+        "layer_norm_eps": 1e-5,
+    }
+
+
+def _trained_reorganization(found: Weights, fields: dict) -> tuple[str, dict[str, Any]]:
     """Name the format and say how the source reorganized, from the settings in the file."""
+    settings = found.settings
+    if found.is_lvvit:
+        return "LV-ViT", {}
     if "base_keep_rate" in settings:
         layers = settings.get("drop_loc", "(3, 6, 9)")
         layers = ast.literal_eval(layers) if isinstance(layers, str) else layers
@@ -388,10 +627,9 @@ def _trained_reorganization(settings: dict, fields: dict) -> tuple[str, dict[str
             "fuse_inattentive_tokens": bool(settings.get("fuse_token", False)),
         }
     if "reduction_loc" in settings:
-        return "TokenReduction", token_reduction_settings(
-            settings, (fields["image_size"] // fields["patch_size"]) ** 2
-        )
-    return "DeiT or timm", {}
+        num_patches = found.tensors["pos_embed"].shape[1] - found.num_prefix_tokens
+        return "TokenReduction", token_reduction_settings(settings, num_patches)
+    return "timm" if found.description else "DeiT or timm", {}
 
 
 def token_reduction_settings(settings: dict, num_patches: int) -> dict[str, Any]:
@@ -436,41 +674,81 @@ def token_reduction_settings(settings: dict, num_patches: int) -> dict[str, Any]
     return {"keep_rate": keep_rates, "reorganization_layers": layers, "fuse_inattentive_tokens": fuse}
 
 
-def _filled_model(
-    config: EViTConfig, state_dict: dict[str, torch.Tensor], keys: dict[str, str], has_head: bool
-) -> EViTPreTrainedModel:
-    """The model with every parameter from the source, or a ConversionError that lists all that is wrong."""
-    if isinstance(config, EViTLVConfig):
-        model: EViTPreTrainedModel = EViTLVForImageClassification(config)
-    elif config.use_distillation_token and "head_dist.weight" in state_dict:
-        model = EViTForImageClassificationWithTeacher(config)
+def _translated(
+    found: Weights, config: EViTConfig, allow_non_finite: bool
+) -> tuple[type[EViTPreTrainedModel], dict[str, torch.Tensor]]:
+    """The class for these weights, and all its parameters under our names, as copies.
+
+    Raises: ConversionError that lists all that does not fit: nothing is allocated before.
+    """
+    has_head = "head.weight" in found.tensors
+    keys = DISTILLED_DEIT_KEYS if config.use_distillation_token else DEIT_KEYS
+    model_class: type[EViTPreTrainedModel] = EViTForImageClassification
+    if found.is_lvvit:
+        model_class, keys = EViTLVForImageClassification, LVVIT_KEYS
+    elif config.use_distillation_token and "head_dist.weight" in found.tensors:
+        model_class = EViTForImageClassificationWithTeacher
     elif has_head:
-        model, keys = EViTForImageClassification(config), {**keys, r"head\.(weight|bias)": r"classifier.\1"}
+        keys = {**keys, r"head\.(weight|bias)": r"classifier.\1"}
     else:
-        model = EViTModel(config, add_pooling_layer=False)
-    translated, unexpected = {}, []
-    for name, tensor in state_dict.items():
-        ours = _our_names(name, keys)
-        if not ours:
-            unexpected.append(name)
-        parts = tensor.chunk(3) if len(ours) == 3 else [tensor] * len(ours)
-        for our_name, part in zip(ours, parts, strict=True):
-            translated[our_name if has_head else our_name.removeprefix("vit.")] = part.clone()
+        model_class = EViTModel
+    with torch.device("meta"):
+        model = model_class(config, **({"add_pooling_layer": False} if model_class is EViTModel else {}))
     expected = model.state_dict()
-    missing = sorted(set(expected) - set(translated))
-    unexpected += sorted(set(translated) - set(expected))
+
+    parts, unexpected = {}, []
+    for name, tensor in found.tensors.items():
+        ours = [x if has_head else x.removeprefix("vit.") for x in _our_names(name, keys)]
+        split = tensor.tensor_split(3) if len(ours) == 3 and tensor.ndim else [tensor] * len(ours)
+        if not set(ours) <= expected.keys():
+            unexpected.append(name)
+        elif ours:
+            parts |= {our_name: (name, part) for our_name, part in zip(ours, split, strict=True)}
+        else:
+            unexpected.append(name)
+    _refuse_misfits(found, expected, parts, unexpected)
+    if not allow_non_finite:
+        wrong = non_finite({name: found.tensors[name] for name, _ in parts.values()})
+        if wrong:
+            raise ConversionError(
+                f"`{found.source}` holds NaN or infinite values in {wrong}: the file is damaged or the training "
+                "diverged. To convert it nevertheless, pass `allow_non_finite_weights=True` "
+                "(`--allow-non-finite-weights`)."
+            )
+    state_dict = {}
+    for our_name, (_, part) in parts.items():
+        state_dict[our_name] = part.detach().to(expected[our_name].dtype, copy=True).contiguous()
+    return model_class, state_dict
+
+
+def _refuse_misfits(
+    found: Weights,
+    expected: dict[str, torch.Tensor],
+    parts: dict[str, tuple[str, torch.Tensor]],
+    unexpected: list[str],
+) -> None:
+    """Raise ConversionError with all parameters that are missing, superfluous, or of another shape or type."""
+    missing = sorted(set(expected) - set(parts))
     misshaped = [
-        f"{name} {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
-        for name, tensor in translated.items()
-        if name in expected and tensor.shape != expected[name].shape
+        f"{our_name} {tuple(part.shape)} instead of {tuple(expected[our_name].shape)}"
+        for our_name, (_, part) in parts.items()
+        if part.shape != expected[our_name].shape
     ]
-    if missing or unexpected or misshaped:
+    mistyped = sorted(
+        {
+            f"{name} {part.dtype}"
+            for our_name, (name, part) in parts.items()
+            if expected[our_name].dtype.is_floating_point != part.dtype.is_floating_point
+        }
+    )
+    if missing or unexpected or misshaped or mistyped:
+        features = features_of_keys(unexpected)
         raise ConversionError(
-            f"The checkpoint does not fit. Not filled: {missing}. No place for: {unexpected}. Of another shape: "
-            f"{misshaped}."
+            f"The checkpoint `{found.source}` does not fit. "
+            f"{f'It has {chr(32).join(features)}, which a plain ViT has not. ' if features else ''}"
+            f"Not filled: {missing}. No place for: {unexpected}. Of another shape: {misshaped}."
+            f"{f' Not of floating-point numbers: {mistyped}.' if mistyped else ''}"
         )
-    model.load_state_dict(translated)
-    return model
 
 
 def _our_names(name: str, keys: dict[str, str]) -> list[str]:
@@ -510,4 +788,4 @@ def read_labels(path: str | os.PathLike) -> list[str]:
     return [str(label) for label in labels]
 
 
-__all__ = ["ConversionError", "ConvertedCheckpoint", "ImageSettings", "convert_checkpoint", "read_labels"]
+__all__ = ["ConversionError", "ConvertedCheckpoint", "convert_checkpoint", "open_checkpoint", "read_labels"]

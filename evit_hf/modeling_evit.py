@@ -7,7 +7,8 @@ The classes stand in the order in which data flows and take their parameters, an
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -452,6 +453,9 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
         "AutoModel": "modeling_evit.EViTModel",
         "AutoModelForImageClassification": "modeling_evit.EViTForImageClassification",
     }
+    # Reads what `from_pretrained` is given before Transformers does: timm's checkpoints become EViT's, damaged files
+    # are named. Set by `evit_hf.conversion`, which does not travel with saved models.
+    checkpoint_opener: ClassVar[Callable | None] = None
     _no_split_modules = ["EViTEmbeddings", "EViTLayer"]
     _can_record_outputs = {"hidden_states": EViTLayer, "attentions": EViTAttention}
 
@@ -555,9 +559,10 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
         *model_args: Any,
         ignore_mismatched_sizes: bool = True,
         output_loading_info: bool = False,
+        allow_non_finite_weights: bool = False,
         **kwargs: Any,
     ) -> "EViTPreTrainedModel | tuple[EViTPreTrainedModel, dict]":
-        """Load an EViT, ViT or DeiT checkpoint of Transformers 4.x or 5.x.
+        """Load an EViT, ViT or DeiT checkpoint of Transformers 4.x or 5.x, or a ViT or DeiT of timm.
 
         Keywords such as `keep_rate=0.7` go to the configuration. A classifier for another number of classes, or for a
         backbone without one, is newly initialized, with a warning. A checkpoint without pooling layer loads into
@@ -568,29 +573,38 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
             *model_args: handed to the model class.
             ignore_mismatched_sizes: False makes another number of classes an error as well.
             output_loading_info: whether to return the lists of missing and unexpected keys too.
+            allow_non_finite_weights: whether to accept NaN and infinite weights.
             **kwargs: see `transformers.PreTrainedModel.from_pretrained`.
 
         Raises:
             ValueError: the folder holds another model type than 'evit', 'vit' or 'deit'.
-            RuntimeError: a parameter other than the classifier would be left at its random initialization; the message
-                names all of them.
+            RuntimeError: a file is damaged, a weight is NaN or infinite, or a parameter other than the classifier
+                would be left at its random initialization; the message names all of them.
         """
-        model, loading_info = super().from_pretrained(
-            pretrained_model_name_or_path,
+        model_class, source = cls, pretrained_model_name_or_path
+        opener = EViTPreTrainedModel.checkpoint_opener
+        if opener is not None and source is not None:
+            model_class, source, kwargs = opener(cls, source, kwargs)
+        model, loading_info = super(EViTPreTrainedModel, model_class).from_pretrained(
+            source,
             *model_args,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             output_loading_info=True,
             **kwargs,
         )
-        model._accept_loaded_weights(str(pretrained_model_name_or_path), loading_info)
+        if source is None and pretrained_model_name_or_path is not None:  # the opener read it
+            model.config.name_or_path = str(pretrained_model_name_or_path)
+        model._accept_loaded_weights(str(pretrained_model_name_or_path), loading_info, allow_non_finite_weights)
         return (model, loading_info) if output_loading_info else model
 
-    def _accept_loaded_weights(self, source: str, loading_info: dict) -> None:
-        """Raise RuntimeError if chance chose a weight of the backbone; say what was newly initialized otherwise."""
+    def _accept_loaded_weights(self, source: str, loading_info: dict, allow_non_finite: bool = False) -> None:
+        """Raise RuntimeError for weights that are random, NaN or infinite; warn of newly initialized classifiers."""
         missing = set(loading_info["missing_keys"])
         mismatched = {key: (tuple(found), tuple(here)) for key, found, here in loading_info["mismatched_keys"]}
 
         heads = ("classifier.", "cls_classifier.", "distillation_classifier.", "aux_classifier.")
+        if len(files := [path for path in Path(source).glob("*") if path.suffix in (".safetensors", ".bin")]) == 1:
+            source = str(files[0])
         lost = sorted(key for key in missing | mismatched.keys() if not key.startswith((*heads, "pooler.")))
         if lost:
             shapes = [
@@ -601,6 +615,20 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
                 f"random values. Missing: {sorted(missing)}. Of another shape: {sorted(shapes)}. Unexpected in the "
                 f"checkpoint: {sorted(loading_info['unexpected_keys'])}. Load a ViT or EViT checkpoint of the same "
                 "geometry, or change the configuration to match it."
+            )
+        wrong = (
+            []
+            if allow_non_finite
+            else [
+                name
+                for name, tensor in self.state_dict().items()
+                if tensor.is_floating_point() and tensor.device.type != "meta" and not tensor.isfinite().all()
+            ]
+        )
+        if wrong:
+            raise RuntimeError(
+                f"`{source}` holds NaN or infinite values in {wrong}: the file is damaged or the training diverged. "
+                "Pass `allow_non_finite_weights=True` to load it nevertheless."
             )
         if any(key.startswith("pooler.") for key in missing | mismatched.keys()):
             self.pooler = None

@@ -171,11 +171,12 @@ def test_timm_vit_gives_timms_outputs(form, tmp_path, images):
     elif form == "safetensors":
         source = tmp_path / "model.safetensors"
         save_file(vit.state_dict(), source)
-    converted = convert_checkpoint(source)
+    heads = {} if form == "object" else {"num_attention_heads": 2}  # no tensor tells them
+    converted = convert_checkpoint(source, **heads)
     assert converted.model.config.num_attention_heads == 2
-    assert (form == "object") == (not converted.notes)  # heads are assumed where no object tells them
+    assert (form == "object") == (not converted.notes)  # the images are assumed where no object tells them
     torch.testing.assert_close(converted.model(images).logits, vit(images), rtol=1e-4, atol=1e-5)
-    assert convert_checkpoint(source, keep_rate=0.5).model(images).attentive_index[0].shape == (3, 8)
+    assert convert_checkpoint(source, **heads, keep_rate=0.5).model(images).attentive_index[0].shape == (3, 8)
 
 
 def test_timm_distilled_deit_gives_timms_outputs(images):
@@ -262,17 +263,17 @@ def test_sources_that_cannot_be_evits_are_refused(tmp_path):
     refused("No tensor tells the number of attention heads", official_weights())
     refused("pools 'avg', but EViT classifies, and scores, with the class token", timm_vit(global_pool="avg"))
     refused(
-        "17 for image tokens, which is no square grid", {**official_weights(), "pos_embed": torch.zeros(1, 18, 48)}
+        "17 for image tokens, which is not a square grid", {**official_weights(), "pos_embed": torch.zeros(1, 18, 48)}
     )
-    refused("A Linear is no VisionTransformer", torch.nn.Linear(1, 1))
+    refused("A Linear is not a VisionTransformer", torch.nn.Linear(1, 1))
     refused("The activation is ReLU", timm_vit(act_layer=torch.nn.ReLU))
     (tmp_path / "config.json").write_text('{"model_type": "swin"}')
     refused("holds a model of type 'swin'", tmp_path)
     (tmp_path / "text.pth").write_text("no checkpoint")
-    refused("is no (plain pickle|checkpoint)", tmp_path / "text.pth")
+    refused("is not a (plain pickle|checkpoint)", tmp_path / "text.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     refused("holds a list, not a dictionary", tmp_path / "list.pth")
-    refused("is no file, no folder of Transformers, and no Hub id at hand", "nobody/nothing")
+    refused("is not a file, a Transformers folder, or a reachable Hub id", "nobody/nothing")
 
 
 class Malicious:
@@ -289,7 +290,7 @@ def test_a_malicious_pickle_is_refused_and_never_executed(key, tmp_path):
     content = {"model": official_weights(), "args": argparse.Namespace(), "optimizer": {}}
     content[key] = Malicious(str(trap))
     torch.save(content, tmp_path / "evil.pth")
-    with pytest.raises(ConversionError, match="is no plain pickle .*mkdir.* nothing in it was executed"):
+    with pytest.raises(ConversionError, match="is not a plain pickle .*mkdir.* nothing in it was executed"):
         convert_checkpoint(tmp_path / "evil.pth", num_attention_heads=3)
     assert not trap.exists()
     torch.load(tmp_path / "evil.pth", weights_only=False)
