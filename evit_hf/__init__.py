@@ -8,8 +8,7 @@ from contextlib import suppress
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, ViTImageProcessor
 from transformers.utils import is_vision_available
 
-from .configuration_evit import EViTConfig
-from .configuration_evit import __version__ as __version__
+from .configuration_evit import EViTConfig, __version__
 from .configuration_evit_lv import EViTLVConfig
 from .conversion import convert_checkpoint
 from .keep_rate_schedule import KeepRateCallback
@@ -24,6 +23,7 @@ from .modeling_evit import (
 )
 from .modeling_evit_lv import EViTLVForImageClassification, EViTLVImageClassifierOutput, EViTLVModel
 from .pictures import as_rgb
+from .presets import preset_config
 from .reorganization import families, reorganize
 
 
@@ -35,7 +35,7 @@ AutoModel.register(EViTLVConfig, EViTLVModel, exist_ok=True)
 AutoModelForImageClassification.register(EViTLVConfig, EViTLVForImageClassification, exist_ok=True)
 if is_vision_available():  # without Pillow there are no image processors to register with
     for _config in (EViTConfig, EViTLVConfig):
-        # The name stands for the class on Pillow where there is no torchvision. Transformers 5.9 needs torchvision.
+        # Without torchvision the name means the class on Pillow. Transformers 5.9 needs torchvision.
         with suppress(ImportError):
             AutoImageProcessor.register(_config, ViTImageProcessor, ViTImageProcessor, exist_ok=True)
 
@@ -53,8 +53,10 @@ __all__ = [
     "EViTModelOutput",
     "EViTPreTrainedModel",
     "KeepRateCallback",
+    "__version__",
     "as_rgb",
     "convert_checkpoint",
     "families",
+    "preset_config",
     "reorganize",
 ]

@@ -1,16 +1,19 @@
 """EViT configuration: a ViT configuration that says where and how much to reorganize."""
 
+import copy
 import difflib
-import importlib
+import math
 import os
-from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import ViTConfig
+from transformers import PreTrainedConfig, ViTConfig
+from transformers.activations import ACT2FN
 
 
-# Of the whole package; it stands here because this file travels with every saved model.
+# Of the whole package; it is kept here because this file travels with every saved model.
 __version__ = "0.1.0"
 
 # Words of the official implementation (youweiliang/evit) for the same things.
@@ -20,9 +23,44 @@ OFFICIAL_NAMES = {
     "fuse_token": "fuse_inattentive_tokens",
 }
 
+# The largest ViT that was published has 22 billion parameters; more than this is a damaged file.
+MAX_PARAMETERS = 40 * 10**9
+MAX_PATCHES = 2**20
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+Class = TypeVar("Class", bound=type)
+
+
+def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
+    """Return (height, width) of a size that is one number or both."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def python_value(value: Any) -> Any:
+    """Python's own numbers for those of numpy and PyTorch: what JSON can hold, and what `isinstance` knows."""
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(python_value(entry) for entry in value)
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def shown(value: Any) -> str:
+    """Show a value in an error message, cut off if it is long."""
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_whole_number(value: Any) -> bool:
+    """Whether a value is a whole number of Python."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
 
 def check_keep_rate(keep_rate: float | Sequence[float], num_reorganization_layers: int) -> None:
-    """Refuse a keep rate that is no share of tokens, or a list that does not fit the reorganization layers.
+    """Refuse a keep rate that is not a share of tokens, or a list that does not fit the reorganization layers.
 
     Args:
         keep_rate: one share of tokens for all reorganization layers, or one for each of them.
@@ -30,18 +68,31 @@ def check_keep_rate(keep_rate: float | Sequence[float], num_reorganization_layer
 
     Raises: ValueError.
     """
-    per_layer = isinstance(keep_rate, (list, tuple))
-    for rate in keep_rate if per_layer else [keep_rate]:
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
+    rates = list(keep_rate) if isinstance(keep_rate, (list, tuple)) else None
+    for rate in [keep_rate] if rates is None else rates:
+        if not is_number(rate) or not 0 < rate <= 1:  # type: ignore[operator]
             raise ValueError(
-                f"`keep_rate` must be in (0, 1], one number or one for each reorganization layer, got {keep_rate!r}: "
-                "pass the share of image tokens to keep, for example 0.7."
+                "`keep_rate` must be in (0, 1], one number or one for each reorganization layer, got "
+                f"{shown(keep_rate)}: pass the share of image tokens to keep, for example 0.7."
             )
-    if per_layer and len(keep_rate) != num_reorganization_layers:
+    if rates is not None and len(rates) != num_reorganization_layers:
         raise ValueError(
-            f"`keep_rate` has {len(keep_rate)} entries, {keep_rate!r}, but `reorganization_layers` names "
+            f"`keep_rate` has {len(rates)} entries, {shown(keep_rate)}, but `reorganization_layers` names "
             f"{num_reorganization_layers} layers: pass one number for all layers, or one for each."
         )
+
+
+def keep_rate_by_layer(keep_rate: float | Sequence[float], reorganization_layers: Sequence[int]) -> dict[int, float]:
+    """Keep rate of each reorganization layer, by zero-based layer number, for one rate or one for each layer.
+
+    Numbers of numpy and tensors are numbers.
+
+    Raises: ValueError if a rate is out of range, or their number is wrong.
+    """
+    keep_rate = python_value(keep_rate)
+    check_keep_rate(keep_rate, len(reorganization_layers))
+    rates = keep_rate if isinstance(keep_rate, (list, tuple)) else [keep_rate] * len(reorganization_layers)
+    return dict(zip(reorganization_layers, rates, strict=True))
 
 
 def refuse_misspelt_names(names: Iterable[str], known: Iterable[str]) -> None:
@@ -66,11 +117,77 @@ def default_reorganization_layers(num_hidden_layers: int) -> list[int]:
     return sorted({num_hidden_layers * quarter // 4 for quarter in (1, 2, 3)})
 
 
+class Rule(NamedTuple):
+    """What a field accepts, in words and as a question, and an example of a good value."""
+
+    accepts: str
+    is_met_by: Callable[[Any], bool]
+    example: str
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise ValueError with the name of the field, what it accepts, its value and the way out."""
+        if not self.is_met_by(value):
+            raise ValueError(f"`{name}` must be {self.accepts}, got {shown(value)}: {self.example}.")
+
+
+def _whole(low: int, high: int, example: str) -> Rule:
+    return Rule(f"a whole number from {low} to {high}", lambda x: is_whole_number(x) and low <= x <= high, example)
+
+
+def _one_or_two(low: int, high: int, example: str) -> Rule:
+    def is_met_by(size: Any) -> bool:
+        entries = size if isinstance(size, (list, tuple)) else [size, size]
+        return len(entries) == 2 and all(is_whole_number(x) and low <= x <= high for x in entries)
+
+    return Rule(f"one whole number of pixels from {low} to {high}, or [height, width]", is_met_by, example)
+
+
+def _probability(example: str) -> Rule:
+    return Rule("in [0, 1)", lambda x: is_number(x) and 0 <= x < 1, example)
+
+
+def _activation(example: str) -> Rule:
+    return Rule("the name of an activation of Transformers", lambda x: isinstance(x, str) and x in ACT2FN, example)
+
+
+NUM_LABELS = _whole(0, 2**20, "ImageNet has 1000 classes")
+# Fields of a ViT: what its parameters are made from. Transformers checks their types at most.
+VIT_RULES = {
+    "hidden_size": _whole(1, 2**16, "ViT-B has 768"),
+    "num_hidden_layers": _whole(1, 256, "ViT-B has 12"),
+    "num_attention_heads": _whole(1, 2**12, "ViT-B has 12"),
+    "intermediate_size": _whole(1, 2**18, "ViT-B has 3072"),
+    "image_size": _one_or_two(1, 2**14, "ViT-B has 224"),
+    "patch_size": _one_or_two(1, 2**14, "ViT-B has 16"),
+    "num_channels": _whole(1, 2**12, "colour images have 3"),
+    "encoder_stride": _whole(1, 2**14, "ViT-B has 16"),
+    "pooler_output_size": _whole(1, 2**16, "it is `hidden_size` by default"),
+    "layer_norm_eps": Rule("in (0, 1]", lambda x: is_number(x) and 0 < x <= 1, "ViT has 1e-12, DeiT 1e-6"),
+    "initializer_range": Rule("in [0, 10]", lambda x: is_number(x) and 0 <= x <= 10, "ViT has 0.02"),
+    "hidden_dropout_prob": _probability("0.0 is no dropout"),
+    "attention_probs_dropout_prob": _probability("0.0 is no dropout"),
+    "hidden_act": _activation("ViT has 'gelu'"),
+    "pooler_act": _activation("ViT has 'tanh'"),
+}
+
+
+def takes_foreign_numbers(config_class: Class) -> Class:
+    """Decorate a configuration whose fields take numbers of numpy and PyTorch, before `@strict` looks at types."""
+    set_attribute = config_class.__setattr__
+
+    def __setattr__(self: Any, name: str, value: Any) -> None:  # noqa: N807
+        set_attribute(self, name, python_value(value))
+
+    config_class.__setattr__ = __setattr__  # type: ignore[assignment]
+    return config_class
+
+
+@takes_foreign_numbers
 @strict
 class EViTConfig(ViTConfig):
     r"""Configuration of an EViT: all fields of `transformers.ViTConfig`, and six of its own.
 
-    What rebuilds the network stands here; schedules and other matters of training do not.
+    It holds what rebuilds the network, not schedules and other matters of training.
 
     Args:
         keep_rate: share of image tokens kept at each reorganization layer, in (0, 1]: one number for all of them, or a
@@ -78,12 +195,12 @@ class EViTConfig(ViTConfig):
         reorganization_layers: zero-based layers that reorganize their tokens between attention and MLP, strictly
             increasing. Default: one, two and three quarters of the depth, [3, 6, 9] for 12 layers. An empty list is
             the plain ViT.
-        fuse_inattentive_tokens: whether one token, weighted by class token attention, stands for the inattentive ones
-            (the paper's default) or they are dropped.
+        fuse_inattentive_tokens: whether the inattentive tokens are fused into one, weighted by the class token's
+            attention (the paper's default), or dropped.
         drop_path_rate: stochastic depth rate of the last layer, in [0, 1); layer i of n gets `rate * i / (n - 1)`. It
-            acts in training alone. The paper trains with 0.1.
-        use_distillation_token: whether a distillation token stands behind the class token, as in distilled DeiT. It
-            is no candidate: never dropped, fused or moved.
+            acts only in training. The paper trains with 0.1.
+        use_distillation_token: whether a distillation token follows the class token, as in distilled DeiT. It is not
+            a candidate: never dropped, fused or moved.
         scoring_tokens: whose attention scores the image tokens: "class", as in the paper, or "class_and_distillation",
             the mean over both tokens.
 
@@ -102,10 +219,11 @@ class EViTConfig(ViTConfig):
     model_type = "evit"
     # Whose config.json becomes one of ours when it is read.
     source_model_types: ClassVar[tuple[str, ...]] = ("vit", "deit")
-    # What transformers.Trainer leaves out of its predictions: metrics want the logits alone.
+    # What transformers.Trainer leaves out of its predictions: metrics need only the logits.
     keys_to_ignore_at_inference = [
         "attentive_index",
         "patch_index",
+        "class_attention",
         "cls_logits",
         "distillation_logits",
         "aux_logits",
@@ -113,19 +231,20 @@ class EViTConfig(ViTConfig):
         "attentions",
     ]
 
-    # Typed `Any` for `@strict`, whose own type errors name no way out: the validators below check types as well.
-    keep_rate: Any = 0.7  # float | list[float]
-    reorganization_layers: Any = None  # list[int] | None
-    fuse_inattentive_tokens: Any = True  # bool
-    drop_path_rate: Any = 0.0  # float
-    use_distillation_token: Any = False  # bool
-    scoring_tokens: Any = "class"  # "class" | "class_and_distillation"
+    # In quotes for `@strict`, whose own type errors name no way out: `_check_own_fields` checks types as well.
+    keep_rate: "float | list[float]" = 0.7
+    reorganization_layers: "list[int]" = None  # type: ignore[assignment]  # filled in by `__post_init__`
+    fuse_inattentive_tokens: "bool" = True
+    drop_path_rate: "float" = 0.0
+    use_distillation_token: "bool" = False
+    scoring_tokens: "str" = "class"
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in what depends on other fields and refuse misspelt ones."""
         # A ViT's config.json names its own model type; as an instance attribute it would shadow ours.
         kwargs.pop("model_type", None)
         refuse_misspelt_names(kwargs, OWN_FIELDS)
+        self._check_what_transformers_reads(kwargs)
         if self.reorganization_layers is None:
             self.reorganization_layers = default_reorganization_layers(self.num_hidden_layers)
         super().__post_init__(**kwargs)
@@ -133,77 +252,124 @@ class EViTConfig(ViTConfig):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a field; once the configuration is built, our own fields are checked before anything changes."""
-        if name in OWN_FIELDS and isinstance(value, tuple):
+        if name == "num_labels":
+            NUM_LABELS.check(name, value)
+        if name not in OWN_FIELDS:
+            return super().__setattr__(name, value)
+        if isinstance(value, tuple):
             value = list(value)  # JSON has no tuples: a saved and reloaded configuration must equal this one
         before = self.__dict__.get(name)
         super().__setattr__(name, value)
-        if name in OWN_FIELDS and self.__dict__.get("_is_complete"):
+        if self.__dict__.get("_is_complete"):
             try:
                 self._check_own_fields()
             except ValueError:
                 super().__setattr__(name, before)
                 raise
 
+    def validate_fields(self) -> None:
+        """Raise ValueError unless all fields have values that a model can be built from."""
+        for name, rule in VIT_RULES.items():
+            rule.check(name, getattr(self, name))
+        self._check_own_fields()
+        self._check_geometry()
+
+    def _check_what_transformers_reads(self, others: dict[str, Any]) -> None:
+        """Check what Transformers turns into something else, with errors that name no field.
+
+        Args:
+            others: entries of config.json that are not fields.
+        """
+        for name, dtype in (("dtype", self.dtype), ("torch_dtype", others.get("torch_dtype"))):
+            if dtype is not None and str(dtype).removeprefix("torch.") not in DTYPES:
+                raise ValueError(f"`{name}` must be one of {', '.join(DTYPES)}, got {shown(dtype)}: leave it out.")
+        if not all(str(number).isdecimal() for number in self.id2label or {}):
+            raise ValueError(
+                f"`id2label` must have class numbers as keys, got {shown(self.id2label)}: count from 0, "
+                "{0: 'cat', 1: 'dog'}."
+            )
+        if (num_labels := others.get("num_labels")) is not None:
+            NUM_LABELS.check("num_labels", num_labels)
+        if "head_dim" in others:  # read by Transformers' attention
+            _whole(1, 2**12, "leave it out for `hidden_size / num_attention_heads`").check(
+                "head_dim", others["head_dim"]
+            )
+
+    def _check_geometry(self) -> None:
+        """Raise ValueError for sizes that do not fit together, or ask for more memory than any ViT has."""
+        if not hasattr(self, "head_dim") and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`num_attention_heads` must divide `hidden_size`, got {self.num_attention_heads} and "
+                f"{self.hidden_size}: a head of a ViT has 64 numbers, which makes {max(self.hidden_size // 64, 1)} "
+                "heads."
+            )
+        rows, columns = self.patch_grid()
+        if not 1 <= rows * columns <= MAX_PATCHES:
+            raise ValueError(
+                f"`image_size` {self.image_size} with `patch_size` {self.patch_size} makes {rows}x{columns} patches, "
+                f"which must be from 1 to {MAX_PATCHES} in all: take images that are larger than a patch, ViT-B has "
+                "14x14."
+            )
+        weights = 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
+        height, width = height_and_width(self.patch_size)
+        inputs = rows * columns + height * width * self.num_channels + self.num_labels
+        num_parameters = self.num_hidden_layers * weights + self.hidden_size * (inputs + self.pooler_output_size)
+        if num_parameters > MAX_PARAMETERS:
+            raise ValueError(
+                f"`hidden_size` {self.hidden_size}, `intermediate_size` {self.intermediate_size}, `num_hidden_layers` "
+                f"{self.num_hidden_layers}, `num_channels` {self.num_channels}, `image_size` {self.image_size} and "
+                f"`patch_size` {self.patch_size} make {num_parameters / 1e9:.0f} billion parameters: the largest "
+                "ViT has 22 billion."
+            )
+
     def _check_own_fields(self) -> None:
-        self.validate_keep_rate()
-        self.validate_fuse_inattentive_tokens()
-        self.validate_drop_path_rate()
-        self.validate_scoring_tokens()
-
-    def validate_reorganization_layers(self) -> None:
-        """Raise ValueError unless `reorganization_layers` names existing layers in strictly increasing order."""
-        layers = self.reorganization_layers
-        if not isinstance(layers, list) or any(isinstance(i, bool) or not isinstance(i, int) for i in layers):
-            raise ValueError(
-                f"`reorganization_layers` must be a list of zero-based layer numbers, got {layers!r}: "
-                f"for example {default_reorganization_layers(self.num_hidden_layers)}."
-            )
-        if any(not 0 <= layer < self.num_hidden_layers for layer in layers):
-            raise ValueError(
-                f"`reorganization_layers` must be in [0, {self.num_hidden_layers - 1}] for "
-                f"{self.num_hidden_layers} layers, got {layers}: layers are counted from zero."
-            )
-        if any(after <= before for before, after in zip(layers, layers[1:], strict=False)):
-            raise ValueError(
-                f"`reorganization_layers` must be strictly increasing, got {layers}: "
-                f"pass {sorted(set(layers))}, and per-layer keep rates in the same order."
-            )
-
-    def validate_keep_rate(self) -> None:
-        """Raise ValueError unless `keep_rate` is one share of tokens, or one for each reorganization layer."""
-        self.validate_reorganization_layers()  # validators run in alphabetical order, and this one counts the layers
+        """Raise ValueError unless the fields that a ViT does not have are right, by themselves and together."""
+        self._check_reorganization_layers()
         check_keep_rate(self.keep_rate, len(self.reorganization_layers))
-
-    def validate_fuse_inattentive_tokens(self) -> None:
-        """Raise ValueError unless `fuse_inattentive_tokens` is True or False."""
         if not isinstance(self.fuse_inattentive_tokens, bool):
             raise ValueError(
-                f"`fuse_inattentive_tokens` must be True or False, got {self.fuse_inattentive_tokens!r}: "
+                f"`fuse_inattentive_tokens` must be True or False, got {shown(self.fuse_inattentive_tokens)}: "
                 "pass True to fuse the inattentive tokens into one, False to drop them."
             )
-
-    def validate_drop_path_rate(self) -> None:
-        """Raise ValueError unless `drop_path_rate` is a probability below 1."""
         rate = self.drop_path_rate
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+        if not is_number(rate) or not 0 <= rate < 1:
             raise ValueError(
-                f"`drop_path_rate` must be in [0, 1), got {rate!r}: 0 switches stochastic depth off, the paper has "
-                "0.1."
+                f"`drop_path_rate` must be in [0, 1), got {shown(rate)}: 0 switches stochastic depth off, the paper "
+                "has 0.1."
             )
-
-    def validate_scoring_tokens(self) -> None:
-        """Raise ValueError unless the tokens that shall score are there."""
         if not isinstance(self.use_distillation_token, bool):
-            raise ValueError(f"`use_distillation_token` must be True or False, got {self.use_distillation_token!r}.")
+            raise ValueError(
+                f"`use_distillation_token` must be True or False, got {shown(self.use_distillation_token)}: distilled "
+                "DeiT has True."
+            )
         if self.scoring_tokens not in ("class", "class_and_distillation"):
             raise ValueError(
                 "`scoring_tokens` must be 'class' or 'class_and_distillation', got "
-                f"{self.scoring_tokens!r}: the paper's is 'class'."
+                f"{shown(self.scoring_tokens)}: the paper's is 'class'."
             )
         if self.scoring_tokens == "class_and_distillation" and not self.use_distillation_token:
             raise ValueError(
                 "`scoring_tokens` is 'class_and_distillation' but there is no distillation token: pass 'class', or "
                 "`use_distillation_token=True`."
+            )
+
+    def _check_reorganization_layers(self) -> None:
+        """Raise ValueError unless `reorganization_layers` names existing layers in strictly increasing order."""
+        layers = self.reorganization_layers
+        if not isinstance(layers, list) or not all(map(is_whole_number, layers)):
+            raise ValueError(
+                f"`reorganization_layers` must be a list of zero-based layer numbers, got {shown(layers)}: "
+                f"for example {default_reorganization_layers(self.num_hidden_layers)}."
+            )
+        if any(not 0 <= layer < self.num_hidden_layers for layer in layers):
+            raise ValueError(
+                f"`reorganization_layers` must be in [0, {self.num_hidden_layers - 1}] for "
+                f"{self.num_hidden_layers} layers, got {shown(layers)}: layers are counted from zero."
+            )
+        if any(after <= before for before, after in zip(layers, layers[1:], strict=False)):
+            raise ValueError(
+                f"`reorganization_layers` must be strictly increasing, got {shown(layers)}: "
+                f"pass {shown(sorted(set(layers)))}, and per-layer keep rates in the same order."
             )
 
     @classmethod
@@ -217,41 +383,58 @@ class EViTConfig(ViTConfig):
         Raises: ValueError for other model types, whose weights would not fit.
         """
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return cls._as_own(config_dict, str(pretrained_model_name_or_path)), kwargs
+
+    @classmethod
+    def _as_own(cls, config_dict: dict[str, Any], source: str) -> dict[str, Any]:
+        """Entries of a config.json as those of one of ours; `source` is what it is called in the error."""
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type not in (cls.model_type, *cls.source_model_types):
             raise ValueError(
-                f"`{pretrained_model_name_or_path}` holds a model of type '{model_type}', but {cls.__name__} loads "
+                f"`{source}` holds a model of type '{model_type}', but {cls.__name__} loads "
                 f"{', '.join(repr(name) for name in (cls.model_type, *cls.source_model_types))}: its weights have "
-                "other names or tokens."
+                "different names or tokens."
             )
         own = {"model_type": cls.model_type}
         if model_type == "deit":  # Transformers' DeiT always has the token, also with a single classifier
             own["use_distillation_token"] = True
-        return {**config_dict, **own}, kwargs
+        return {**config_dict, **own}
 
     @classmethod
-    def preset(cls, name: str, **overrides: Any) -> "EViTConfig":
-        """Build the configuration of one of the paper's models, see `presets.preset_config`.
+    def from_config(cls, config: PreTrainedConfig, **changes: Any) -> "EViTConfig":
+        """Configuration of an EViT, ViT or DeiT as one of ours, with changes; `config` itself stays as it is.
 
-        Example:
-            >>> EViTConfig.preset("evit-deit-s", keep_rate=0.7).hidden_size
-            384
+        Args:
+            config: for example what `AutoConfig.from_pretrained` returned for a ViT.
+            **changes: fields, for example `keep_rate=0.5`.
+
+        Raises: ValueError for other model types.
         """
-        # Not a relative import: the presets are no part of a model, and stay behind when its files travel.
-        return importlib.import_module("evit_hf.presets").preset_config(name, **overrides)
+        if isinstance(config, cls) and not changes:
+            return config
+        entries = copy.deepcopy({**config.to_dict(), "model_type": config.model_type})
+        own = cls.from_dict(cls._as_own(entries, type(config).__name__), **changes)
+        own.name_or_path = config.name_or_path
+        own._attn_implementation = config._attn_implementation
+        return own
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "EViTConfig":
         """Build the configuration from a dictionary, overridden by keywords, and check the result as a whole.
 
-        Transformers sets the keywords one after another on the finished object; a new `keep_rate` list would then be
+        Transformers sets the keywords one after the other on the finished object; a new `keep_rate` list would then be
         compared with the old `reorganization_layers`.
         """
         refuse_misspelt_names((name for name in kwargs if name not in OWN_FIELDS), OWN_FIELDS)
-        own = {name: kwargs.pop(name) for name in OWN_FIELDS if name in kwargs}
-        if "num_hidden_layers" in kwargs:  # decides which layers exist
-            own["num_hidden_layers"] = kwargs.pop("num_hidden_layers")
-        return super().from_dict({**config_dict, **own}, **kwargs)
+        names = (*OWN_FIELDS, *VIT_RULES)
+        return super().from_dict(
+            {**config_dict, **{name: kwargs.pop(name) for name in names if name in kwargs}}, **kwargs
+        )
+
+    @classmethod
+    def field_names(cls) -> set[str]:
+        """Names of all fields that a keyword of `from_pretrained` can set."""
+        return {field.name for field in fields(cls)} - {"dtype"} | {"num_labels"}
 
     def to_dict(self) -> dict[str, Any]:
         """Return all that config.json needs, without what this object keeps for itself."""
@@ -259,9 +442,19 @@ class EViTConfig(ViTConfig):
         output.pop("_is_complete", None)
         return output
 
+    def patch_grid(self, image_size: int | Sequence[int] | None = None) -> tuple[int, int]:
+        """Rows and columns of patches of an image.
+
+        Args:
+            image_size: pixels, (height, width) or one number for both, instead of the field `image_size`.
+        """
+        height, width = height_and_width(self.image_size if image_size is None else image_size)
+        patch_height, patch_width = height_and_width(self.patch_size)
+        return height // patch_height, width // patch_width
+
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens in front of the image tokens: the class token, and the distillation token if there is one."""
+        """Tokens before the image tokens: the class token, and the distillation token if there is one."""
         return 2 if self.use_distillation_token else 1
 
     @property
@@ -275,12 +468,6 @@ class EViTConfig(ViTConfig):
         return keep_rate_by_layer(self.keep_rate, self.reorganization_layers)
 
 
-def keep_rate_by_layer(keep_rate: float | Sequence[float], reorganization_layers: Sequence[int]) -> dict[int, float]:
-    """Keep rate of each reorganization layer, by zero-based layer number, for one rate or one for each layer."""
-    rates = keep_rate if isinstance(keep_rate, (list, tuple)) else [keep_rate] * len(reorganization_layers)
-    return dict(zip(reorganization_layers, rates, strict=True))
-
-
 OWN_FIELDS = (
     "keep_rate",
     "reorganization_layers",
@@ -292,4 +479,12 @@ OWN_FIELDS = (
 
 EViTConfig.register_for_auto_class()
 
-__all__ = ["EViTConfig"]
+__all__ = [
+    "EViTConfig",
+    "check_keep_rate",
+    "default_reorganization_layers",
+    "height_and_width",
+    "keep_rate_by_layer",
+    "python_value",
+    "refuse_misspelt_names",
+]

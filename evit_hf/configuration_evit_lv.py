@@ -1,14 +1,16 @@
-"""Configuration of EViT on LV-ViT."""
+"""EViT on LV-ViT: its configuration."""
 
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 
-from .configuration_evit import EViTConfig
+from .configuration_evit import EViTConfig, height_and_width, is_number, is_whole_number, shown, takes_foreign_numbers
 
 
 # A class of its own, not more fields of EViTConfig: an LV-ViT has other parameters than a ViT (stem, auxiliary head),
 # so its checkpoints fit no other class, and EViTConfig keeps its promise of adding nothing to a ViT.
+@takes_foreign_numbers
 @strict
 class EViTLVConfig(EViTConfig):
     r"""Configuration of an EViT whose backbone is an LV-ViT: all fields of `EViTConfig`, and three of its own.
@@ -22,8 +24,8 @@ class EViTLVConfig(EViTConfig):
     Source: https://github.com/zihangJiang/TokenLabeling/blob/main/models/lvvit.py.
 
     Example:
-        >>> from evit_hf import EViTLVConfig, EViTLVForImageClassification
-        >>> model = EViTLVForImageClassification(EViTLVConfig.preset("evit-lvvit-s", keep_rate=0.7))
+        >>> from evit_hf import EViTLVForImageClassification, preset_config
+        >>> model = EViTLVForImageClassification(preset_config("evit-lvvit-s", keep_rate=0.7))
     """
 
     model_type = "evit_lv"
@@ -35,22 +37,46 @@ class EViTLVConfig(EViTConfig):
     intermediate_size: int = 1152
     layer_norm_eps: float = 1e-5
     qkv_bias: bool = False
-    stem_hidden_size: Any = 64  # int
-    residual_scale: Any = 2.0  # float
-    aux_logits_weight: Any = 0.5  # float
+    # In quotes for `@strict`, as in EViTConfig.
+    stem_hidden_size: "int" = 64
+    residual_scale: "float" = 2.0
+    aux_logits_weight: "float" = 0.5
 
-    def validate_lv_fields(self) -> None:
+    def _check_geometry(self) -> None:
         """Raise ValueError for values that no LV-ViT can have."""
-        for name in ("stem_hidden_size", "residual_scale"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                raise ValueError(f"`{name}` must be a positive number, got {value!r}: LV-ViT-S has 64 and 2.0.")
-        patch_size = self.patch_size if isinstance(self.patch_size, int) else None
-        if patch_size is None or patch_size % 2:
+        if not is_whole_number(self.stem_hidden_size) or not 0 < self.stem_hidden_size <= 2**12:
             raise ValueError(
-                f"`patch_size` must be one even number, got {self.patch_size!r}: the stem halves the image before the "
-                "patches are cut."
+                "`stem_hidden_size` must be a positive number of channels, a whole one up to 4096, got "
+                f"{shown(self.stem_hidden_size)}: LV-ViT-S has 64."
             )
+        if not is_number(self.residual_scale) or not 1e-3 <= self.residual_scale <= 1e3:
+            raise ValueError(
+                f"`residual_scale` must be a positive number, got {shown(self.residual_scale)}: LV-ViT-S has 2.0, and "
+                "below 0.001 or above 1000 nothing is learned."
+            )
+        if not is_number(self.aux_logits_weight) or not abs(self.aux_logits_weight) <= 1e3:
+            raise ValueError(
+                f"`aux_logits_weight` must be a number from -1000 to 1000, got {shown(self.aux_logits_weight)}: "
+                "LV-ViT has 0.5."
+            )
+        if not is_whole_number(self.patch_size) or self.patch_size % 2:
+            raise ValueError(
+                f"`patch_size` must be one even number, got {shown(self.patch_size)}: the stem halves the image "
+                "before the patches are cut."
+            )
+        super()._check_geometry()
+
+    def patch_grid(self, image_size: int | Sequence[int] | None = None) -> tuple[int, int]:
+        """Rows and columns of patches of an image: the stem halves it, rounding up, before the patches are cut.
+
+        An image that is one pixel short of a whole number of patches still has that number.
+
+        Args:
+            image_size: pixels, (height, width) or one number for both, instead of the field `image_size`.
+        """
+        height, width = height_and_width(self.image_size if image_size is None else image_size)
+        patch = self.patch_size // 2
+        return -(-height // 2) // patch, -(-width // 2) // patch
 
 
 EViTLVConfig.register_for_auto_class()

@@ -17,16 +17,9 @@ from torch import nn
 from transformers import BaseImageProcessor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .configuration_evit import height_and_width
 from .modeling_evit import EViTForImageClassificationWithTeacher, EViTPreTrainedModel
 from .modeling_evit_lv import EViTLVForImageClassification
-from .profiling import height_and_width
-from .token_reorganization import (
-    class_token_attention,
-    class_token_probabilities,
-    fused_token,
-    inattentive_weights,
-    top_attentive_index,
-)
 
 
 # The file that holds the model, for each format.
@@ -74,24 +67,18 @@ class LogitsAtKeepRate(nn.Module):
             keep_rate: (num_reorganization_layers,), float64 as in Python, each in (0, 1].
         """
         model, config = self.model, self.model.config
-        num_prefix_tokens, num_scoring = config.num_prefix_tokens, config.num_scoring_tokens
+        num_prefix_tokens = config.num_prefix_tokens
         hidden_states = model.vit.embeddings(pixel_values)
         num_image_tokens = hidden_states.shape[1] - num_prefix_tokens
         rates = dict(zip(config.reorganization_layers, keep_rate.unbind(), strict=True))
         for i, layer in enumerate(model.vit.layers):
             if i not in rates:
                 is_last = i + 1 == len(model.vit.layers)
-                hidden_states, _ = layer(hidden_states, num_queries=num_prefix_tokens if is_last else None)
+                num_queries = num_prefix_tokens if is_last else None
+                hidden_states, *_ = layer(hidden_states, num_queries=num_queries, takes_short_cuts=True)
                 continue
             # Attend
-            attention = layer.attention
-            normed = layer.layernorm_before(hidden_states)
-            attended, _, _ = attention(normed)
-            shape = (*normed.shape[:-1], -1, attention.head_dim)
-            query = attention.q_proj(normed[:, :num_scoring]).unflatten(-1, shape[2:]).transpose(1, 2)
-            key = attention.k_proj(normed).view(shape).transpose(1, 2)
-            probabilities = class_token_probabilities(query, key, attention.scaling, None, num_scoring)
-            scores = class_token_attention(probabilities, num_prefix_tokens, num_scoring)
+            attended, _, scores = layer.attention(layer.layernorm_before(hidden_states), score_tokens=True)
             hidden_states = hidden_states + layer.residual_branch(attended)
 
             # Reorganize
@@ -99,17 +86,14 @@ class LogitsAtKeepRate(nn.Module):
             num_attentive, num_fused = kept.item(), (num_image_tokens - kept).clamp(max=1).item()
             for is_sure in (num_attentive >= 1, num_attentive <= num_image_tokens, num_fused >= 0, num_fused <= 1):
                 torch._check(is_sure)
-            index = top_attentive_index(scores, num_attentive)
-            prefix, tokens = hidden_states[:, :num_prefix_tokens], hidden_states[:, num_prefix_tokens:]
-            parts = [prefix, tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))]
+            hidden_states = layer.rearrange(hidden_states, layer.choose_tokens(scores, num_attentive))
             num_image_tokens = num_attentive
             if config.fuse_inattentive_tokens:
-                parts.append(fused_token(tokens, inattentive_weights(scores, index))[:, :num_fused])
                 num_image_tokens = num_attentive + num_fused
-            hidden_states = torch.cat(parts, dim=1)
+                hidden_states = hidden_states[:, : num_prefix_tokens + num_image_tokens]
 
             # MLP
-            hidden_states = hidden_states + layer.residual_branch(layer.mlp(layer.layernorm_after(hidden_states)))
+            hidden_states = layer.feed_forward(hidden_states)
         hidden_states = model.vit.layernorm(hidden_states[:, :num_prefix_tokens])
         if isinstance(model, EViTForImageClassificationWithTeacher):
             return (model.cls_classifier(hidden_states[:, 0]) + model.distillation_classifier(hidden_states[:, 1])) / 2

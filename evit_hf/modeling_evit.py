@@ -1,10 +1,12 @@
 """EViT models: Vision Transformers that reorganize their tokens between attention and MLP.
 
-The classes stand in the order in which data flows and take their parameters, and the names of their parameters, from
-`transformers.models.vit`: an EViT has no weights that a ViT has not, a distilled one none that a DeiT has not.
+The classes are in the order in which data flows and take their parameters, and the names of their parameters, from
+`transformers.models.vit`: an EViT has exactly the weights of a ViT, a distilled one those of a DeiT.
 """
 
+import copy
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,27 +31,35 @@ from transformers.models.vit.modeling_vit import (
     ViTPreTrainedModel,
     eager_attention_forward,
 )
-from transformers.utils import logging
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_evit import EViTConfig, check_keep_rate, keep_rate_by_layer, refuse_misspelt_names
-from .linear import linear
+from .configuration_evit import (
+    EViTConfig,
+    height_and_width,
+    is_whole_number,
+    keep_rate_by_layer,
+    python_value,
+    refuse_misspelt_names,
+)
+from .cpu_inference import called, images_in_cache, linear
 from .pictures import as_rgb
+from .short_cuts import modules_below, plain_road_wanted
 from .token_labelling import mix_tokens
 from .token_reorganization import (
+    TokenChoice,
     append_fused_patch,
-    attentive_rows,
+    attention_by_patch,
+    choose_tokens,
     class_token_attention,
     class_token_probabilities,
     follow_patches,
-    inattentive_weights,
     num_attentive_tokens,
     rearrange_tokens,
     reorganize_token_mask,
-    reorganize_tokens,
     scores_by_patch,
-    top_attentive_index,
 )
 
 
@@ -71,46 +81,100 @@ register_checkpoint_conversion_mapping(
     overwrite=True,
 )
 
-# Hidden activations of an MLP that a thread may have in flight, see `EViTPreTrainedModel._images_in_cache`.
-CACHE_BYTES_PER_THREAD = 20 * 2**20
+# Fills up the shorter rows of `attentive_index` as one tensor.
+NO_TOKEN = -2
 
+
+class EViTForwardKeywords(TransformersKwargs, total=False):
+    """Keywords of a classifier's forward that its backbone takes; `EViTModel.forward` explains them."""
+
+    interpolate_pos_encoding: bool | None
+    attention_mask: torch.Tensor | None
+    keep_rate: float | Sequence[float] | None
+    patch_scores: torch.Tensor | Sequence[torch.Tensor] | None
+    mix_box: tuple[int, int, int, int] | None
+    output_class_attention: bool | Sequence[int]
+
+
+# Ours, which Transformers would not miss if they were misspelt.
 FORWARD_KEYWORDS = (
-    "keep_rate",
-    "patch_scores",
-    "mix_box",
-    "interpolate_pos_encoding",
-    "attention_mask",
+    *(name for name in EViTForwardKeywords.__annotations__ if name not in TransformersKwargs.__annotations__),
     "labels",
     "prefix_tokens_only",
 )
 
 
+class AttentiveIndexOutput(ModelOutput):
+    """An output whose `attentive_index` has one tensor for each layer, and can be cut by image all the same.
+
+    Pipelines of Transformers, Accelerate and `torch.jit.trace` go through the `items()` of an output and take them for
+    tensors whose first dimension is the image. There, and only there, `attentive_index` is one tensor (batch_size,
+    num_reorganization_layers, most tokens kept), filled up with -2. Attribute, `["attentive_index"]` and tuple have
+    one tensor for each layer.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field; `attentive_index` may come by layer or as one tensor."""
+        super().__setattr__(name, value)
+        self._split(name, value)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Set a field; `attentive_index` may come by layer or as one tensor."""
+        super().__setitem__(name, value)
+        self._split(name, value)
+
+    def __getitem__(self, name: str | int | slice) -> Any:
+        """Return a field by name, or by position among the fields that are there."""
+        return self.attentive_index if name == "attentive_index" else super().__getitem__(name)
+
+    def _split(self, name: str, value: Any) -> None:
+        """Keep `attentive_index` by layer as the attribute, and as one tensor as the item."""
+        if name != "attentive_index" or not isinstance(value, (tuple, torch.Tensor)):
+            return
+        if isinstance(value, torch.Tensor):
+            lengths = (value[:1] != NO_TOKEN).sum(dim=2).flatten().tolist() if len(value) else [0] * value.shape[1]
+            as_tensor, by_layer = value, tuple(value[:, i, :length] for i, length in enumerate(lengths))
+        else:
+            most = max((index.shape[1] for index in value), default=0)
+            filled = [nn.functional.pad(index, (0, most - index.shape[1]), value=NO_TOKEN) for index in value]
+            as_tensor, by_layer = torch.stack(filled, dim=1) if filled else None, value
+        object.__setattr__(self, name, by_layer)
+        if as_tensor is None:  # a model that reorganizes nothing
+            OrderedDict.pop(self, name, None)
+        else:
+            OrderedDict.__setitem__(self, name, as_tensor)
+
+
 @dataclass
-class EViTModelOutput(BaseModelOutputWithPooling):
+class EViTModelOutput(AttentiveIndexOutput, BaseModelOutputWithPooling):
     """Output of `EViTModel`.
 
     Args:
         last_hidden_state: (batch_size, num_tokens_left, hidden_size), after the final layer norm: prefix tokens (class
-            token, distillation token if there is one), the attentive tokens of the last reorganization by falling
-            score, the fused token. With `prefix_tokens_only` the prefix tokens alone.
+            token, distillation token if there is one), the attentive tokens of the last reorganization in descending
+            order of score, the fused token. With `prefix_tokens_only` only the prefix tokens.
         pooler_output: (batch_size, pooler_output_size), or None without pooling layer.
         hidden_states: with `output_hidden_states=True`, num_hidden_layers + 1 tensors (batch_size, num_tokens,
             hidden_size); the number of tokens shrinks at each reorganization layer.
         attentions: with `output_attentions=True` and eager attention, one tensor (batch_size, num_heads, num_tokens,
             num_tokens) for each layer, over the tokens at that layer's input.
         attentive_index: one tensor (batch_size, num_attentive_tokens) for each reorganization layer: the kept tokens
-            as positions in the original patch grid (row * grid width + column), by falling score; -1 stands for the
-            fused token of an earlier layer, where it was kept. A layer that keeps all tokens lists all of them.
+            as positions in the original patch grid (row * grid width + column), in descending order of score; -1 is
+            the fused token of an earlier layer, where it was kept. A layer that keeps all tokens lists all of them.
         patch_index: (batch_size, num_image_tokens_left), position in the original patch grid of each token that is
-            left behind the prefix tokens; -1 for a fused token.
+            left after the prefix tokens; -1 for a fused token.
+        class_attention: with `output_class_attention`, (batch_size, num_layers, num_patches), float32: attention that
+            the class token pays to each patch of the original grid at each of those layers, mean over heads; 0 for
+            patches that were given up before.
     """
 
     attentive_index: tuple[torch.LongTensor, ...] | None = None
     patch_index: torch.LongTensor | None = None
+    class_attention: torch.Tensor | None = None
 
 
 @dataclass
-class EViTImageClassifierOutput(ImageClassifierOutput):
+class EViTImageClassifierOutput(AttentiveIndexOutput, ImageClassifierOutput):
     """Output of `EViTForImageClassification`.
 
     Args:
@@ -119,13 +183,15 @@ class EViTImageClassifierOutput(ImageClassifierOutput):
         hidden_states: see `EViTModelOutput`.
         attentions: see `EViTModelOutput`.
         attentive_index: see `EViTModelOutput`.
+        class_attention: see `EViTModelOutput`.
     """
 
     attentive_index: tuple[torch.LongTensor, ...] | None = None
+    class_attention: torch.Tensor | None = None
 
 
 class EViTEmbeddings(ViTEmbeddings):
-    """Patches to tokens: a class token in front, perhaps a distillation token behind it, positions added.
+    """Patches to tokens: the class token first, then perhaps a distillation token, positions added.
 
     Differences from ViTEmbeddings:
         - a distillation token, as in DeiT, with a position of its own;
@@ -135,13 +201,12 @@ class EViTEmbeddings(ViTEmbeddings):
 
     def __init__(self, config: EViTConfig) -> None:
         super().__init__(config)
+        self.config = config
         self.num_prefix_tokens = config.num_prefix_tokens
         if config.use_distillation_token:
             self.distillation_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
             num_positions = config.num_prefix_tokens + self.patch_embeddings.num_patches
             self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, config.hidden_size))
-        patch_size = config.patch_size
-        self.patch_height, self.patch_width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
 
     def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Resize the position embeddings bicubically to the patch grid of a height x width image.
@@ -156,8 +221,7 @@ class EViTEmbeddings(ViTEmbeddings):
         Source: transformers.models.vit.modeling_vit.ViTEmbeddings, after
             https://github.com/facebookresearch/dinov2/blob/e1277af/dinov2/models/vision_transformer.py#L179-L211.
         """
-        grid = (height // self.patch_height, width // self.patch_width)
-        trained_grid = (self.image_size[0] // self.patch_height, self.image_size[1] // self.patch_width)
+        grid, trained_grid = self.config.patch_grid((height, width)), self.config.patch_grid(self.image_size)
         if not torch.jit.is_tracing() and grid == trained_grid:
             return self.position_embeddings
         prefix_positions = self.position_embeddings[:, : self.num_prefix_tokens]
@@ -176,12 +240,13 @@ class EViTEmbeddings(ViTEmbeddings):
 
         Args:
             pixel_values: (batch_size, num_channels, height, width).
-            interpolate_pos_encoding: whether images of another size than `image_size` are welcome.
+            interpolate_pos_encoding: whether to accept image sizes other than `image_size`.
             mix_box: see `EViTModel.forward`.
 
         Returns: (batch_size, num_prefix_tokens + num_patches, hidden_size).
 
-        Raises: ValueError for another number of channels, or another size without `interpolate_pos_encoding`.
+        Raises: ValueError for a different number of channels, or a different size without
+            `interpolate_pos_encoding`.
         """
         batch_size, _, height, width = pixel_values.shape
         if not interpolate_pos_encoding and (height, width) != tuple(self.image_size):
@@ -191,7 +256,7 @@ class EViTEmbeddings(ViTEmbeddings):
             )
         patches = self.patch_embeddings(pixel_values)
         if mix_box is not None:
-            patches = mix_tokens(patches, mix_box, (height // self.patch_height, width // self.patch_width))
+            patches = mix_tokens(patches, mix_box, self.config.patch_grid((height, width)))
         prefix = [self.cls_token] if self.num_prefix_tokens == 1 else [self.cls_token, self.distillation_token]
         embeddings = torch.cat([*(token.expand(batch_size, -1, -1) for token in prefix), patches], dim=1)
         if interpolate_pos_encoding:
@@ -206,9 +271,9 @@ class EViTAttention(ViTAttention):
 
     Differences from ViTAttention:
         - on request it returns the class token's attention to the image tokens. Fused kernels return no attention map,
-          so that one row is computed beside them from query and key; the eager map is read where it exists;
-        - some tokens alone can be the queries;
-        - `linear` runs the projections, which is faster on CPUs.
+          so that one row is computed from query and key as well; the eager map is read where it exists;
+        - as short cuts, only the first tokens can be the queries, the output projection can be left to the caller, and
+          `linear` can run the projections.
     """
 
     def __init__(self, config: EViTConfig) -> None:
@@ -223,6 +288,7 @@ class EViTAttention(ViTAttention):
         token_mask: torch.Tensor | None = None,
         num_queries: int | None = None,
         projects: bool = True,
+        takes_short_cuts: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Attend.
@@ -234,18 +300,19 @@ class EViTAttention(ViTAttention):
             token_mask: (batch_size, sequence_length), the mask that `attention_mask` was made of.
             num_queries: how many tokens, from the first on, look at all tokens; None for all of them.
             projects: False leaves the output projection to the caller.
+            takes_short_cuts: whether `linear` may run the projections, see `short_cuts`.
             **kwargs: handed to the attention implementation.
 
         Returns: output (batch_size, num_queries, hidden_size); attention map or None; class token attention
             (batch_size, num_image_tokens) or None. The latter never passes through attention dropout: noise would
             choose the tokens (the official code lets it).
         """
+        project = linear if takes_short_cuts else called
         queries = hidden_states if num_queries is None else hidden_states[:, :num_queries]
-        input_shape = queries.shape[:-1]
-        hidden_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = linear(self.q_proj, queries).view(*input_shape, -1, self.head_dim).transpose(1, 2)
-        key = linear(self.k_proj, hidden_states).view(hidden_shape).transpose(1, 2)
-        value = linear(self.v_proj, hidden_states).view(hidden_shape).transpose(1, 2)
+        heads = (-1, self.head_dim)
+        query = project(self.q_proj, queries).unflatten(-1, heads).transpose(1, 2)
+        key = project(self.k_proj, hidden_states).unflatten(-1, heads).transpose(1, 2)
+        value = project(self.v_proj, hidden_states).unflatten(-1, heads).transpose(1, 2)
 
         implementation = self.config._attn_implementation
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
@@ -253,13 +320,14 @@ class EViTAttention(ViTAttention):
         output, attention_map = attention_interface(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        output = output.reshape(*input_shape, -1)
+        output = output.flatten(2)
         if projects:
-            output = linear(self.o_proj, output)
+            output = project(self.o_proj, output)
 
         if not score_tokens:
             return output, attention_map, None
-        has_clean_map = implementation == "eager" and not dropout
+        # An eager map has passed through dropout, and through float32 even in a float64 model.
+        has_clean_map = implementation == "eager" and not dropout and query.dtype != torch.float64
         num_scoring = self.config.num_scoring_tokens
         probabilities = (
             attention_map
@@ -274,12 +342,13 @@ class EViTMLP(ViTMLP):
     """The MLP of a ViT.
 
     Differences from ViTMLP:
-        - `linear` runs it, with the activation, which is faster on CPUs.
+        - as a short cut, `linear` can run it, with the activation.
     """
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return (batch_size, sequence_length, hidden_size) for the same."""
-        return linear(self.fc2, linear(self.fc1, hidden_states, self.activation_fn))
+    def forward(self, hidden_states: torch.Tensor, takes_short_cuts: bool = False) -> torch.Tensor:
+        """Return (batch_size, sequence_length, hidden_size) for the same; see `short_cuts` for the short cuts."""
+        project = linear if takes_short_cuts else called
+        return project(self.fc2, project(self.fc1, hidden_states, self.activation_fn))
 
 
 class EViTDropPath(nn.Module):
@@ -330,9 +399,11 @@ class EViTLayer(ViTLayer):
         num_attentive: int | None = None,
         token_scores: torch.Tensor | None = None,
         token_mask: torch.Tensor | None = None,
+        score_tokens: bool = False,
         num_queries: int | None = None,
+        takes_short_cuts: bool = False,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """One layer.
 
         Args:
@@ -341,103 +412,93 @@ class EViTLayer(ViTLayer):
             num_attentive: image tokens to keep; None for a plain ViT layer.
             token_scores: (batch_size, num_image_tokens), scores from outside that choose the tokens.
             token_mask: see `EViTAttention.forward`.
-            num_queries: compute this many tokens alone, from the first on; None for all of them. Such a layer
+            score_tokens: whether to return the class token's attention from a plain ViT layer too.
+            num_queries: compute only this many tokens, from the first on; None for all of them. Such a layer
                 reorganizes nothing.
+            takes_short_cuts: whether nobody would see them, see `short_cuts`. The modules are called in the order of
+                the paper otherwise.
             **kwargs: handed to the attention implementation.
 
-        Returns: hidden states, (batch_size, sequence_length left, hidden_size), and the kept tokens as positions among
-            this layer's image tokens, (batch_size, num_attentive), or None.
+        Returns: hidden states, (batch_size, sequence_length left, hidden_size); the kept tokens as positions among
+            this layer's image tokens, (batch_size, num_attentive), or None; the class token's attention to this
+            layer's image tokens, (batch_size, num_image_tokens), or None.
         """
-        # Attend
         reorganizes = num_attentive is not None
-        projects_late = reorganizes and self.can_project_late
+        projects_late = takes_short_cuts and reorganizes and not (self.dropout.training and self.dropout.p)
+
+        # Attend
+        asked: dict[str, Any] = {}
+        if reorganizes or score_tokens:
+            asked = {"score_tokens": True, "token_mask": token_mask}
+        if takes_short_cuts:
+            asked |= {"num_queries": num_queries, "projects": not projects_late, "takes_short_cuts": True}
+        branch, _, *attention = self.attention(self.layernorm_before(hidden_states), attention_mask, **asked, **kwargs)
         residual = hidden_states if num_queries is None else hidden_states[:, :num_queries]
-        branch, _, attention = self.attention(
-            self.layernorm_before(hidden_states),
-            attention_mask,
-            reorganizes,
-            token_mask,
-            num_queries,
-            not projects_late,
-            **kwargs,
-        )
 
         # Reorganize
-        attentive_index = None
+        choice = None
+        if reorganizes:
+            choice = self.choose_tokens(attention[0], num_attentive, token_scores)
         if projects_late:
-            hidden_states, attentive_index = self.reorganize_and_project(
-                residual, branch, attention, num_attentive, token_scores
+            residual, branch = (
+                self.rearrange(residual, choice),
+                self.project_late(self.rearrange(branch, choice), choice),
             )
-        else:
-            hidden_states = residual + self.residual_branch(branch)
-            if reorganizes:
-                hidden_states, attentive_index = reorganize_tokens(
-                    hidden_states,
-                    attention,
-                    num_attentive,
-                    num_prefix_tokens=self.attention.num_prefix_tokens,
-                    fuse_inattentive_tokens=self.config.fuse_inattentive_tokens,
-                    token_scores=token_scores,
-                )
+        hidden_states = residual + self.residual_branch(branch)
+        if reorganizes and not projects_late:
+            hidden_states = self.rearrange(hidden_states, choice)
 
         # MLP
-        residual = hidden_states
-        hidden_states = self.mlp(self.layernorm_after(hidden_states))
-        hidden_states = residual + self.residual_branch(hidden_states)
-        return hidden_states, attentive_index
+        hidden_states = self.feed_forward(hidden_states, takes_short_cuts)
+        return hidden_states, None if choice is None else choice.index, attention[0] if attention else None
 
-    @property
-    def can_project_late(self) -> bool:
-        """Whether tokens may be reorganized before the output projection: if nothing acts on single tokens behind it.
+    def choose_tokens(
+        self, attention: torch.Tensor, num_attentive: int, token_scores: torch.Tensor | None = None
+    ) -> TokenChoice:
+        """Choose the tokens that this layer keeps, see `token_reorganization.choose_tokens`."""
+        return choose_tokens(
+            attention,
+            num_attentive,
+            num_prefix_tokens=self.config.num_prefix_tokens,
+            fuse_inattentive_tokens=self.config.fuse_inattentive_tokens,
+            token_scores=token_scores,
+        )
 
-        Wrapped projections (adapters, quantization) keep the order of the paper, and so do those whose weights are
-        elsewhere (offloaded by Accelerate).
-        """
-        projection = self.attention.o_proj
-        is_plain = type(projection) is nn.Linear and not hasattr(projection, "_hf_hook")
-        return is_plain and not (self.training and self.dropout.p)
+    def rearrange(self, hidden_states: torch.Tensor, choice: TokenChoice) -> torch.Tensor:
+        """Keep the chosen tokens and fuse or drop the others, see `token_reorganization.rearrange_tokens`."""
+        return rearrange_tokens(hidden_states, choice.rows, choice.weights, self.config.num_prefix_tokens)
 
-    def reorganize_and_project(
-        self,
-        residual: torch.Tensor,
-        attended: torch.Tensor,
-        attention: torch.Tensor,
-        num_attentive: int,
-        token_scores: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reorganize first and project what is left: exact, since fusing and projecting are both linear.
+    def project_late(self, attended: torch.Tensor, choice: TokenChoice) -> torch.Tensor:
+        """Project tokens that were reorganized before: exact, since fusing and projecting are both linear.
 
-        A sum weighted by attention has the weights' sum of biases, where the projection of the sum has one: the
-        difference is added to the fused token. Saves the projection of the inattentive tokens, 0.6 % of the operations
-        of DeiT-S at keep rate 0.7 and 1.1 % at 0.5; see BENCHMARKS.md.
+        The fused token's weights do not sum to one, so neither does its share of the bias: the difference is added.
+        Saves the projection of the inattentive tokens, 0.6 % of the operations of DeiT-S at keep rate 0.7 and 1.1 % at
+        0.5; see BENCHMARKS.md.
 
         Args:
-            residual: (batch_size, sequence_length, hidden_size), the layer's input.
-            attended: likewise, what attention gives before its output projection.
-            attention: (batch_size, num_image_tokens), the class token's attention.
-            num_attentive: image tokens to keep.
-            token_scores: see `forward`.
+            attended: (batch_size, sequence_length left, hidden_size), what attention gives before its projection.
+            choice: of the tokens.
 
-        Returns: see `reorganize_tokens`.
+        Returns: (batch_size, sequence_length left, hidden_size).
         """
-        num_prefix_tokens = self.attention.num_prefix_tokens
-        attentive_index = top_attentive_index(attention if token_scores is None else token_scores, num_attentive)
-        rows = attentive_rows(attentive_index, residual.shape[1], num_prefix_tokens)
-        weights = inattentive_weights(attention, attentive_index) if self.config.fuse_inattentive_tokens else None
-        residual = rearrange_tokens(residual, rows, weights, num_prefix_tokens)
-        branch = linear(self.attention.o_proj, rearrange_tokens(attended, rows, weights, num_prefix_tokens))
+        branch = linear(self.attention.o_proj, attended)
         bias = self.attention.o_proj.bias
-        if weights is not None and bias is not None:
-            branch[:, -1].add_(((weights.sum(dim=1, keepdim=True) - 1) * bias).to(branch.dtype))
-        return residual + self.residual_branch(branch), attentive_index
+        if choice.weights is not None and bias is not None:
+            branch[:, -1].add_(((choice.weights.sum(dim=1, keepdim=True) - 1) * bias).to(branch.dtype))
+        return branch
+
+    def feed_forward(self, hidden_states: torch.Tensor, takes_short_cuts: bool = False) -> torch.Tensor:
+        """Second half of the layer, the MLP with its residual: (batch_size, sequence_length, hidden_size) for same."""
+        asked = {"takes_short_cuts": True} if takes_short_cuts else {}
+        return hidden_states + self.residual_branch(self.mlp(self.layernorm_after(hidden_states), **asked))
 
     def residual_branch(self, branch: torch.Tensor) -> torch.Tensor:
-        """Return a branch, (batch_size, sequence_length, hidden_size), behind dropout and stochastic depth."""
-        return self.drop_path(self.dropout(branch)) if self.training else branch
+        """Return a branch, (batch_size, sequence_length, hidden_size), after dropout and stochastic depth."""
+        return self.drop_path(self.dropout(branch))
 
 
 class EViTPreTrainedModel(ViTPreTrainedModel):
-    """What all EViT models share: loading that leaves no weight to chance, saving, and the keep rate.
+    """What all EViT models share: strict loading (no weight stays randomly initialized unnoticed), saving, keep rate.
 
     Differences from ViTPreTrainedModel:
         - `from_pretrained` raises where Transformers would only log that parameters stay random;
@@ -462,6 +523,18 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
     # What a picture must go through before the image processor, also for those who load with `trust_remote_code=True`.
     as_rgb = staticmethod(as_rgb)
 
+    def post_init(self) -> None:
+        """Initialize, and give the model a configuration of its own, which all its parts share.
+
+        Two models that are built from one object do not change each other: `model.config` equals that object and is
+        not the same one.
+        """
+        super().post_init()
+        config = copy.deepcopy(self.config)
+        for module in self.modules():
+            if isinstance(getattr(module, "config", None), EViTConfig):
+                module.config = config
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -476,7 +549,7 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
 
         Raises: ValueError if it is out of range or of the wrong length.
         """
-        self.config.keep_rate = list(keep_rate) if isinstance(keep_rate, (list, tuple)) else keep_rate
+        self.config.keep_rate = keep_rate
 
     @torch.no_grad()
     def set_image_size(self, image_size: int | Sequence[int]) -> None:
@@ -488,69 +561,75 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
         Args:
             image_size: pixels, (height, width) or one number for both.
 
-        Raises: ValueError if it is smaller than a patch.
+        Raises: ValueError if it is not a number of pixels, or smaller than a patch.
         """
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        embeddings = next(module for module in self.modules() if isinstance(module, EViTEmbeddings))
-        if height < embeddings.patch_height or width < embeddings.patch_width:
+        image_size = python_value(image_size)
+        sizes = list(image_size) if isinstance(image_size, (list, tuple)) else [image_size, image_size]
+        if len(sizes) != 2 or not all(map(is_whole_number, sizes)):
+            raise ValueError(
+                f"`image_size` must be a whole number of pixels, or (height, width), got {image_size!r}: "
+                "for example 384."
+            )
+        height, width = sizes
+        rows, columns = self.config.patch_grid((height, width))
+        if rows < 1 or columns < 1:
+            patch_height, patch_width = height_and_width(self.config.patch_size)
             raise ValueError(
                 f"`image_size` is {height}x{width}, which is smaller than a patch of "
-                f"{embeddings.patch_height}x{embeddings.patch_width} pixels."
+                f"{patch_height}x{patch_width} pixels."
             )
-        positions = embeddings.interpolate_pos_encoding(embeddings.position_embeddings, height, width)
-        embeddings.position_embeddings = nn.Parameter(positions.clone())
-        self.config.image_size = image_size if isinstance(image_size, int) else list(image_size)
-        num_patches = positions.shape[1] - embeddings.num_prefix_tokens
+        embeddings = next(module for module in self.modules() if isinstance(module, EViTEmbeddings))
+        before = embeddings.position_embeddings
+        positions = embeddings.interpolate_pos_encoding(before, height, width)
+        embeddings.position_embeddings = nn.Parameter(positions.clone(), requires_grad=before.requires_grad)
+        self.config.image_size = image_size if isinstance(image_size, int) else sizes
         embeddings.image_size = embeddings.patch_embeddings.image_size = (height, width)
-        embeddings.patch_embeddings.num_patches = num_patches
+        embeddings.patch_embeddings.num_patches = rows * columns
+
+    def _records(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a forward with these keywords records hidden states or attention maps."""
+        recorded = ("output_hidden_states", "output_attentions")
+        return any(kwargs.get(name, getattr(self.config, name, None)) not in (None, False) for name in recorded)
 
     def _backbone_outputs(
         self, pixel_values: torch.Tensor | None, prefix_tokens_only: bool = True, **kwargs: Any
     ) -> EViTModelOutput:
         """Outputs of the backbone for a classifier: no more than it reads, and as fast as this device allows.
 
+        Whoever looks inside, or asks for hidden states or attention maps, gets those of all tokens and all images.
+
         Args:
             pixel_values: (batch_size, num_channels, height, width).
-            prefix_tokens_only: whether the classifier reads the prefix tokens alone. A caller who asks for hidden
-                states or attention maps gets those of all tokens all the same.
+            prefix_tokens_only: whether the classifier reads only the prefix tokens.
             **kwargs: see `EViTModel.forward`.
         """
-        recorded = ("output_hidden_states", "output_attentions")
-        if any(kwargs.get(name, getattr(self.config, name, None)) not in (None, False) for name in recorded):
-            return self.vit(pixel_values, **kwargs)
-        kwargs["prefix_tokens_only"] = prefix_tokens_only
-        chunk_size = None if pixel_values is None else self._images_in_cache(pixel_values, kwargs)
-        if chunk_size is None or pixel_values.shape[0] <= chunk_size:
-            return self.vit(pixel_values, **kwargs)
-        chunks = [self.vit(images, **kwargs) for images in pixel_values.split(chunk_size)]
-        return EViTModelOutput(
-            last_hidden_state=torch.cat([chunk.last_hidden_state for chunk in chunks]),
-            attentive_index=tuple(map(torch.cat, zip(*(chunk.attentive_index for chunk in chunks), strict=True))),
-            patch_index=torch.cat([chunk.patch_index for chunk in chunks]),
-        )
+        backbone = self.vit
+        if pixel_values is None or self._records(kwargs) or backbone.plain_road_wanted(pixel_values, itself=True):
+            return backbone(pixel_values, **kwargs)
+        kwargs |= {"prefix_tokens_only": prefix_tokens_only, "takes_short_cuts": True}
+        num_images, chunk_size = pixel_values.shape[0], self._images_in_cache(pixel_values, kwargs)
+        if num_images <= chunk_size:
+            return backbone(pixel_values, **kwargs)
+        chunks = [backbone(images, **kwargs) for images in pixel_values.split(chunk_size)]
+        fields: dict[str, Any] = {}
+        for name in ("last_hidden_state", "patch_index", "class_attention"):
+            if getattr(chunks[0], name) is not None:
+                fields[name] = torch.cat([getattr(chunk, name) for chunk in chunks])
+        by_layer = zip(*(chunk.attentive_index for chunk in chunks), strict=True)
+        fields["attentive_index"] = tuple(map(torch.cat, by_layer))
+        return EViTModelOutput(**fields)
 
     def _images_in_cache(self, pixel_values: torch.Tensor, kwargs: dict[str, Any]) -> int:
-        """Images that a CPU runs through all layers while their activations stay in its cache.
+        """Images that go through all layers at once, see `cpu_inference.images_in_cache`.
 
-        A large batch streams every activation through memory. In inference images do not know of each other, so that
-        a batch may be cut; DeiT-S runs 64 images faster in 17s. BENCHMARKS.md has what it saves.
-
-        Args:
-            pixel_values: (batch_size, num_channels, height, width).
-            kwargs: of the forward; what belongs to single images is not cut.
-
-        Returns: their number, the whole batch where cutting is of no use: on other devices, with gradients, while
-            tracing or compiling.
+        The whole batch where images are not independent: modules in training mode, keywords that belong to images.
         """
-        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         by_image = any(kwargs.get(name) is not None for name in ("patch_scores", "attention_mask", "mix_box"))
-        if pixel_values.device.type != "cpu" or is_traced or by_image or self.training or torch.is_grad_enabled():
-            return pixel_values.shape[0]  # not `len`, which would fix the batch size of an exported model
-        height, width = pixel_values.shape[-2:]
-        embeddings = self.vit.embeddings
-        num_patches = (height // embeddings.patch_height) * (width // embeddings.patch_width)
-        image_bytes = num_patches * self.config.intermediate_size * pixel_values.element_size()
-        return max(1, CACHE_BYTES_PER_THREAD * torch.get_num_threads() // max(image_bytes, 1))
+        rows, columns = self.config.patch_grid(pixel_values.shape[-2:])
+        limit = images_in_cache(pixel_values, rows * columns, self.config.intermediate_size)
+        if by_image or (limit < pixel_values.shape[0] and any(module.training for module in self.modules())):
+            return pixel_values.shape[0]
+        return limit
 
     @classmethod
     def from_pretrained(
@@ -668,7 +747,7 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
 
 
 class EViTModel(EViTPreTrainedModel, ViTModel):
-    """The bare EViT: hidden states of the tokens that are left, and which those are.
+    """The bare EViT: hidden states of the tokens that are left, and which tokens they are.
 
     Differences from ViTModel:
         - tokens are reorganized at `config.reorganization_layers`, as many as `keep_rate` says;
@@ -691,6 +770,7 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
             self.layer_class(config, config.drop_path_rate * i / last_layer) for i in range(config.num_hidden_layers)
         )
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self._built_of = tuple(map(type, self._inner_modules()))
         self.pooler = ViTPooler(config) if add_pooling_layer else None
         # Keep rate in training while a schedule is on its way to `config.keep_rate`; evaluation never sees it.
         self.training_keep_rate: float | list[float] | None = None
@@ -704,9 +784,22 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
         if keep_rate is None and self.training:
             keep_rate = self.training_keep_rate
         if keep_rate is None:
-            return self.config.layer_keep_rates
-        check_keep_rate(keep_rate, len(self.config.reorganization_layers))
+            keep_rate = self.config.keep_rate
         return keep_rate_by_layer(keep_rate, self.config.reorganization_layers)
+
+    def _inner_modules(self) -> list[nn.Module]:
+        """All modules in which somebody could see a short cut."""
+        return modules_below(self.embeddings, self.layers, self.layernorm)
+
+    def plain_road_wanted(self, pixel_values: torch.Tensor, itself: bool = False) -> bool:
+        """Whether to call module by module in the order of the paper, see `short_cuts.plain_road_wanted`.
+
+        Args:
+            pixel_values: the images.
+            itself: whether hooks on this module count as well. They do where it is part of a classifier, which asks
+                it for less than all tokens and all images.
+        """
+        return plain_road_wanted(self._inner_modules(), self._built_of, pixel_values, self if itself else None)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -718,14 +811,16 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
         keep_rate: float | Sequence[float] | None = None,
         patch_scores: torch.Tensor | Sequence[torch.Tensor] | None = None,
         mix_box: tuple[int, int, int, int] | None = None,
+        output_class_attention: bool | Sequence[int] = False,
         prefix_tokens_only: bool = False,
+        takes_short_cuts: bool | None = None,
         **kwargs: Any,
     ) -> EViTModelOutput:
         """Run the images through all layers.
 
         Args:
             pixel_values: (batch_size, num_channels, height, width).
-            interpolate_pos_encoding: whether images of another size than `config.image_size` are welcome.
+            interpolate_pos_encoding: whether to accept image sizes other than `config.image_size`.
             attention_mask: (batch_size, num_prefix_tokens + num_patches), 0 where a token must not be attended to.
             keep_rate: for this call, instead of `config.keep_rate`: in (0, 1], one number or one for each
                 reorganization layer.
@@ -734,8 +829,12 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
                 (an oracle, a random baseline, a mask of ones and zeros). That attention still weighs the fused token.
             mix_box: (top, left, height, width) in patches: inside, each image takes the patch tokens of the image
                 that mirrors it in the batch (mix-token of LV-ViT, for training). `mix_targets` mixes the labels alike.
-            prefix_tokens_only: whether the class token (and distillation token) are all that is wanted of the last
-                layer, which then computes nothing else; see `last_layer_queries`.
+            output_class_attention: whether to return the class token's attention to each patch, to look at it or as
+                `patch_scores` of a different model: True for the reorganization layers, or a list of zero-based layer
+                numbers. At `keep_rate=1.0` it covers all patches.
+            prefix_tokens_only: whether only the class token (and distillation token) of the last layer are wanted,
+                which then computes nothing else; see `last_layer_queries`.
+            takes_short_cuts: what `plain_road_wanted` answered to a classifier, the opposite; asked here if None.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, and what the attention takes.
 
         Returns: `EViTModelOutput`.
@@ -743,42 +842,55 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
         Raises: ValueError for missing images, images of the wrong size, a keep rate out of range, scores or a mask of
             the wrong shape. TypeError for a misspelt keyword.
         """
-        refuse_misspelt_names(kwargs, FORWARD_KEYWORDS)
+        refuse_misspelt_names(kwargs.keys() - TransformersKwargs.__annotations__.keys(), FORWARD_KEYWORDS)
         if kwargs.pop("bool_masked_pos", None) is not None:
             raise ValueError("`bool_masked_pos` is for masked image modeling, which needs all patches: take a ViT.")
         if pixel_values is None:
             raise ValueError("`pixel_values` is missing: pass a tensor (batch_size, num_channels, height, width).")
+        if takes_short_cuts is None:
+            takes_short_cuts = not self._records(kwargs) and not self.plain_road_wanted(pixel_values)
         keep_rates = self.layer_keep_rates(keep_rate)
+        scored_layers = self._scored_layers(output_class_attention)
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding, mix_box)
 
-        num_prefix_tokens = self.embeddings.num_prefix_tokens
+        num_prefix_tokens, fuse = self.embeddings.num_prefix_tokens, self.config.fuse_inattentive_tokens
         batch_size, num_patches = hidden_states.shape[0], hidden_states.shape[1] - num_prefix_tokens
+        if not interpolate_pos_encoding:  # a plain number while tracing too
+            num_patches = self.embeddings.patch_embeddings.num_patches
         patch_scores = self._scores_by_layer(patch_scores, batch_size, num_patches)
         token_mask = self._checked_token_mask(attention_mask, batch_size, num_patches)
         mask = self._attention_mask(hidden_states, token_mask)
 
-        fuse = self.config.fuse_inattentive_tokens
+        num_image_tokens = num_patches
         patch_index = torch.arange(num_patches, device=hidden_states.device).expand(batch_size, -1)
-        kept_patches = []
+        kept_patches, class_attention = [], {}
         for i, layer in enumerate(self.layers):
-            num_image_tokens = patch_index.shape[1]
             num_attentive = num_attentive_tokens(keep_rates.get(i, 1.0), num_image_tokens)
-            if num_attentive == num_image_tokens:  # a plain ViT layer
-                is_last = i + 1 == len(self.layers)
-                num_queries = self.last_layer_queries(mask) if prefix_tokens_only and is_last else None
-                hidden_states, _ = layer(hidden_states, mask, num_queries=num_queries, **kwargs)
-                if i in keep_rates:
-                    kept_patches.append(patch_index)
-                continue
+            reorganizes = bool(num_attentive != num_image_tokens)
+            asked: dict[str, Any] = {}
+            if reorganizes:
+                token_scores = scores_by_patch(patch_scores[i], patch_index) if patch_scores else None
+                asked = {"num_attentive": num_attentive, "token_scores": token_scores, "token_mask": token_mask}
+            elif prefix_tokens_only and takes_short_cuts and layer is self.layers[-1]:
+                asked = {"num_queries": self.last_layer_queries(mask)}
+            if i in scored_layers:
+                asked |= {"score_tokens": True, "token_mask": token_mask}
+            if takes_short_cuts:
+                asked["takes_short_cuts"] = True
+            hidden_states, attentive_index, attention = layer(hidden_states, mask, **asked, **kwargs)
 
-            token_scores = scores_by_patch(patch_scores[i], patch_index) if patch_scores else None
-            hidden_states, attentive_index = layer(
-                hidden_states, mask, num_attentive, token_scores, token_mask, **kwargs
-            )
-            patch_index = follow_patches(patch_index, attentive_index)
-            kept_patches.append(patch_index)
+            if i in scored_layers:
+                class_attention[i] = attention_by_patch(attention, patch_index, num_patches)
+            if reorganizes:
+                patch_index = follow_patches(patch_index, attentive_index)
+            if i in keep_rates:
+                kept_patches.append(patch_index)
+            if not reorganizes:  # a plain ViT layer
+                continue
+            num_image_tokens = num_attentive
             if fuse:
+                num_image_tokens = num_attentive + 1
                 patch_index = append_fused_patch(patch_index)
             if token_mask is not None:
                 token_mask = reorganize_token_mask(token_mask, attentive_index, num_prefix_tokens, fuse)
@@ -786,11 +898,14 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
                 mask = self._attention_mask(hidden_states, token_mask)
 
         hidden_states = self.layernorm(hidden_states)
+        if prefix_tokens_only:
+            hidden_states = hidden_states[:, :num_prefix_tokens]
         return EViTModelOutput(
             last_hidden_state=hidden_states,
             pooler_output=self.pooler(hidden_states) if self.pooler is not None else None,
             attentive_index=tuple(kept_patches),
             patch_index=patch_index,
+            class_attention=torch.stack([class_attention[i] for i in scored_layers], dim=1) if scored_layers else None,
         )
 
     def last_layer_queries(self, mask: Any) -> int | None:
@@ -805,6 +920,20 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
         Returns: their number, or None for all tokens.
         """
         return self.config.num_prefix_tokens if mask is None else None
+
+    def _scored_layers(self, output_class_attention: bool | Sequence[int]) -> list[int]:
+        """Layers whose class token attention is asked for, by zero-based number."""
+        if isinstance(output_class_attention, bool) or output_class_attention is None:
+            return list(self.config.reorganization_layers) if output_class_attention else []
+        layers = python_value(output_class_attention)
+        if not isinstance(layers, (list, tuple)) or any(
+            not is_whole_number(i) or not 0 <= i < len(self.layers) for i in layers
+        ):
+            raise ValueError(
+                f"`output_class_attention` must be True, False, or a list of layers in [0, {len(self.layers) - 1}], "
+                f"got {output_class_attention!r}: True takes the layers that reorganize."
+            )
+        return list(layers)
 
     def _scores_by_layer(
         self, patch_scores: torch.Tensor | Sequence[torch.Tensor] | None, batch_size: int, num_patches: int
@@ -881,36 +1010,18 @@ class EViTForImageClassification(EViTPreTrainedModel, ViTForImageClassification)
         self,
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        interpolate_pos_encoding: bool | None = None,
-        attention_mask: torch.Tensor | None = None,
-        keep_rate: float | Sequence[float] | None = None,
-        patch_scores: torch.Tensor | Sequence[torch.Tensor] | None = None,
-        mix_box: tuple[int, int, int, int] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[EViTForwardKeywords],
     ) -> EViTImageClassifierOutput:
         """Classify images.
 
         Args:
             pixel_values: (batch_size, num_channels, height, width).
             labels: (batch_size,) class numbers, or whatever `config.problem_type` asks for; gives `loss`.
-            interpolate_pos_encoding: see `EViTModel.forward`.
-            attention_mask: see `EViTModel.forward`.
-            keep_rate: see `EViTModel.forward`.
-            patch_scores: see `EViTModel.forward`.
-            mix_box: see `EViTModel.forward`; `token_labelling.mix_targets` mixes the labels.
-            **kwargs: see `EViTModel.forward`.
+            **kwargs: see `EViTModel.forward`; `token_labelling.mix_targets` mixes the labels for `mix_box`.
 
         Returns: `EViTImageClassifierOutput`.
         """
-        outputs = self._backbone_outputs(
-            pixel_values,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            attention_mask=attention_mask,
-            keep_rate=keep_rate,
-            patch_scores=patch_scores,
-            mix_box=mix_box,
-            **kwargs,
-        )
+        outputs = self._backbone_outputs(pixel_values, **kwargs)
         logits = self.classifier(outputs.last_hidden_state[:, 0])
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return EViTImageClassifierOutput(
@@ -919,6 +1030,7 @@ class EViTForImageClassification(EViTPreTrainedModel, ViTForImageClassification)
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             attentive_index=outputs.attentive_index,
+            class_attention=outputs.class_attention,
         )
 
 
@@ -934,6 +1046,7 @@ class EViTForImageClassificationWithTeacherOutput(EViTImageClassifierOutput):
         hidden_states: see `EViTModelOutput`.
         attentions: see `EViTModelOutput`.
         attentive_index: see `EViTModelOutput`.
+        class_attention: see `EViTModelOutput`.
     """
 
     cls_logits: torch.Tensor | None = None
@@ -943,7 +1056,7 @@ class EViTForImageClassificationWithTeacherOutput(EViTImageClassifierOutput):
 class EViTForImageClassificationWithTeacher(EViTPreTrainedModel):
     """Distilled EViT: one classifier on the class token, one on the distillation token, as in DeiT.
 
-    In training a distillation loss wants the two logits apart; the answer is their mean.
+    In training a distillation loss needs both logits; the answer is their mean.
 
     Args:
         config: with `use_distillation_token=True`.
@@ -969,26 +1082,13 @@ class EViTForImageClassificationWithTeacher(EViTPreTrainedModel):
         self,
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        interpolate_pos_encoding: bool | None = None,
-        attention_mask: torch.Tensor | None = None,
-        keep_rate: float | Sequence[float] | None = None,
-        patch_scores: torch.Tensor | Sequence[torch.Tensor] | None = None,
-        mix_box: tuple[int, int, int, int] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[EViTForwardKeywords],
     ) -> EViTForImageClassificationWithTeacherOutput:
         """Classify images; arguments as in `EViTForImageClassification.forward`.
 
         Returns: `EViTForImageClassificationWithTeacherOutput`.
         """
-        outputs = self._backbone_outputs(
-            pixel_values,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            attention_mask=attention_mask,
-            keep_rate=keep_rate,
-            patch_scores=patch_scores,
-            mix_box=mix_box,
-            **kwargs,
-        )
+        outputs = self._backbone_outputs(pixel_values, **kwargs)
         cls_logits = self.cls_classifier(outputs.last_hidden_state[:, 0])
         distillation_logits = self.distillation_classifier(outputs.last_hidden_state[:, 1])
         logits = (cls_logits + distillation_logits) / 2
@@ -999,6 +1099,7 @@ class EViTForImageClassificationWithTeacher(EViTPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             attentive_index=outputs.attentive_index,
+            class_attention=outputs.class_attention,
             cls_logits=cls_logits,
             distillation_logits=distillation_logits,
         )

@@ -1,24 +1,25 @@
 """EViT on LV-ViT: a convolutional stem, scaled residual branches, and a classifier on every image token."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
+from transformers.processing_utils import Unpack
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_evit import EViTConfig  # noqa: F401 (remote code: Transformers 5.9 copies direct imports alone)
+from .configuration_evit import EViTConfig, height_and_width  # noqa: F401 (remote code: Transformers 5.9 copies only direct imports)
 from .configuration_evit_lv import EViTLVConfig
-from .linear import linear  # noqa: F401 (as above)
+from .cpu_inference import linear  # noqa: F401 (as above)
 from .modeling_evit import (
     EViTEmbeddings,
+    EViTForwardKeywords,
     EViTImageClassifierOutput,
     EViTLayer,
     EViTModel,
     EViTPreTrainedModel,
 )
 from .pictures import as_rgb  # noqa: F401 (as above)
+from .short_cuts import plain_road_wanted  # noqa: F401 (as above)
 from .token_labelling import token_labelling_loss
 from .token_reorganization import reorganize_tokens  # noqa: F401 (as above)
 
@@ -31,10 +32,11 @@ class EViTLVImageClassifierOutput(EViTImageClassifierOutput):
         loss: scalar, if `labels` were given: token labelling in training, cross-entropy of `logits` in evaluation.
             Regression and multi-label problems have the loss of `logits` in training too.
         logits: (batch_size, num_labels), `cls_logits` plus the weighted highest auxiliary logit of each class over the
-            patches that are left; where tokens are labelled in training `cls_logits` alone.
+            patches that are left; where tokens are labelled in training only `cls_logits`.
         hidden_states: see `EViTModelOutput`.
         attentions: see `EViTModelOutput`.
         attentive_index: see `EViTModelOutput`.
+        class_attention: see `EViTModelOutput`.
         cls_logits: (batch_size, num_labels), from the class token.
         aux_logits: (batch_size, num_image_tokens_left, num_labels), from every image token that is left.
         patch_index: (batch_size, num_image_tokens_left), original patch position of those tokens, -1 if fused.
@@ -53,9 +55,9 @@ class EViTLVPatchEmbeddings(nn.Module):
 
     def __init__(self, config: EViTLVConfig) -> None:
         super().__init__()
-        size = config.image_size
-        self.image_size = (size, size) if isinstance(size, int) else tuple(size)
-        self.num_patches = (self.image_size[0] // config.patch_size) * (self.image_size[1] // config.patch_size)
+        self.image_size = height_and_width(config.image_size)
+        rows, columns = config.patch_grid()
+        self.num_patches = rows * columns
         stem = config.stem_hidden_size
         self.conv1 = nn.Conv2d(config.num_channels, stem, kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
@@ -75,11 +77,13 @@ class EViTLVPatchEmbeddings(nn.Module):
 
 
 class EViTLVEmbeddings(EViTEmbeddings):
-    """Differences from EViTEmbeddings: the convolutional stem."""
+    """Differences from EViTEmbeddings: the convolutional stem, and the patches that it makes."""
 
     def __init__(self, config: EViTLVConfig) -> None:
         super().__init__(config)
         self.patch_embeddings = EViTLVPatchEmbeddings(config)
+        num_positions = config.num_prefix_tokens + self.patch_embeddings.num_patches
+        self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, config.hidden_size))
 
 
 class EViTLVLayer(EViTLayer):
@@ -125,40 +129,21 @@ class EViTLVForImageClassification(EViTLVPreTrainedModel):
         self,
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        interpolate_pos_encoding: bool | None = None,
-        attention_mask: torch.Tensor | None = None,
-        keep_rate: float | Sequence[float] | None = None,
-        patch_scores: torch.Tensor | Sequence[torch.Tensor] | None = None,
-        mix_box: tuple[int, int, int, int] | None = None,
         token_labels: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[EViTForwardKeywords],
     ) -> EViTLVImageClassifierOutput:
-        """Classify images; arguments as in `EViTForImageClassification.forward`, and two more.
+        """Classify images; arguments as in `EViTForImageClassification.forward`, and labels of patches.
 
         Args:
             pixel_values: (batch_size, num_channels, height, width).
             labels: (batch_size,) class numbers or, in training, (batch_size, num_labels) probabilities; gives `loss`.
-            interpolate_pos_encoding: see `EViTModel.forward`.
-            attention_mask: see `EViTModel.forward`.
-            keep_rate: see `EViTModel.forward`.
-            patch_scores: see `EViTModel.forward`.
-            mix_box: see `EViTModel.forward`.
             token_labels: (batch_size, num_patches, num_labels), probabilities by patch of the original grid, for the
                 loss in training; without them every patch has the label of its image.
             **kwargs: see `EViTModel.forward`.
 
         Returns: `EViTLVImageClassifierOutput`.
         """
-        outputs = self._backbone_outputs(
-            pixel_values,
-            prefix_tokens_only=False,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            attention_mask=attention_mask,
-            keep_rate=keep_rate,
-            patch_scores=patch_scores,
-            mix_box=mix_box,
-            **kwargs,
-        )
+        outputs = self._backbone_outputs(pixel_values, prefix_tokens_only=False, **kwargs)
         cls_logits = self.classifier(outputs.last_hidden_state[:, 0])
         aux_logits = self.aux_classifier(outputs.last_hidden_state[:, self.config.num_prefix_tokens :])
         learns_token_labels = (
@@ -183,6 +168,7 @@ class EViTLVForImageClassification(EViTLVPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             attentive_index=outputs.attentive_index,
+            class_attention=outputs.class_attention,
             cls_logits=cls_logits,
             aux_logits=aux_logits,
             patch_index=outputs.patch_index,

@@ -1,11 +1,10 @@
 """The models of the paper by name, as configurations; nothing is downloaded."""
 
 import difflib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-
-if TYPE_CHECKING:
-    from .configuration_evit import EViTConfig
+from .configuration_evit import EViTConfig
+from .configuration_evit_lv import EViTLVConfig
 
 
 # hidden size, attention heads
@@ -60,21 +59,22 @@ def _presets() -> dict[str, dict[str, Any]]:
 PRESETS = _presets()
 
 
-def preset_config(name: str, **overrides: Any) -> "EViTConfig":
+def preset_config(name: str, **overrides: Any) -> EViTConfig:
     """Build the configuration of one of the paper's models.
 
     Args:
-        name: "evit-deit-ti", "-s" or "-b", with "-distilled" and "-384" behind it or not; "evit-deit-s-272", "-288"
+        name: "evit-deit-ti", "-s" or "-b", optionally followed by "-distilled" and "-384"; "evit-deit-s-272", "-288"
             and "-304", as costly as DeiT-S at 224 pixels; "evit-lvvit-t", "-s", "-m" and "-l".
         **overrides: fields of the configuration, for example `keep_rate=0.5` or `num_labels=10`.
 
     Returns: an `EViTConfig`, or an `EViTLVConfig` for LV-ViT.
 
-    Raises: ValueError for another name.
-    """
-    from .configuration_evit import EViTConfig
-    from .configuration_evit_lv import EViTLVConfig
+    Raises: ValueError for an unknown name.
 
+    Example:
+        >>> preset_config("evit-deit-s", keep_rate=0.7).hidden_size
+        384
+    """
     if name not in PRESETS:
         close = difflib.get_close_matches(str(name), PRESETS, n=3)
         raise ValueError(f"There is no preset `{name}`: take one of {', '.join(close or PRESETS)}.")

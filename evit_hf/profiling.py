@@ -5,8 +5,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .configuration_evit import EViTConfig, check_keep_rate, keep_rate_by_layer
+from .configuration_evit import EViTConfig, height_and_width, keep_rate_by_layer
 from .configuration_evit_lv import EViTLVConfig
+from .short_cuts import short_cuts_counted
 from .token_reorganization import num_attentive_tokens
 
 
@@ -23,14 +24,12 @@ def num_tokens_by_layer(
         image_size: pixels, (height, width) or one number for both, instead of `config.image_size`.
 
     Returns: (tokens in attention, tokens in the MLP) of each layer, prefix tokens included. DeiT-S at keep rate 0.7
-        with fusion has 197 tokens before the first reorganization and 140, 100, 72 behind the three.
+        with fusion has 197 tokens before the first reorganization and 140, 100, 72 after the three.
     """
     keep_rate = config.keep_rate if keep_rate is None else keep_rate
-    check_keep_rate(keep_rate, len(config.reorganization_layers))
     keep_rates = keep_rate_by_layer(keep_rate, config.reorganization_layers)
-    height, width = height_and_width(config.image_size if image_size is None else image_size)
-    patch_height, patch_width = height_and_width(config.patch_size)
-    num_image_tokens = (height // patch_height) * (width // patch_width)
+    rows, columns = config.patch_grid(image_size)
+    num_image_tokens = rows * columns
 
     num_tokens = []
     for i in range(config.num_hidden_layers):
@@ -53,15 +52,15 @@ def num_macs(
     Counted are the patch embedding (with LV-ViT's stem), the attention layers (3 T d^2 for query, key and value,
     2 T^2 d for the map and its product with the values, T d^2 for the projection), the MLP (2 T' d m) and the
     classifiers, as the official code counts them; norms, activations, softmax and the reorganization itself (below
-    0.1 %) are not. T and T' are the tokens before and behind the reorganization.
+    0.1 %) are not. T and T' are the tokens before and after the reorganization.
 
     Args:
         config: the model's configuration.
         keep_rate: instead of `config.keep_rate`: in (0, 1], one number or one for each reorganization layer.
         image_size: pixels, (height, width) or one number for both, instead of `config.image_size`.
-        executed: count what this code really runs under sdpa: nothing behind the last attention but the prefix tokens
-            (LV-ViT reads all of them), no output projection of tokens that are given up, the class token's row of
-            attention and the sums of the inattentive tokens.
+        executed: count what this code really runs under sdpa when nobody looks inside (see `short_cuts`): after the
+            last attention only the prefix tokens (LV-ViT reads all of them), no output projection of tokens that are
+            given up, the class token's row of attention and the sums of the inattentive tokens.
 
     Returns: MACs; divide by 1e9 for GMACs. DeiT-S: 4.60 GMACs dense, 3.03 at keep rate 0.7 with fusion, 2.31 at 0.5,
         the 4.6, 3.0 and 2.3 of the paper. Executed are 4.28, 2.90 and 2.25.
@@ -82,7 +81,7 @@ def num_macs(
         if executed and reorganizes:
             macs += config.num_scoring_tokens * attention_tokens * hidden_size
             macs += config.fuse_inattentive_tokens * 2 * (attention_tokens - num_prefix_tokens) * hidden_size
-    # One classifier for each prefix token and, in LV-ViT, one for every image token that is left.
+    # One classifier for each prefix token and, in LV-ViT, for every image token that is left.
     num_classified = num_tokens[-1][1] if isinstance(config, EViTLVConfig) else num_prefix_tokens
     return macs + num_classified * hidden_size * config.num_labels
 
@@ -93,7 +92,7 @@ def keep_rate_for_macs(
     """Highest keep rate at which a model costs no more than a number of multiply-accumulate operations.
 
     Args:
-        config: the model's configuration; its own keep rate is not looked at.
+        config: the model's configuration; its own keep rate is ignored.
         macs: operations of one image, for example `num_macs(config, 1.0, 224)`.
         image_size: pixels, (height, width) or one number for both, instead of `config.image_size`.
         decimals: of the keep rate.
@@ -118,7 +117,8 @@ def keep_rate_for_macs(
 def _patch_embedding_macs(config: EViTConfig, height: int, width: int) -> int:
     """Multiply-accumulate operations from the image to its patches."""
     patch_height, patch_width = height_and_width(config.patch_size)
-    num_patches = (height // patch_height) * (width // patch_width)
+    rows, columns = config.patch_grid((height, width))
+    num_patches = rows * columns
     if not isinstance(config, EViTLVConfig):
         return num_patches * config.hidden_size * config.num_channels * patch_height * patch_width
     stem = config.stem_hidden_size
@@ -135,22 +135,18 @@ def count_macs(model: nn.Module, pixel_values: torch.Tensor, **kwargs: object) -
         pixel_values: (batch_size, num_channels, height, width).
         **kwargs: handed to the model, for example `keep_rate=0.5`.
 
-    Returns: MACs of matrix products and convolutions, half of the FLOPs of `torch.utils.flop_counter`.
+    Returns: MACs of matrix products and convolutions, half of the FLOPs of `torch.utils.flop_counter`. For an EViT
+        those of its short cuts, which it takes when nobody counts; a counter of your own sees the paper's order.
     """
     was_training = model.training
     counter = FlopCounterMode(display=False)
     try:
         # As plain matrix products attention is counted by every version of PyTorch; 2.7 overlooks its kernel for CPUs.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), short_cuts_counted(), counter:
             model.eval()(pixel_values, **kwargs)
     finally:
         model.train(was_training)
     return counter.get_total_flops() // 2
-
-
-def height_and_width(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    """Return (height, width) of a size that is one number or both."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 __all__ = ["count_macs", "keep_rate_for_macs", "num_macs", "num_tokens_by_layer"]

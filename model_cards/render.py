@@ -17,6 +17,7 @@ from evit_hf import (
     EViTForImageClassification,
     EViTForImageClassificationWithTeacher,
     EViTLVForImageClassification,
+    preset_config,
 )
 from evit_hf.presets import PRESETS
 from evit_hf.profiling import num_macs, num_tokens_by_layer
@@ -120,7 +121,7 @@ def obtain(preset: str, folder: str, config: EViTConfig, in_zoo: bool) -> tuple[
 
 def card(preset: str, folder: str, published: dict[str, Any], in_zoo: bool = False, **overrides: Any) -> str:
     """Render one card and check it."""
-    config = EViTConfig.preset(preset, **overrides)
+    config = preset_config(preset, **overrides)
     model_class = EViTForImageClassification
     if config.model_type == "evit_lv":
         model_class = EViTLVForImageClassification

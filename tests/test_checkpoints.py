@@ -30,6 +30,7 @@ from evit_hf import (
     EViTLVConfig,
     EViTLVForImageClassification,
     EViTModel,
+    preset_config,
 )
 from evit_hf.keep_rate_schedule import KeepRateCallback
 
@@ -311,7 +312,7 @@ print(type(model).__name__)
 
 def test_auto_class_builds_a_new_model_from_a_configuration(tiny_config):
     assert type(AutoModelForImageClassification.from_config(tiny_config)) is EViTForImageClassification
-    lvvit = EViTConfig.preset("evit-lvvit-t", num_labels=3)
+    lvvit = preset_config("evit-lvvit-t", num_labels=3)
     assert type(AutoModelForImageClassification.from_config(lvvit)) is EViTLVForImageClassification
 
 

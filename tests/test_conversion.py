@@ -29,6 +29,7 @@ from evit_hf import (
     EViTForImageClassificationWithTeacher,
     EViTLVForImageClassification,
     EViTModel,
+    preset_config,
 )
 from evit_hf.conversion import ConversionError, convert_checkpoint, read_labels
 from evit_hf.profiling import num_tokens_by_layer
@@ -139,9 +140,7 @@ def test_lvvit_file_gives_the_official_dense_outputs(wrapped, tmp_path):
 
 def test_published_lvvits_are_known_by_their_size():
     torch.manual_seed(0)
-    model = EViTLVForImageClassification(
-        EViTLVForImageClassification.config_class.preset("evit-lvvit-t", num_labels=3)
-    )
+    model = EViTLVForImageClassification(preset_config("evit-lvvit-t", num_labels=3))
     names = {"classifier": "head", "aux_classifier": "aux_head"}
     weights = {}
     for name, tensor in model.state_dict().items():

@@ -15,7 +15,7 @@ from evit_hf import (
     EViTLVForImageClassification,
     EViTModel,
 )
-from evit_hf.modeling_evit import EViTDropPath
+from evit_hf.modeling_evit import EViTDropPath, EViTEmbeddings, EViTMLP
 
 
 def official_model(case, attention_implementation):
@@ -286,6 +286,36 @@ def test_model_without_head_pools_the_class_token(tiny_config, images):
     assert EViTModel(tiny_config, add_pooling_layer=False)(images).pooler_output is None
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("fuse", [True, False])
+def test_class_attention_is_that_of_the_map_by_patch(fuse, implementation, images):
+    config = tiny_config_with(fuse_inattentive_tokens=fuse, attn_implementation="eager")
+    model = EViTForImageClassification(config).eval()
+    maps = model(images, output_attentions=True)
+    model.set_attn_implementation(implementation)
+    outputs = model(images, output_class_attention=True)
+    assert torch.equal(outputs.logits, model(images).logits)
+    assert outputs.class_attention.shape == (3, 3, 16)
+    torch.testing.assert_close(outputs.class_attention[:, 0], maps.attentions[1][:, :, 0, 1:].mean(1))
+    for image, kept in enumerate(maps.attentive_index[0]):  # what layer 2 sees, with the fused token last
+        expected = torch.zeros(16)
+        expected[kept] = maps.attentions[2][image, :, 0, 1:11].mean(0)
+        torch.testing.assert_close(outputs.class_attention[image, 1], expected)
+
+
+def test_class_attention_of_any_layer_of_the_dense_model(images):
+    model = EViTForImageClassification(tiny_config_with(attn_implementation="eager", keep_rate=1.0)).eval()
+    maps = model(images, output_attentions=True).attentions
+    with torch.no_grad():
+        attention = model(images, output_class_attention=[3, 0, 3]).class_attention
+    for i, layer in enumerate([3, 0, 3]):
+        torch.testing.assert_close(attention[:, i], maps[layer][:, :, 0, 1:].mean(1))
+    assert model(images).class_attention is None
+    for bad in ([4], [-1], 2, ["0"]):
+        with pytest.raises(ValueError, match=r"`output_class_attention` must be .* a list of layers in \[0, 3\], got"):
+            model(images, output_class_attention=bad)
+
+
 # Keep rates
 
 
@@ -451,6 +481,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant, images):
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
+@pytest.mark.slow  # traces each layer, for each keep rate and batch size
 def test_compiles_into_one_graph(tiny_model, images):
     compiled = torch.compile(tiny_model, fullgraph=True, backend="aot_eager")
     for keep_rate in (None, 0.5):
@@ -508,16 +539,33 @@ def test_logits_and_gradients_without_hidden_states_are_the_official_ones(name, 
         assert (gradients[False][parameter] - gradient).abs().max() < 1e-5 * largest, parameter
 
 
-def test_last_layer_computes_the_prefix_tokens_alone(images):
+def called_with(monkeypatch, module_class, note):
+    """What `note` says about each forward and its first argument; patched in the class, where no model looks."""
+    notes, forward = [], module_class.forward
+
+    def noting(module, *arguments, **keywords):
+        notes.append(note(module, arguments[0]))
+        return forward(module, *arguments, **keywords)
+
+    monkeypatch.setattr(module_class, "forward", noting)
+    return notes
+
+
+def test_last_layer_computes_the_prefix_tokens_alone(images, monkeypatch):
     model = EViTForImageClassificationWithTeacher(tiny_config_with(use_distillation_token=True)).eval()
-    lengths = []
-    model.vit.layers[-1].mlp.register_forward_hook(lambda module, inputs, output: lengths.append(output.shape[1]))
+    seen = called_with(
+        monkeypatch, EViTMLP, lambda mlp, inputs: inputs.shape[1] if mlp is model.vit.layers[-1].mlp else None
+    )
+
+    def lengths():
+        return [length for length in seen if length]
+
     alone, full = model(images), model(images, output_hidden_states=True)
-    assert lengths == [8, 8]  # a last layer that reorganizes leaves nothing out
+    assert lengths() == [8, 8]  # a last layer that reorganizes leaves nothing out
     model.config.reorganization_layers, model.config.keep_rate = [1], 0.5
-    lengths.clear()
+    seen.clear()
     alone, full = model(images), model(images, output_hidden_states=True)
-    assert lengths == [2, 2 + 8 + 1]
+    assert lengths() == [2, 2 + 8 + 1]
     torch.testing.assert_close(alone.logits, full.logits)
     assert torch.equal(alone.attentive_index[0], full.attentive_index[0])
     hidden = model.vit(images, prefix_tokens_only=True)
@@ -541,14 +589,11 @@ def test_large_batches_are_cut_on_a_cpu_and_give_the_same_outputs(backbone, imag
         size = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 4}
         config = EViTLVConfig(**size, num_attention_heads=4, intermediate_size=64, num_labels=5, keep_rate=0.6)
         model = EViTLVForImageClassification(config).eval()
-    sizes = []
-    model.vit.register_forward_pre_hook(
-        lambda module, inputs, keywords: sizes.append(len(inputs[0])), with_kwargs=True
-    )
+    sizes = called_with(monkeypatch, EViTEmbeddings, lambda module, inputs: len(inputs))
     with torch.no_grad():
         whole = model(images)
         # The MLP of an image has 16 patches of 64 numbers of 4 bytes.
-        monkeypatch.setattr("evit_hf.modeling_evit.CACHE_BYTES_PER_THREAD", 2 * 16 * 64 * 4)
+        monkeypatch.setattr("evit_hf.cpu_inference.CACHE_BYTES_PER_THREAD", 2 * 16 * 64 * 4)
         cut = model(images)
         with_hidden_states = model(images, output_hidden_states=True)
         with_scores = model(images, patch_scores=torch.rand(3, 16))

@@ -13,8 +13,14 @@ from conftest import ROOT, run_python
 import evit_hf
 
 
-MODELING_FILES = ("configuration_evit.py", "linear.py", "modeling_evit.py", "token_reorganization.py")
-MODELING_FILES += ("pictures.py", "configuration_evit_lv.py", "modeling_evit_lv.py", "token_labelling.py")
+MODELING_FILES = ("configuration_evit.py", "cpu_inference.py", "modeling_evit.py", "token_reorganization.py")
+MODELING_FILES += (
+    "pictures.py",
+    "short_cuts.py",
+    "configuration_evit_lv.py",
+    "modeling_evit_lv.py",
+    "token_labelling.py",
+)
 
 
 def test_code_passes_ruff():
@@ -182,7 +188,7 @@ def test_saved_folder_holds_the_code_that_remote_loading_needs(tmp_path, tiny_mo
     tiny_model.save_pretrained(tmp_path)
     names = {path.name for path in tmp_path.glob("*.py")}
     assert (
-        {"configuration_evit.py", "linear.py", "modeling_evit.py", "pictures.py", "token_reorganization.py"}
+        {"configuration_evit.py", "cpu_inference.py", "modeling_evit.py", "pictures.py", "token_reorganization.py"}
         <= names
         <= set(MODELING_FILES)
     )

@@ -9,6 +9,7 @@ from evit_hf import (
     EViTForImageClassification,
     EViTForImageClassificationWithTeacher,
     EViTLVForImageClassification,
+    preset_config,
 )
 from evit_hf.profiling import count_macs, keep_rate_for_macs, num_macs, num_tokens_by_layer
 
@@ -89,7 +90,7 @@ def test_batches_cost_their_size(tiny_model):
 
 
 def meta_model(name):
-    config = EViTConfig.preset(name)
+    config = preset_config(name)
     model_class = EViTForImageClassification
     if "lvvit" in name:
         model_class = EViTLVForImageClassification
@@ -146,12 +147,12 @@ def test_gmacs_of_the_presets_by_formula_and_counted(name, keep_rate, gmacs):
 
 
 def test_presets_take_overrides_and_are_known_by_name():
-    config = EViTConfig.preset("evit-deit-s-288", num_labels=7, fuse_inattentive_tokens=False)
+    config = preset_config("evit-deit-s-288", num_labels=7, fuse_inattentive_tokens=False)
     assert (config.image_size, config.keep_rate, config.num_labels) == (288, 0.6, 7)
-    assert EViTConfig.preset("evit-lvvit-m").model_type == "evit_lv"
-    assert EViTConfig.preset("evit-lvvit-s").reorganization_layers == [4, 8, 12]
+    assert preset_config("evit-lvvit-m").model_type == "evit_lv"
+    assert preset_config("evit-lvvit-s").reorganization_layers == [4, 8, 12]
     with pytest.raises(ValueError, match="There is no preset `evit-deit-small`: take one of evit-deit-s"):
-        EViTConfig.preset("evit-deit-small")
+        preset_config("evit-deit-small")
 
 
 def test_bad_keep_rates_are_refused():
@@ -161,7 +162,7 @@ def test_bad_keep_rates_are_refused():
 
 @pytest.mark.parametrize(("image_size", "keep_rate"), [(224, 1.0), (272, 0.7), (288, 0.6), (304, 0.5)])
 def test_keep_rates_for_equal_cost_are_those_of_the_paper(image_size, keep_rate):
-    config = EViTConfig.preset("evit-deit-s")
+    config = preset_config("evit-deit-s")
     budget = num_macs(config, 1.0)
     assert keep_rate_for_macs(config, budget, image_size) == keep_rate
     assert num_macs(config, keep_rate, image_size) <= budget
@@ -172,6 +173,6 @@ def test_keep_rates_for_equal_cost_are_those_of_the_paper(image_size, keep_rate)
 
 
 def test_a_budget_that_no_keep_rate_meets_is_refused():
-    config = EViTConfig.preset("evit-deit-s")
+    config = preset_config("evit-deit-s")
     with pytest.raises(ValueError, match=r"down to 4.60 GMACs: at `image_size` 384 it costs 4.98 even at 0.1"):
         keep_rate_for_macs(config, num_macs(config, 1.0), 384)

@@ -11,7 +11,7 @@ from test_faults import patch
 from training_runs import SMALL, ForkedRun, read_log, run, state_hash
 from transformers import ViTImageProcessor
 
-from evit_hf import EViTConfig, EViTForImageClassification, EViTForImageClassificationWithTeacher
+from evit_hf import EViTForImageClassification, EViTForImageClassificationWithTeacher, preset_config
 from evit_hf.profiling import num_macs
 
 
@@ -216,7 +216,7 @@ def test_recipes_of_the_paper_train(name, tmp_path):
     """Two steps at full size, on digits, and with random weights where the recipe has trained ones."""
     flags = [f"paper_{name}", "--dataset", "digits", "--eval_split", "test", "--num_workers", "0", "--dry_run"]
     flags += ["--max_train_samples", "16", "--max_eval_samples", "4", "--batch_size", "8", "--eval_batch_size", "4"]
-    deit = EViTForImageClassification(EViTConfig.preset("evit-deit-s", keep_rate=1.0))
+    deit = EViTForImageClassification(preset_config("evit-deit-s", keep_rate=1.0))
     deit.save_pretrained(tmp_path / "deit")
     ViTImageProcessor().save_pretrained(tmp_path / "deit")
     if name in ("finetune", "high_resolution"):

@@ -10,6 +10,7 @@ from evit_hf import (
     EViTForImageClassificationWithTeacher,
     EViTLVForImageClassification,
     EViTPreTrainedModel,
+    preset_config,
 )
 from evit_hf.profiling import keep_rate_for_macs, num_macs
 
@@ -47,7 +48,7 @@ def build_model(arguments: TrainArguments, label_names: list[str], multi_label: 
             network.set_image_size(model.image_size)
     elif model.preset is not None:
         size = {} if model.image_size is None else {"image_size": model.image_size}
-        network = random_classifier(EViTConfig.preset(model.preset, num_labels=len(label_names), **settings, **size))
+        network = random_classifier(preset_config(model.preset, num_labels=len(label_names), **settings, **size))
     else:
         network = random_classifier(
             EViTConfig(

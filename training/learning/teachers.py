@@ -18,7 +18,6 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Ba
 from transformers.utils import ModelOutput
 
 from evit_hf import EViTPreTrainedModel
-from evit_hf.profiling import height_and_width
 
 from ..data.augmentation import output_size
 
@@ -48,22 +47,6 @@ class Oracle(nn.Module):
                 f"`--oracle` has {len(model.vit.layers)} layers, but layer {max(self.layers)} of the student "
                 "reorganizes: take a deeper one, or `--oracle-layer last`."
             )
-        self._scores: dict[int, torch.Tensor] = {}
-        for number in set(self.layers):
-            attention = model.vit.layers[number].attention
-            attention.register_forward_pre_hook(self._ask_for_scores)
-            attention.register_forward_hook(self._keep_scores(number))
-
-    @staticmethod
-    def _ask_for_scores(module: nn.Module, arguments: tuple) -> tuple:
-        hidden_states, mask, _, *rest = arguments
-        return (hidden_states, mask, True, *rest)
-
-    def _keep_scores(self, number: int) -> Any:
-        def keep(module: nn.Module, arguments: tuple, output: tuple) -> None:
-            self._scores[number] = output[2]
-
-        return keep
 
     def train(self, mode: bool = True) -> "Oracle":
         """Stay in evaluation mode."""
@@ -79,8 +62,8 @@ class Oracle(nn.Module):
             pixel_values: what the student sees.
             mix_box: what the student is given, see `EViTModel.forward`.
         """
-        self.model(pixel_values, keep_rate=1.0, mix_box=mix_box)
-        return [self._scores[number] for number in self.layers]
+        outputs = self.model(pixel_values, keep_rate=1.0, mix_box=mix_box, output_class_attention=self.layers)
+        return list(outputs.class_attention.unbind(dim=1))
 
 
 def build_oracle(
@@ -102,8 +85,7 @@ def build_oracle(
     model.gradient_checkpointing_disable()
     grids = []
     for config in (model.config, student.config):
-        pixels, patch = height_and_width(config.image_size), height_and_width(config.patch_size)
-        grids.append((pixels[0] // patch[0], pixels[1] // patch[1]))
+        grids.append(config.patch_grid())
     if grids[0] != grids[1]:
         raise ValueError(
             f"`--oracle {arguments.oracle}` has {grids[0][0]}x{grids[0][1]} patches and the student "

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from evit_hf import EViTConfig, EViTForImageClassification, EViTPreTrainedModel
+from evit_hf import EViTForImageClassification, EViTPreTrainedModel, preset_config
 from evit_hf.export import FORMATS, export_model, load_exported
 from evit_hf.presets import PRESETS
 from evit_hf.profiling import num_macs
@@ -45,7 +45,7 @@ def build_model(name: str, image_size: int | None = None) -> EViTPreTrainedModel
     """
     if name in PRESETS:
         # Attention that is far from uniform, so that rounding rarely changes which tokens are kept.
-        model = random_classifier(EViTConfig.preset(name, initializer_range=0.05))
+        model = random_classifier(preset_config(name, initializer_range=0.05))
     else:
         model = load_classifier(name)
     if image_size is not None and image_size != model.config.image_size:
@@ -212,7 +212,7 @@ def _runner(network: nn.Module, pixel_values: torch.Tensor, **keywords: Any) -> 
 
 @contextmanager
 def without_onednn() -> Iterator[None]:
-    """Leave linear layers to PyTorch's own choice, MKL; see `evit_hf.linear`.
+    """Leave linear layers to PyTorch's own choice, MKL; see `evit_hf.cpu_inference`.
 
     `torch.backends.mkldnn.flags` would set precisions as well, and warn about them.
     """

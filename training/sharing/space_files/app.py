@@ -13,7 +13,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import evit_hf  # noqa: F401 (makes EViT known to the Auto classes)
-from evit_hf.profiling import height_and_width, num_macs
+from evit_hf.configuration_evit import height_and_width
+from evit_hf.profiling import num_macs
 from evit_hf.visualization import blank_inattentive_patches
 
 

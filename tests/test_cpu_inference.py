@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.activations import ACT2FN
 
 from evit_hf import EViTForImageClassification
-from evit_hf.linear import HAS_MKL_AND_ONEDNN, MIN_ONEDNN_WEIGHTS, linear, runs_on_onednn
+from evit_hf.cpu_inference import HAS_MKL_AND_ONEDNN, MIN_ONEDNN_WEIGHTS, linear, runs_on_onednn
 
 
 @pytest.fixture

@@ -1,0 +1,105 @@
+"""Who would see a short cut: one question, asked once per forward.
+
+The plain road is the paper's order, module by module, as in Transformers' ViT. The short cuts give the same answers:
+fused linear layers and batches cut into pieces (`cpu_inference`), tokens reorganized before the output projection, a
+last layer that computes the prefix tokens only. But whoever hooks, patches, counts, differentiates or explains modules
+sees the order in which they are called, and gets the plain road.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+
+# What libraries replace that count or rewrite operations by name.
+_ORIGINALS = (nn.functional.linear, nn.Linear.forward)
+# Transformers' own hooks, which record `output_hidden_states` and `output_attentions`, stay in a model for good.
+_RECORDER = "transformers.utils.output_capturing"
+_counts_short_cuts: ContextVar[bool] = ContextVar("counts_short_cuts", default=False)
+
+
+def plain_road_wanted(
+    inner_modules: list[nn.Module], built_of: tuple[type, ...], inputs: torch.Tensor, outer: nn.Module | None = None
+) -> bool:
+    """Whether somebody could tell a short cut from the plain road.
+
+    That is whoever has put a hook on a module inside the model (forward, backward, before or after, or on all modules
+    of the process), a `forward` of their own, or a module of a different class (an adapter, a quantized layer, a
+    sharded one); counts or rewrites operations (function and dispatch modes, profilers, a replaced
+    `torch.nn.functional.linear`); differentiates in forward mode or with `torch.func`.
+
+    Compiled and exported graphs are made for speed and keep the short cuts that fit into a graph: hooks in them see
+    what the graph computes.
+
+    Args:
+        inner_modules: see `modules_below`.
+        built_of: their classes when the model was built.
+        inputs: the images.
+        outer: a module around them, where its hooks would see a short cut too.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if outer is not None and _is_watched(outer):
+        return True
+    if any(map(_is_watched, inner_modules)) or tuple(map(type, inner_modules)) != built_of:
+        return True
+    return not _counts_short_cuts.get() and _operations_are_watched(inputs)
+
+
+def modules_below(*modules: nn.Module) -> list[nn.Module]:
+    """These modules and all modules inside them; an order that depends on the structure only."""
+    found, pending = [], list(modules)
+    while pending:
+        module = pending.pop()
+        found.append(module)
+        pending.extend(child for child in module._modules.values() if child is not None)
+    return found
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a module has hooks or a `forward` that its class does not have."""
+    if module._forward_hooks and any(
+        getattr(hook, "__module__", None) != _RECORDER for hook in module._forward_hooks.values()
+    ):
+        return True
+    return bool(
+        module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _operations_are_watched(inputs: torch.Tensor) -> bool:
+    """Whether somebody in this process or thread follows modules or operations, whichever model they belong to."""
+    return bool(
+        _has_any_global_hook()
+        or _get_current_dispatch_mode() is not None
+        or any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+        or torch.autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or type(inputs) is not torch.Tensor
+        or (nn.functional.linear, nn.Linear.forward) != _ORIGINALS
+    )
+
+
+@contextmanager
+def short_cuts_counted() -> Iterator[None]:
+    """Let whoever counts operations in this block see the short cuts: what a forward costs when nobody looks."""
+    token = _counts_short_cuts.set(True)
+    try:
+        yield
+    finally:
+        _counts_short_cuts.reset(token)
+
+
+__all__ = ["modules_below", "plain_road_wanted", "short_cuts_counted"]
