@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
@@ -96,6 +97,8 @@ LVVIT_GEOMETRY = {(240, 12): (4, 1.0), (384, 16): (6, 2.0), (512, 20): (8, 2.0),
 
 # Parameters that every source with such names has, and their dimensions.
 NEEDED = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2}
+# Fields of a configuration that decide how much memory is allocated.
+SIZE_FIELDS = ("hidden_size", "num_hidden_layers", "intermediate_size", "image_size", "patch_size")
 # Keywords of `from_pretrained` that say where on the Hub a file is.
 HUB_KEYWORDS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 
@@ -201,6 +204,8 @@ def convert_checkpoint(
     given = {name: value for name, value in given.items() if value is not None}
 
     found = _weights_of(source, weights)
+    if weights is not None and (found is None or isinstance(source, nn.Module)):
+        raise ConversionError(f"`weights` is '{weights}', but only files and state dicts hold several: leave it out.")
     if found is None:
         converted = _from_transformers(str(source), given, overrides, allow_non_finite_weights)
     else:
@@ -306,12 +311,13 @@ def _from_weights(
 ) -> ConvertedCheckpoint:
     """Build the model that the tensors and their source describe."""
     fields = _fields(found, given, image_size)
-    source_format, trained = _trained_reorganization(found, fields)
+    source_format, trained = _trained_reorganization(found)
     config_class = EViTLVConfig if found.is_lvvit else EViTConfig
-    config = config_class(**{**fields, "keep_rate": 1.0, **trained, **overrides})
-    model_class, state_dict = _translated(found, config, allow_non_finite)
-    with torch.device("meta"):  # nothing is allocated twice, and nothing at random
-        model = model_class(config, **({"add_pooling_layer": False} if model_class is EViTModel else {}))
+    try:
+        config = config_class(**{**fields, "keep_rate": 1.0, **trained, **overrides})
+    except StrictDataclassError as error:
+        raise ConversionError(f"`{found.source}` cannot be an EViT with these settings: {error}") from None
+    model, state_dict = _translated(found, config, allow_non_finite)
     model.load_state_dict(state_dict, assign=True)
     preprocessing = found.description.preprocessing if found.description else {}
     if found.is_lvvit:
@@ -412,7 +418,7 @@ def open_checkpoint(
         if folder is None and Path(source).is_dir():
             folder = Path(source) / (kwargs.get("subfolder") or "")
         if folder is not None:
-            _check_files(folder, config, kwargs)
+            _check_files(model_class, folder, config, kwargs)
         return model_class, source, kwargs
     if issubclass(model_class.config_class, EViTLVConfig):
         raise ConversionError(f"`{source}` is a timm checkpoint: load it with EViTForImageClassification.")
@@ -426,9 +432,9 @@ def _opened_timm(
     kwargs = {name: value for name, value in kwargs.items() if name not in HUB_KEYWORDS}
     heads = kwargs.pop("num_attention_heads", None)
     fields = _fields(found, {} if heads is None else {"num_attention_heads": heads}, kwargs.get("image_size"))
-    own_class, state_dict = _translated(found, EViTConfig(**fields), allow_non_finite=True)  # checked after loading
-    if own_class is EViTForImageClassificationWithTeacher and model_class is EViTForImageClassification:
-        model_class = own_class
+    own, state_dict = _translated(found, EViTConfig(**fields), allow_non_finite=True)  # checked after loading
+    if model_class is EViTForImageClassification and isinstance(own, EViTForImageClassificationWithTeacher):
+        model_class = EViTForImageClassificationWithTeacher
     if not isinstance(kwargs.get("config"), EViTConfig):
         config, kwargs = EViTConfig.from_dict(
             {**fields, "architectures": [model_class.__name__]}, return_unused_kwargs=True, **kwargs
@@ -436,30 +442,38 @@ def _opened_timm(
         kwargs["config"] = config
     for note in found.notes:
         logger.warning(f"`{found.source}`: {note}.")
-    if own_class is EViTModel:
+    if isinstance(own, EViTModel):
         state_dict = {f"vit.{name}": tensor for name, tensor in state_dict.items()}
     return model_class, None, {**kwargs, "state_dict": state_dict}
 
 
-def _check_files(folder: Path, config: dict[str, Any], kwargs: dict[str, Any]) -> None:
+def _check_files(
+    model_class: type[EViTPreTrainedModel], folder: Path, config: dict[str, Any], kwargs: dict[str, Any]
+) -> None:
     """Refuse weight files that are damaged, or that hold less than the configuration would have to allocate."""
     files = weight_files(folder, kwargs.get("variant"), kwargs.get("use_safetensors"))
     if not files or "quantization_config" in config or kwargs.get("quantization_config") is not None:
         return
     num_stored = sum(math.prod(shape) for file in files for shape in tensor_shapes(file).values())
+    # config.json leaves out what is the default
+    fields = {name: getattr(model_class.config_class, name) for name in SIZE_FIELDS}
     given = kwargs.get("config")
-    sizes = {
-        name: kwargs.get(name, getattr(given, name, config.get(name, default)))
-        for name, default in (("hidden_size", 768), ("num_hidden_layers", 12), ("intermediate_size", 3072))
+    fields |= {name: getattr(given, name, config.get(name, default)) for name, default in fields.items()}
+    fields |= {
+        name: kwargs[name] for name in ("hidden_size", "num_hidden_layers", "intermediate_size") if name in kwargs
     }
-    if not all(isinstance(size, int) and size > 0 for size in sizes.values()):
-        return  # the configuration's own checks say so
-    hidden, layers, intermediate = sizes.values()
-    num_needed = layers * (4 * hidden * hidden + 2 * hidden * intermediate)
-    if num_needed > num_stored:
+    try:
+        hidden, layers, intermediate, image_size, patch_size = fields.values()
+        image, patch = height_and_width(image_size), height_and_width(patch_size)
+        num_positions = (image[0] // patch[0]) * (image[1] // patch[1])
+        num_needed = layers * (4 * hidden * hidden + 2 * hidden * intermediate) + hidden * num_positions
+        is_too_little = num_needed > num_stored
+    except (TypeError, ArithmeticError, LookupError):
+        return  # the configuration's own checks say what is wrong
+    if is_too_little:
         raise ConversionError(
-            f"`{folder}` does not fill its model: config.json and keywords ask for {num_needed} weights in the layers "
-            f"({', '.join(f'`{name}` {size}' for name, size in sizes.items())}), but "
+            f"`{folder}` does not fill its model: config.json and keywords ask for {num_needed} weights "
+            f"({', '.join(f'`{name}` {size}' for name, size in fields.items())}), but "
             f"{', '.join(file.name for file in files)} has {num_stored} in all. Load the checkpoint with its own "
             "configuration."
         )
@@ -524,7 +538,7 @@ def _grid(found: Weights, known_size: Any, image_size: Any) -> dict[str, Any]:
     for size in (known_size, image_size):
         if size is None:
             continue
-        pixels = [size, size] if isinstance(size, int) else list(size)
+        pixels = [size, size] if isinstance(size, int) else list(size) if isinstance(size, (list, tuple)) else []
         if len(pixels) != 2 or not all(isinstance(x, int) and x > 0 for x in pixels):
             raise ConversionError(f"`image_size` of `{found.source}` must be pixels, (height, width), got {size!r}.")
         if (pixels[0] // patch[0]) * (pixels[1] // patch[1]) == num_patches:
@@ -554,6 +568,13 @@ def _classes(found: Weights) -> dict[str, Any]:
             f"`num_classes` in the config.json of `{found.source}` is {description.num_classes}, but `head.weight` "
             f"has {num_labels} rows."
         )
+    if isinstance(names, list):
+        if len(names) != num_labels:
+            raise ConversionError(
+                f"`label_names` in the config.json of `{found.source}` has {len(names)} names, but `head.weight` has "
+                f"{num_labels} rows."
+            )
+        names = dict(enumerate(names))
     if names and not 0 <= min(names) <= max(names) < num_labels:
         raise ConversionError(
             f"`label_names` in the config.json of `{found.source}` names classes {min(names)} to {max(names)}, but "
@@ -613,22 +634,27 @@ def _lvvit_fields(found: Weights, fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _trained_reorganization(found: Weights, fields: dict) -> tuple[str, dict[str, Any]]:
+def _trained_reorganization(found: Weights) -> tuple[str, dict[str, Any]]:
     """Name the format and say how the source reorganized, from the settings in the file."""
     settings = found.settings
     if found.is_lvvit:
         return "LV-ViT", {}
-    if "base_keep_rate" in settings:
-        layers = settings.get("drop_loc", "(3, 6, 9)")
-        layers = ast.literal_eval(layers) if isinstance(layers, str) else layers
-        return "official EViT", {
-            "keep_rate": settings["base_keep_rate"],
-            "reorganization_layers": list(layers),
-            "fuse_inattentive_tokens": bool(settings.get("fuse_token", False)),
-        }
-    if "reduction_loc" in settings:
-        num_patches = found.tensors["pos_embed"].shape[1] - found.num_prefix_tokens
-        return "TokenReduction", token_reduction_settings(settings, num_patches)
+    try:
+        if "base_keep_rate" in settings:
+            layers = settings.get("drop_loc", "(3, 6, 9)")
+            layers = ast.literal_eval(layers) if isinstance(layers, str) else layers
+            return "official EViT", {
+                "keep_rate": settings["base_keep_rate"],
+                "reorganization_layers": list(layers),
+                "fuse_inattentive_tokens": bool(settings.get("fuse_token", False)),
+            }
+        if "reduction_loc" in settings:
+            num_patches = found.tensors["pos_embed"].shape[1] - found.num_prefix_tokens
+            return "TokenReduction", token_reduction_settings(settings, num_patches)
+    except (ValueError, SyntaxError, TypeError, LookupError, ArithmeticError) as error:
+        names = ("base_keep_rate", "drop_loc", "fuse_token", "keep_rate", "reduction_loc")
+        known = {name: settings[name] for name in names if name in settings}
+        raise ConversionError(f"The settings `args` of `{found.source}` make no sense: {known} ({error}).") from None
     return "timm" if found.description else "DeiT or timm", {}
 
 
@@ -676,8 +702,8 @@ def token_reduction_settings(settings: dict, num_patches: int) -> dict[str, Any]
 
 def _translated(
     found: Weights, config: EViTConfig, allow_non_finite: bool
-) -> tuple[type[EViTPreTrainedModel], dict[str, torch.Tensor]]:
-    """The class for these weights, and all its parameters under our names, as copies.
+) -> tuple[EViTPreTrainedModel, dict[str, torch.Tensor]]:
+    """The model for these weights, on the meta device, and copies of all its parameters under our names.
 
     Raises: ConversionError that lists all that does not fit: nothing is allocated before.
     """
@@ -718,7 +744,7 @@ def _translated(
     state_dict = {}
     for our_name, (_, part) in parts.items():
         state_dict[our_name] = part.detach().to(expected[our_name].dtype, copy=True).contiguous()
-    return model_class, state_dict
+    return model, state_dict
 
 
 def _refuse_misfits(

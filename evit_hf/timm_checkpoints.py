@@ -115,13 +115,13 @@ class TimmDescription:
         known: fields of the configuration: `num_attention_heads`, `hidden_act`, `layer_norm_eps`, `image_size`, as far
             as they are said.
         preprocessing: timm's `pretrained_cfg`: `mean`, `std`, `crop_pct`, `crop_mode`, `interpolation`.
-        label_names: by class number.
+        label_names: of all classes in order, or by class number.
         num_classes: of the classifier, None if it is not said.
     """
 
     known: dict[str, Any]
     preprocessing: dict[str, Any] = field(default_factory=dict)
-    label_names: dict[int, str] = field(default_factory=dict)
+    label_names: list[str] | dict[int, str] = field(default_factory=dict)
     num_classes: int | None = None
 
 
@@ -177,7 +177,7 @@ def describe_config(config: Mapping, names: Iterable[str], source: Any) -> TimmD
             features.append(f"{ARGUMENT_FEATURES.get(name, 'a changed architecture')} (`{name}` is {value!r})")
     pooling = config.get("global_pool", arguments.get("global_pool", "token"))
     features += _pooling(pooling, has_head)
-    activation = arguments.get("act_layer") or "gelu"
+    activation = str(arguments.get("act_layer") or "gelu")
     if activation not in ACTIVATIONS:
         raise ConversionError(f"The activation is {activation}, but a ViT of Transformers has GELU: `{source}`.")
     refuse_features(source, features)
@@ -196,7 +196,8 @@ def describe_config(config: Mapping, names: Iterable[str], source: Any) -> TimmD
     elif arguments.get("embed_dim", width) == width:
         known["num_attention_heads"] = heads
         known["hidden_size"] = width  # what the heads belong to
-    image_size = arguments.get("img_size") or list(preprocessing.get("input_size") or [])[-2:]
+    input_size = preprocessing.get("input_size")
+    image_size = arguments.get("img_size") or (input_size[-2:] if isinstance(input_size, list) else input_size)
     if image_size:
         known["image_size"] = image_size
     labels = config.get("label_names", preprocessing.get("label_names", config.get("labels")))
@@ -211,20 +212,21 @@ def _mapping(config: Mapping, name: str, source: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def _labels(labels: Any, source: Any) -> dict[int, str]:
-    """Names by class number, from a list or an object with gaps."""
-    if not labels:
-        return {}
+def _labels(labels: Any, source: Any) -> list[str] | dict[int, str]:
+    """Names of all classes, or by class number where there are gaps."""
     try:
-        if not isinstance(labels, (Mapping, list, tuple)):
-            raise TypeError
-        pairs = labels.items() if isinstance(labels, Mapping) else enumerate(labels)
-        return {int(number): str(name) for number, name in pairs}
+        if not labels:
+            return {}
+        if isinstance(labels, Mapping):
+            return {int(number): str(name) for number, name in labels.items()}
+        if isinstance(labels, (list, tuple)):
+            return [str(name) for name in labels]
     except (TypeError, ValueError):
-        raise ConversionError(
-            f"`label_names` in the config.json of `{source}` must be a list of names or an object that maps class "
-            f"numbers to names, got {labels!r:.100}."
-        ) from None
+        pass
+    raise ConversionError(
+        f"`label_names` of `{source}` must be a list of names or an object that maps class numbers to names, got "
+        f"{labels!r:.100}."
+    )
 
 
 def _pooling(pooling: Any, has_head: bool) -> list[str]:

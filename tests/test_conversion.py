@@ -385,3 +385,85 @@ def test_a_source_folders_own_processor_is_kept(tmp_path):
     processor = AutoImageProcessor.from_pretrained(tmp_path / "larger")
     assert list(processor.image_mean) == [0.1] * 3 and dict(processor.size) == {"height": 64, "width": 64}
     assert EViTForImageClassification.from_pretrained(tmp_path / "larger").config.keep_rate == 0.6
+
+
+# What the source says
+
+
+def test_heads_of_published_sizes_are_known_and_others_are_asked_for():
+    """A ViT-H has 16 heads of 80 channels: one for every 64 would be 20."""
+    from evit_hf.timm_checkpoints import PUBLISHED_HEADS
+
+    assert PUBLISHED_HEADS[1280, 32, 5120] == 16
+    wide = timm_vit(embed_dim=1280, depth=1, num_heads=16, img_size=16)
+    with pytest.raises(ConversionError, match="width 1280, depth 1 and MLP size 5120: give `num_attention_heads`"):
+        convert_checkpoint(wide.state_dict())
+    tiny = timm_vit(embed_dim=192, depth=12, num_heads=3)
+    converted = convert_checkpoint(tiny.state_dict())
+    assert converted.model.config.num_attention_heads == 3
+    assert "3 attention heads, as in the published model of this width and depth" in converted.notes
+    for heads in (0, 5, True, "3"):
+        with pytest.raises(ConversionError, match="`num_attention_heads` of .* must divide the hidden size of 192"):
+            convert_checkpoint(tiny.state_dict(), num_attention_heads=heads)
+
+
+def test_rectangles_of_state_dicts_are_asked_for(images):
+    vit = timm_vit(img_size=(64, 16))
+    pixels = torch.randn(2, 3, 64, 16)
+    converted = convert_checkpoint(vit.state_dict(), num_attention_heads=2, image_size=(64, 16))
+    assert converted.model.config.image_size == [64, 16]
+    torch.testing.assert_close(converted.model(pixels).logits, vit(pixels), rtol=1e-4, atol=1e-5)
+    converted = convert_checkpoint(vit.state_dict(), num_attention_heads=2)
+    assert "images are square, 4x4 patches: no tensor tells" in converted.notes
+    vit = timm_vit(img_size=(56, 48))
+    with pytest.raises(ConversionError, match="42 for image tokens, which is not a square grid"):
+        convert_checkpoint(vit.state_dict(), num_attention_heads=2)
+    pixels = torch.randn(2, 3, 56, 48)
+    model = convert_checkpoint(vit.state_dict(), num_attention_heads=2, image_size=(56, 48)).model
+    torch.testing.assert_close(model(pixels).logits, vit(pixels), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"drop_loc": "(3, "}, {"drop_loc": 3}, {"base_keep_rate": "x"}], ids=str)
+def test_settings_that_make_no_sense_are_named(settings, tmp_path):
+    file = write_official(tmp_path / "evit.pth", **{"base_keep_rate": 0.7, **settings})
+    with pytest.raises(ConversionError, match="evit.pth") as error:
+        convert_checkpoint(file, num_attention_heads=3)
+    assert str(next(iter(settings.values()))) in str(error.value)
+
+
+def test_what_does_not_apply_to_the_source_is_refused(tmp_path):
+    EViTForImageClassification(tiny_config_with()).save_pretrained(tmp_path)
+    for source, settings, sentence in (
+        (tmp_path, {"num_attention_heads": 8}, "`num_attention_heads` is 8, but .* has 4: leave it out"),
+        (tmp_path, {"weights": "ema"}, "only files and state dicts hold several"),
+        (timm_vit(), {"weights": "ema"}, "only files and state dicts hold several"),
+        (timm_vit(), {"residual_scale": 2.0}, "`residual_scale` is for LV-ViTs"),
+    ):
+        with pytest.raises(ConversionError, match=sentence):
+            convert_checkpoint(source, **settings)
+
+
+def test_sizes_that_are_the_default_are_checked_as_such(tmp_path):
+    """config.json leaves out what is the default of its class: 384 channels in an LV-ViT-S, 768 in a ViT."""
+    torch.manual_seed(0)
+    config = EViTLVForImageClassification.config_class(num_labels=2, num_hidden_layers=1, reorganization_layers=[])
+    EViTLVForImageClassification(config).save_pretrained(tmp_path)
+    assert EViTLVForImageClassification.from_pretrained(tmp_path).config.hidden_size == 384
+
+
+def test_command_converts_a_timm_folder(tmp_path, capsys):
+    from evit_training.commands.convert import main
+
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", img_size=(64, 32), patch_size=8, embed_dim=64, depth=2, num_heads=4
+    )
+    timm.models.save_for_hf(vit, tmp_path / "timm", safe_serialization=True)
+    main([str(tmp_path / "timm"), str(tmp_path / "evit"), "--image-size", "32", "48", "--keep-rate", "0.7"])
+    out = capsys.readouterr().out
+    assert "timm: timm\n" in out and "note: position embeddings were resized bicubically to [32, 48] pixels" in out
+    model = EViTForImageClassification.from_pretrained(tmp_path / "evit")
+    assert (model.config.image_size, model.config.num_attention_heads) == ([32, 48], 4)
+    torch.save({"state_dict": vit.state_dict(), "state_dict_ema": vit.state_dict()}, tmp_path / "last.pth")
+    flags = ["--num-attention-heads", "4", "--image-size", "64", "32", "--weights", "state_dict"]
+    main([str(tmp_path / "last.pth"), str(tmp_path / "plain"), *flags])
+    assert "left out: state_dict_ema (`state_dict` was taken)" in capsys.readouterr().out

@@ -206,7 +206,8 @@ def test_labels_are_taken_from_the_folder(tmp_path):
     assert model.config.id2label == {0: "ant", 1: "LABEL_1", 2: "LABEL_2", 3: "LABEL_3", 4: "elk"}
     assert convert_checkpoint(tmp_path, labels=list("abcde")).model.config.id2label[0] == "a"
     for names, sentence in (
-        (["ant"] * 7, "names classes 0 to 6, but `head.weight` has 5 rows"),
+        (["ant"] * 7, "has 7 names, but `head.weight` has 5 rows"),
+        ({"9": "ant"}, "names classes 9 to 9, but `head.weight` has 5 rows"),
         ("ant", "must be a list of names or an object"),
         ({"x": "ant"}, "must be a list of names or an object"),
     ):
@@ -373,3 +374,23 @@ def test_wrapped_model_objects_are_unwrapped():
     pixels = torch.randn(2, 3, 32, 32)
     for wrapped in (torch.nn.DataParallel(vit), torch.compile(vit), timm.utils.ModelEmaV3(vit)):
         torch.testing.assert_close(convert_checkpoint(wrapped).model(pixels).logits, vit(pixels), rtol=1e-4, atol=1e-5)
+
+
+def test_timm_models_load_from_the_hub(tmp_path, images):
+    """Here from its cache, as no test may need the network."""
+    vit = build()
+    snapshot = tmp_path / "models--timm--tiny" / "snapshots" / ("0" * 40)
+    save(vit, snapshot)
+    (tmp_path / "models--timm--tiny" / "refs").mkdir()
+    (tmp_path / "models--timm--tiny" / "refs" / "main").write_text("0" * 40)
+    model = EViTForImageClassification.from_pretrained("timm/tiny", cache_dir=tmp_path, keep_rate=1.0)
+    torch.testing.assert_close(model(images).logits, vit(images), rtol=1e-4, atol=1e-5)
+    assert model.config.name_or_path == "timm/tiny"
+
+
+def test_another_number_of_classes_replaces_the_names(tmp_path):
+    save(build(), tmp_path, label_names=list("abcde"))
+    model = EViTForImageClassification.from_pretrained(tmp_path, num_labels=2)
+    assert model.config.id2label == {0: "LABEL_0", 1: "LABEL_1"} and model.classifier.out_features == 2
+    model = EViTForImageClassification.from_pretrained(tmp_path, id2label={0: "x", 1: "y"}, label2id={"x": 0, "y": 1})
+    assert model.config.num_labels == 2 and model.classifier.out_features == 2
