@@ -227,7 +227,7 @@ def chosen_weights(
 ) -> tuple[dict[str, Any], str, dict[str, str]]:
     """The weights of one Vision Transformer, wherever a training script left them.
 
-    Looks through nested dictionaries and behind any prefix (`module.`, `_orig_mod.`, `model.`, `backbone.`, ...).
+    Looks through nested dictionaries and below any prefix (`module.`, `_orig_mod.`, `model.`, `backbone.`, ...).
 
     Args:
         content: of the file.

@@ -60,7 +60,7 @@ KEY_FEATURES = {
     r"blocks\.\d+\.(in_proj|attns|ffns|attn_out_proj|mlp_out_proj)\b": "parallel blocks",
     r"blocks\.\d+\.mlp\.(w\d+|fc1_[gx])\.": "a gated MLP (SwiGLU)",
     r".*(relative_position_|rel_pos)": "relative positions",
-    r"patch_embed\.(backbone|norm)\.": "another patch embedding (hybrid, or with a norm)",
+    r"patch_embed\.(backbone|norm)\.": "a different patch embedding (hybrid, or with a norm)",
 }
 # Arguments of timm's VisionTransformer that a plain one may have with these values, or with any (None).
 PLAIN_ARGUMENTS: dict[str, tuple | None] = {
@@ -143,7 +143,7 @@ def features_of_keys(names: Iterable[str]) -> list[str]:
 
 
 def refuse_features(source: Any, features: Iterable[str]) -> None:
-    """Raise ConversionError if a model has any feature that an EViT has not."""
+    """Raise ConversionError if a model has any feature that an EViT does not have."""
     features = list(dict.fromkeys(features))
     if features:
         raise ConversionError(
@@ -271,7 +271,7 @@ def _is_vision_transformer(module: nn.Module) -> bool:
 
 
 def _features_of_model(module: nn.Module) -> tuple[list[str], str, float]:
-    """What a plain Vision Transformer has not, the activation in Transformers' words, and epsilon of the norms."""
+    """What a plain ViT does not have, the activation in Transformers' words, and epsilon of the norms."""
     blocks = list(module.blocks)
     features = sorted({f"{type(block).__name__} blocks" for block in blocks} - {"Block blocks"})
     features += features_of_keys(module.state_dict())

@@ -114,7 +114,7 @@ def test_token_reduction_file_keeps_its_own_token_counts(tmp_path):
 def test_token_reduction_models_that_do_something_else_are_refused(tmp_path):
     namespace = argparse.Namespace(model="tome_small_patch16_224", keep_rate=[0.7], reduction_loc=[3, 6, 9])
     torch.save({"model": official_weights(), "args": namespace}, tmp_path / "tome.pth")
-    with pytest.raises(ConversionError, match="`tome_small_patch16_224` reduces tokens in another way"):
+    with pytest.raises(ConversionError, match="`tome_small_patch16_224` reduces tokens in a different way"):
         convert_checkpoint(tmp_path / "tome.pth", num_attention_heads=3)
     growing = argparse.Namespace(model="topk_small_patch16_224", keep_rate=[0.5, 0.9], reduction_loc=[3, 6])
     torch.save({"model": official_weights(), "args": growing}, tmp_path / "growing.pth")
@@ -133,7 +133,7 @@ def test_lvvit_file_gives_the_official_dense_outputs(wrapped, tmp_path):
     logits = converted.model(golden["pixel_values"]).logits
     torch.testing.assert_close(logits, golden["logits"], rtol=1e-4, atol=1e-4)
     with pytest.raises(
-        ConversionError, match="width 48 and depth 16 is none of the published ones: give its `skip_lam`"
+        ConversionError, match="width 48 and depth 16 is not one of the published ones: give its `skip_lam`"
     ):
         convert_checkpoint(tmp_path / "lvvit_s.pth.tar", num_attention_heads=3)
 
@@ -467,3 +467,10 @@ def test_command_converts_a_timm_folder(tmp_path, capsys):
     flags = ["--num-attention-heads", "4", "--image-size", "64", "32", "--weights", "state_dict"]
     main([str(tmp_path / "last.pth"), str(tmp_path / "plain"), *flags])
     assert "left out: state_dict_ema (`state_dict` was taken)" in capsys.readouterr().out
+
+
+def test_settings_out_of_range_are_one_sentence(tmp_path):
+    EViTForImageClassification(tiny_config_with()).save_pretrained(tmp_path)
+    for source in (tmp_path, timm_vit()):
+        with pytest.raises(ConversionError, match=r"` cannot be an EViT: `keep_rate` must be in \(0, 1\]"):
+            convert_checkpoint(source, keep_rate=1.5)
