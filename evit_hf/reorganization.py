@@ -32,6 +32,7 @@ from .configuration_evit import (
     keep_rate_by_layer,
     refuse_misspelt_names,
 )
+from .reorganization_timm import TimmHalves, reason_against, reorganizing_model_class
 from .token_reorganization import (
     append_fused_patch,
     class_token_attention,
@@ -327,21 +328,21 @@ class Family:
         halves: dialect of their two halves.
         models: class names of the models that read class tokens, or averages of patches; others want one answer for
             each patch.
-        num_prefix_tokens: of a configuration.
-        num_class_tokens: of a configuration: those whose attention scores the image tokens.
+        num_prefix_tokens: of the module that owns the layers.
+        num_class_tokens: of that module: those whose attention scores the image tokens.
         attention: attribute of a layer that holds its attention.
     """
 
     layer: str
     halves: type
     models: tuple[str, ...]
-    num_prefix_tokens: Callable[[PreTrainedConfig], int] = lambda config: 1
-    num_class_tokens: Callable[[PreTrainedConfig], int] = lambda config: 1
+    num_prefix_tokens: Callable[[nn.Module], int] = lambda tower: 1
+    num_class_tokens: Callable[[nn.Module], int] = lambda tower: 1
     attention: str = "attention"
 
 
-def _with_registers(config: PreTrainedConfig) -> int:
-    return 1 + config.num_register_tokens
+def _with_registers(tower: nn.Module) -> int:
+    return 1 + tower.config.num_register_tokens
 
 
 def _clip(prefix: str, layer: str, *more: str) -> Family:
@@ -356,22 +357,22 @@ FAMILIES: dict[str, Family] = {
         "DeiTLayer",
         ViTHalves,
         ("DeiTModel", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher"),
-        num_prefix_tokens=lambda config: 2,
+        num_prefix_tokens=lambda tower: 2,
     ),
     "vivit": Family("VivitLayer", ViTHalves, ("VivitModel", "VivitForVideoClassification")),
     "audio-spectrogram-transformer": Family(
         "ASTLayer",
         ViTHalves,
         ("ASTModel", "ASTForAudioClassification"),
-        num_prefix_tokens=lambda config: 2,
-        num_class_tokens=lambda config: 2,  # its answer is the mean of both
+        num_prefix_tokens=lambda tower: 2,
+        num_class_tokens=lambda tower: 2,  # its answer is the mean of both
     ),
     "pixio": Family(
         "PixioLayer",
         ViTHalves,
         ("PixioModel",),
-        num_prefix_tokens=lambda config: config.n_cls_tokens,
-        num_class_tokens=lambda config: config.n_cls_tokens,
+        num_prefix_tokens=lambda tower: tower.config.n_cls_tokens,
+        num_class_tokens=lambda tower: tower.config.n_cls_tokens,
     ),
     "dinov2": Family("Dinov2Layer", Dinov2Halves, ("Dinov2Model", "Dinov2ForImageClassification")),
     "dinov2_with_registers": Family(
@@ -389,8 +390,8 @@ FAMILIES: dict[str, Family] = {
         "RadioLayer",
         Dinov2Halves,
         ("RadioModel",),
-        num_prefix_tokens=lambda config: config.num_cls_tokens + config.num_registers,
-        num_class_tokens=lambda config: config.num_cls_tokens,
+        num_prefix_tokens=lambda tower: tower.config.num_cls_tokens + tower.config.num_registers,
+        num_class_tokens=lambda tower: tower.config.num_cls_tokens,
     ),
     "clip_vision_model": _clip(
         "CLIP", "CLIPEncoderLayer", "CLIPVisionModelWithProjection", "CLIPForImageClassification"
@@ -401,6 +402,13 @@ FAMILIES: dict[str, Family] = {
     "chinese_clip_vision_model": _clip("ChineseCLIP", "ChineseCLIPVisionLayer"),
     "altclip_vision_model": _clip("AltCLIP", "AltCLIPEncoderLayer"),
     "beit": Family("BeitLayer", BeitHalves, ("BeitModel", "BeitForImageClassification")),
+    "timm_wrapper": Family(
+        "Block",
+        TimmHalves,
+        ("TimmWrapperModel", "TimmWrapperForImageClassification", "VisionTransformer"),
+        num_prefix_tokens=lambda tower: tower.num_prefix_tokens,
+        attention="attn",
+    ),
 }
 
 _NO_CLASS_TOKEN = "it has no class token whose attention could say which patches matter"
@@ -434,12 +442,12 @@ REFUSED: dict[str, str] = {
 
 
 def reorganize(
-    model: PreTrainedModel,
+    model: nn.Module,
     keep_rate: float | Sequence[float] | None = None,
     *,
     reorganization_layers: Sequence[int] | None = None,
     fuse_inattentive_tokens: bool | None = None,
-) -> PreTrainedModel:
+) -> nn.Module:
     """Let a Vision Transformer keep its attentive tokens, and fuse the rest into one token or drop them.
 
     The model stays what it is: its class, its parameters' names, its model type and its checkpoints; `save_pretrained`
@@ -448,7 +456,8 @@ def reorganize(
     `attentive_index` and `patch_index`. Called again it changes the settings.
 
     Args:
-        model: a model of Transformers, see `families`. It is changed in place, its configuration becomes its own.
+        model: a model of Transformers or timm, see `families`. It is changed in place and gets a configuration of its
+            own.
         keep_rate: share of image tokens kept at each reorganization layer, in (0, 1]: one number, or one for each.
             By default what its configuration says, or 0.7.
         reorganization_layers: zero-based layers, strictly increasing; by default what its configuration says, or
@@ -456,7 +465,8 @@ def reorganize(
         fuse_inattentive_tokens: whether one token, weighted by class token attention, is appended for the inattentive
             tokens, or they are dropped; by default what its configuration says, or True.
 
-    Returns: the same model.
+    Returns: the same model. One of timm answers with a tensor: `model(images, output_attentive_index=True)` returns
+        the kept patches as well.
 
     Raises: ValueError for a model that cannot be reorganized, with the reason, or settings out of range.
 
@@ -480,7 +490,8 @@ def reorganize(
         "reorganization_layers": default_reorganization_layers(len(layers)),
         "fuse_inattentive_tokens": True,
     }
-    settings = {name: getattr(old, name, defaults[name]) if value is None else value for name, value in chosen.items()}
+    settings = {name: getattr(old, name, None) if value is None else value for name, value in chosen.items()}
+    settings = {name: defaults[name] if value is None else value for name, value in settings.items()}
     _check_settings(settings, len(layers))
     implementation = old._attn_implementation
     if implementation not in ("eager", "sdpa", SDPA_WITH_CLASS_ROW):
@@ -490,6 +501,8 @@ def reorganize(
         )
     if not isinstance(layers[0], ReorganizingLayer):
         _own_configuration(model)
+        if family.halves is TimmHalves:
+            owner.__class__ = reorganizing_model_class(type(owner))
         for number, layer in enumerate(layers):
             layer.__class__ = _reorganizing_class(type(layer), family.halves)
             layer.layer_number = number
@@ -498,7 +511,8 @@ def reorganize(
             module.register_forward_pre_hook(functools.partial(_start, owner=owner), with_kwargs=True)
             module.register_forward_hook(_finish, with_kwargs=True)
         # By default Transformers writes names of older versions, which `Trainer` does not find when it resumes.
-        model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
+        if isinstance(model, PreTrainedModel):
+            model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
     config = owner.config
     for name, value in settings.items():
         setattr(config, name, value)
@@ -521,8 +535,16 @@ def _tower(model: nn.Module) -> tuple[nn.Module, list[nn.Module], Family]:
 
     Raises: ValueError for a model that cannot be reorganized.
     """
+    timm_model = getattr(model, "timm_model", model)
+    if type(timm_model).__module__.startswith("timm."):
+        reason = reason_against(timm_model)
+        if reason:
+            raise ValueError(f"`{type(timm_model).__name__}` cannot be reorganized: {reason}.")
+        if not hasattr(timm_model, "config"):
+            timm_model.config = TimmSettings() if timm_model is model else model.config
+        return timm_model, [] if timm_model is model else [model], FAMILIES["timm_wrapper"]
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"`model` must be a model of Transformers, got {type(model).__name__}.")
+        raise ValueError(f"`model` must be a model of Transformers or timm, got {type(model).__name__}.")
     owners = [
         (name, module, family)
         for name, module in model.named_modules()
@@ -561,7 +583,11 @@ def _tower(model: nn.Module) -> tuple[nn.Module, list[nn.Module], Family]:
 def _layers_name(owner: nn.Module, family: Family) -> str | None:
     """Name of the list of layers of a module, None if it has none."""
     for name, child in owner.named_children():
-        if isinstance(child, nn.ModuleList) and len(child) and type(child[0]).__name__ == family.layer:
+        if (
+            isinstance(child, (nn.ModuleList, nn.Sequential))
+            and len(child)
+            and type(child[0]).__name__ == family.layer
+        ):
             return name
     return None
 
@@ -593,7 +619,7 @@ def _own_configuration(model: PreTrainedModel) -> None:
     memo: dict[int, Any] = {}
     model.config = copy.deepcopy(model.config, memo)
     for module in model.modules():
-        for name, value in vars(module).items():
+        for name, value in list(vars(module).items()):
             if isinstance(value, PreTrainedConfig) and id(value) in memo:
                 setattr(module, name, memo[id(value)])
 
@@ -616,13 +642,24 @@ def _empty_layer(layer_class: type) -> nn.Module:
     return layer_class.__new__(layer_class)
 
 
+@dataclass
+class TimmSettings:
+    """What a configuration would hold, for a model of timm outside of Transformers."""
+
+    keep_rate: float | list[float] = DEFAULT_KEEP_RATE
+    reorganization_layers: list[int] | None = None
+    fuse_inattentive_tokens: bool = True
+    model_type: str = "timm_wrapper"
+    _attn_implementation: str = "sdpa"
+
+
 def _start(
     module: nn.Module, args: tuple, kwargs: dict[str, Any], owner: nn.Module
 ) -> tuple[tuple, dict[str, Any]] | None:
     """Before the outermost model's forward: what is asked for goes into the keywords, which reach every layer."""
     kwargs = dict(kwargs)
     if "tokens" not in kwargs:
-        kwargs["tokens"] = _tokens(owner, kwargs.pop("keep_rate", None), kwargs.pop("patch_scores", None))
+        kwargs["tokens"] = tokens_of_a_pass(owner, kwargs.pop("keep_rate", None), kwargs.pop("patch_scores", None))
         refuse_misspelt_names(kwargs, ("keep_rate", "patch_scores"))
     config, is_vision = owner.config, getattr(module, "config", None) is owner.config
     if config._attn_implementation not in ("eager", SDPA_WITH_CLASS_ROW):
@@ -649,7 +686,8 @@ def _start(
     return args, kwargs
 
 
-def _tokens(owner: nn.Module, keep_rate: Any, patch_scores: Any) -> TokensLeft:
+def tokens_of_a_pass(owner: nn.Module, keep_rate: Any, patch_scores: Any) -> TokensLeft:
+    """The tokens of a forward pass that begins, as its caller, a schedule or the configuration wants them."""
     config, family = owner.config, FAMILIES[owner.config.model_type]
     layers = config.reorganization_layers
     if keep_rate is None:
@@ -665,8 +703,8 @@ def _tokens(owner: nn.Module, keep_rate: Any, patch_scores: Any) -> TokensLeft:
     return TokensLeft(
         keep_rates=keep_rate_by_layer(keep_rate, layers),
         fuse=config.fuse_inattentive_tokens,
-        num_prefix_tokens=family.num_prefix_tokens(config),
-        num_scoring_tokens=family.num_class_tokens(config),
+        num_prefix_tokens=family.num_prefix_tokens(owner),
+        num_scoring_tokens=family.num_class_tokens(owner),
         patch_scores=dict(zip(layers, scores, strict=False)),
     )
 

@@ -2,6 +2,7 @@ import copy
 import pickle
 
 import pytest
+import timm
 import torch
 import transformers
 from transformers import ViTConfig
@@ -60,7 +61,7 @@ def test_equals_a_loop_over_tokens(case, fuse):
         handle.remove()
     owner = owner_of(model)
     family = FAMILIES[owner.config.model_type]
-    num_prefix, num_scoring = family.num_prefix_tokens(owner.config), family.num_class_tokens(owner.config)
+    num_prefix, num_scoring = family.num_prefix_tokens(owner), family.num_class_tokens(owner)
     first, kwargs = entered[0]
     rotary = kwargs.get("position_embeddings")
     rotary = None if rotary is None else [table.double() for table in rotary]
@@ -370,3 +371,115 @@ def test_families_are_listed():
         "refused: it has no class"
     )
     assert set(FAMILIES) < set(listed)
+
+
+# --- timm -----------------------------------------------------------------------------------------------------------
+
+
+TIMM = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 5}
+
+
+def timm_model(**settings):
+    torch.manual_seed(0)
+    model = timm.models.VisionTransformer(**{**TIMM, **settings}).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape)
+    return model
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"reg_tokens": 3, "init_values": 0.5},
+        {"qk_norm": True, "no_embed_class": True},
+        {"dynamic_img_size": True, "pre_norm": True, "qkv_bias": False},
+    ],
+)
+@torch.no_grad()
+def test_timm_models_are_reorganized(settings):
+    dense, images = timm_model(**settings), inputs("vit")["pixel_values"]
+    expected = dense(images)
+    model = reorganize(copy.deepcopy(dense), 0.7, reorganization_layers=LAYERS)
+    assert torch.equal(model(images, keep_rate=1.0), expected)
+    logits, kept = model(images, output_attentive_index=True)
+    assert [index.shape[1] for index in kept] == [26, 19, 14]
+    assert not torch.allclose(logits, expected)
+    assert torch.equal(model.forward_head(model.forward_features(images)), logits)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(images), logits)
+    assert model.forward_features(images, keep_rate=1.0).shape[1] == model.num_prefix_tokens + 36
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@torch.no_grad()
+def test_timm_equals_transformers_with_the_same_weights(fuse):
+    vit, model = build("vit-classifier"), timm_model(qkv_bias=True, mlp_ratio=1.5)
+    names = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings"}
+    names |= {f"patch_embed.proj.{x}": f"embeddings.patch_embeddings.projection.{x}" for x in ("weight", "bias")}
+    names |= {f"norm.{x}": f"layernorm.{x}" for x in ("weight", "bias")}
+    weights = vit.state_dict()
+    state = {mine: weights[f"vit.{theirs}"] for mine, theirs in names.items()}
+    for x in ("weight", "bias"):
+        state[f"head.{x}"] = weights[f"classifier.{x}"]
+        for i in range(4):
+            layer = f"vit.layers.{i}."
+            qkv = [weights[f"{layer}attention.{part}_proj.{x}"] for part in "qkv"]
+            state[f"blocks.{i}.attn.qkv.{x}"] = torch.cat(qkv)
+            pairs = {"attn.proj": "attention.o_proj", "norm1": "layernorm_before", "norm2": "layernorm_after"}
+            for mine, theirs in {**pairs, "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}.items():
+                state[f"blocks.{i}.{mine}.{x}"] = weights[f"{layer}{theirs}.{x}"]
+    model.load_state_dict(state)
+    for norm in [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]:
+        norm.eps = vit.config.layer_norm_eps
+    images = inputs("vit")["pixel_values"]
+    settings = {"reorganization_layers": LAYERS, "fuse_inattentive_tokens": fuse}
+    expected = reorganize(vit, 0.7, **settings)(images)
+    logits, kept = reorganize(model, 0.7, **settings)(images, output_attentive_index=True)
+    torch.testing.assert_close(logits, expected.logits, rtol=1e-5, atol=1e-5)
+    for index, other in zip(kept, expected.attentive_index, strict=True):
+        assert torch.equal(index, other)
+
+
+@torch.no_grad()
+def test_timm_inside_transformers_is_reorganized_saved_and_restored(tmp_path):
+    config = transformers.TimmWrapperConfig(
+        architecture="vit_tiny_patch16_224", model_args={"img_size": 48, "depth": 4}, num_labels=5
+    )
+    model = transformers.TimmWrapperForImageClassification(config).eval()
+    images = inputs("vit")["pixel_values"]
+    dense = model(images).logits
+    reorganize(model, [0.8, 0.5], reorganization_layers=[1, 2])
+    output = model(images)
+    assert [index.shape[1] for index in output.attentive_index] == [8, 5]
+    assert torch.equal(model(images, keep_rate=1.0).logits, dense)
+    model.save_pretrained(tmp_path)
+    again = reorganize(transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval())
+    assert torch.equal(again(images).logits, output.logits)
+
+
+def test_timm_models_checkpoint_their_blocks():
+    gradients = []
+    for checkpointing in (False, True):
+        model = reorganize(timm_model(), 0.7, reorganization_layers=LAYERS).train()
+        model.set_grad_checkpointing(checkpointing)
+        model(inputs("vit")["pixel_values"]).sum().backward()
+        gradients.append(model.blocks[0].attn.qkv.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "reason"),
+    [
+        ("vit_tiny_patch16_224", {"global_pool": "avg"}, "global_pool='avg'"),
+        ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}, "no class token"),
+        ("vit_tiny_patch16_224", {"block_fn": timm.models.vision_transformer.ResPostBlock}, "ResPostBlock"),
+        ("deit_tiny_distilled_patch16_224", {}, "load it as a DeiT of Transformers"),
+        ("resnet18", {}, "those of the class `VisionTransformer`"),
+    ],
+)
+def test_other_timm_models_are_refused_with_the_reason(name, settings, reason):
+    with torch.device("meta"):
+        model = timm.create_model(name, **settings)
+    with pytest.raises(ValueError, match=f"cannot be reorganized: .*{reason}"):
+        reorganize(model)
