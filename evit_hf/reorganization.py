@@ -12,11 +12,15 @@ The arithmetic is in `token_reorganization`. For ViT and DeiT the classes of `mo
 import copy
 import functools
 import inspect
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -47,6 +51,8 @@ from .token_reorganization import (
 # Transformers' sdpa attention that also tells what the class token looks at, where a layer asks for it.
 SDPA_WITH_CLASS_ROW = "sdpa_with_class_row"
 DEFAULT_KEEP_RATE = 0.7
+# What a saved model needs to be reorganized without this package.
+CODE_FILES = ("reorganization.py", "reorganization_timm.py", "token_reorganization.py", "configuration_evit.py")
 
 
 @dataclass
@@ -510,9 +516,9 @@ def reorganize(
         for module in path:
             module.register_forward_pre_hook(functools.partial(_start, owner=owner), with_kwargs=True)
             module.register_forward_hook(_finish, with_kwargs=True)
-        # By default Transformers writes names of older versions, which `Trainer` does not find when it resumes.
         if isinstance(model, PreTrainedModel):
-            model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
+            model.config.auto_map = {name: "reorganization.ReorganizedAutoModel" for name in _auto_classes(model)}
+            model.save_pretrained = functools.partial(_save_pretrained, model.save_pretrained)
     config = owner.config
     for name, value in settings.items():
         setattr(config, name, value)
@@ -622,6 +628,53 @@ def _own_configuration(model: PreTrainedModel) -> None:
         for name, value in list(vars(module).items()):
             if isinstance(value, PreTrainedConfig) and id(value) in memo:
                 setattr(module, name, memo[id(value)])
+
+
+def _auto_classes(model: PreTrainedModel) -> list[str]:
+    """Names of the Auto classes of Transformers that build models of this class."""
+    names = ("AutoModel", "AutoModelForImageClassification", "AutoModelForVideoClassification")
+    names += ("AutoModelForAudioClassification", "AutoModelForZeroShotImageClassification")
+    found = {name: getattr(transformers, name)._model_mapping.get(type(model.config), None) for name in names}
+    # An entry is a class, or a tuple of classes.
+    return [name for name, entry in found.items() if type(model) in (entry if isinstance(entry, tuple) else [entry])]
+
+
+def _save_pretrained(save: Callable, save_directory: str | os.PathLike, **kwargs: Any) -> Any:
+    """Save a reorganized model with the code that reorganizes it for those who load it with `trust_remote_code=True`.
+
+    By default Transformers writes names of older versions, which its `Trainer` does not find when it resumes.
+    """
+    result = save(save_directory, **{"save_original_format": False, **kwargs})
+    for name in CODE_FILES:
+        shutil.copyfile(Path(__file__).with_name(name), Path(save_directory) / name)
+    return result
+
+
+class ReorganizedAutoModel:
+    """What the Auto classes build of a saved, reorganized model with `trust_remote_code=True`."""
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """Load the model in its own class, and reorganize it as its configuration says.
+
+        Args:
+            name: folder or Hub id.
+            *args: for the class's own `from_pretrained`.
+            config: of the model; by default that of the folder.
+            **kwargs: for the class's own `from_pretrained`.
+
+        Returns: the model; with `output_loading_info=True` the information as well.
+        """
+        config = config if config is not None else transformers.AutoConfig.from_pretrained(name)
+        model_class = getattr(transformers, config.architectures[0])
+        loaded = model_class.from_pretrained(name, *args, config=config, **kwargs)
+        if isinstance(loaded, tuple):
+            return (reorganize(loaded[0]), *loaded[1:])
+        return reorganize(loaded)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Do nothing: the model keeps its class, and its folder the code that it came with."""
 
 
 @functools.cache

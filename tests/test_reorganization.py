@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 import transformers
+from conftest import run_python
 from transformers import ViTConfig
 from vision_families import CASES, LAYERS, build, inputs, reference
 
@@ -221,6 +222,34 @@ def test_saved_and_reorganized_again(case, tmp_path):
     for name, value in tensors(expected).items():
         assert torch.equal(output[name], value)
     assert len(output.attentive_index) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["dinov2", "clip-classifier", "beit"])
+@torch.no_grad()
+def test_saved_folders_reorganize_by_themselves(case, tmp_path):
+    model = reorganized(case, keep_rate=0.5)
+    model.save_pretrained(tmp_path / "model")
+    pixels = inputs(case)["pixel_values"]
+    torch.save(pixels, tmp_path / "pixels.pt")
+    torch.save(model(pixels).logits, tmp_path / "logits.pt")
+    code = """
+import torch
+from transformers import AutoModelForImageClassification, pipeline
+pixels, expected = torch.load("pixels.pt"), torch.load("logits.pt")
+for _ in range(2):
+    model = AutoModelForImageClassification.from_pretrained("model", trust_remote_code=True).eval()
+    output = model(pixels)
+    torch.testing.assert_close(output.logits, expected)
+    assert len(output.attentive_index) == 3
+dense = AutoModelForImageClassification.from_pretrained("model").eval()
+assert not hasattr(dense(pixels), "attentive_index")
+model.save_pretrained("again")
+again = AutoModelForImageClassification.from_pretrained("again", trust_remote_code=True).eval()
+torch.testing.assert_close(again(pixels).logits, expected)
+print("equal")
+"""
+    assert run_python(code, tmp_path, without_package=True, HF_HOME=str(tmp_path / "home")).strip() == "equal"
 
 
 def test_gradients_are_those_of_the_model_without_checkpointing():
