@@ -15,7 +15,7 @@ import inspect
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_evit import (
     EViTConfig,
-    check_keep_rate,
     default_reorganization_layers,
-    keep_rate_by_layer,
     refuse_misspelt_names,
 )
 from .reorganization_timm import TimmHalves, reason_against, reorganizing_model_class
@@ -46,44 +44,20 @@ from .token_reorganization import (
     reorganize_tokens,
     scores_by_patch,
 )
+from .tokens_left import TokensLeft, tokens_of_a_pass
 
 
 # Transformers' sdpa attention that also tells what the class token looks at, where a layer asks for it.
 SDPA_WITH_CLASS_ROW = "sdpa_with_class_row"
 DEFAULT_KEEP_RATE = 0.7
 # What a saved model needs to be reorganized without this package.
-CODE_FILES = ("reorganization.py", "reorganization_timm.py", "token_reorganization.py", "configuration_evit.py")
-
-
-@dataclass
-class TokensLeft:
-    """The tokens of one forward pass: what was asked for, and by layer what is left.
-
-    Everything is kept by layer number, so that a layer that gradient checkpointing runs again reads what it read at
-    first.
-
-    Args:
-        keep_rates: keep rate of each reorganization layer, by layer number.
-        fuse: whether the inattentive tokens are fused, or else dropped.
-        num_prefix_tokens: class tokens, distillation token and registers, which are never given up.
-        num_scoring_tokens: class tokens whose attention scores the image tokens, averaged.
-        patch_scores: scores from outside that choose the tokens, (batch_size, num_patches), by layer number.
-        attentive_index: kept tokens as positions in the patch grid, by layer number; -1 for an earlier fused token.
-        patch_index: position in the patch grid of the image tokens that leave a layer, by layer number.
-    """
-
-    keep_rates: dict[int, float]
-    fuse: bool
-    num_prefix_tokens: int
-    num_scoring_tokens: int
-    patch_scores: dict[int, torch.Tensor]
-    attentive_index: dict[int, torch.Tensor] = field(default_factory=dict)
-    patch_index: dict[int, torch.Tensor] = field(default_factory=dict)
-
-    def entering(self, layer: int) -> torch.Tensor | None:
-        """Position in the patch grid of the image tokens that enter a layer; None where all patches do, in order."""
-        earlier = [number for number in self.patch_index if number < layer]
-        return self.patch_index[max(earlier)] if earlier else None
+CODE_FILES = (
+    "reorganization.py",
+    "reorganization_timm.py",
+    "tokens_left.py",
+    "token_reorganization.py",
+    "configuration_evit.py",
+)
 
 
 def sdpa_with_class_row(
@@ -710,9 +684,15 @@ def _start(
     module: nn.Module, args: tuple, kwargs: dict[str, Any], owner: nn.Module
 ) -> tuple[tuple, dict[str, Any]] | None:
     """Before the outermost model's forward: what is asked for goes into the keywords, which reach every layer."""
-    kwargs = dict(kwargs)
+    kwargs, family = dict(kwargs), FAMILIES[owner.config.model_type]
     if "tokens" not in kwargs:
-        kwargs["tokens"] = tokens_of_a_pass(owner, kwargs.pop("keep_rate", None), kwargs.pop("patch_scores", None))
+        kwargs["tokens"] = tokens_of_a_pass(
+            owner,
+            kwargs.pop("keep_rate", None),
+            kwargs.pop("patch_scores", None),
+            num_prefix_tokens=family.num_prefix_tokens(owner),
+            num_scoring_tokens=family.num_class_tokens(owner),
+        )
         refuse_misspelt_names(kwargs, ("keep_rate", "patch_scores"))
     config, is_vision = owner.config, getattr(module, "config", None) is owner.config
     if config._attn_implementation not in ("eager", SDPA_WITH_CLASS_ROW):
@@ -737,29 +717,6 @@ def _start(
                 f"`{name}` and reorganized tokens do not go together: leave it out, or use a dense model."
             )
     return args, kwargs
-
-
-def tokens_of_a_pass(owner: nn.Module, keep_rate: Any, patch_scores: Any) -> TokensLeft:
-    """The tokens of a forward pass that begins, as its caller, a schedule or the configuration wants them."""
-    config, family = owner.config, FAMILIES[owner.config.model_type]
-    layers = config.reorganization_layers
-    if keep_rate is None:
-        keep_rate = owner.training_keep_rate if owner.training else None
-    keep_rate = config.keep_rate if keep_rate is None else keep_rate
-    check_keep_rate(keep_rate, len(layers))
-    scores = [patch_scores] * len(layers) if isinstance(patch_scores, torch.Tensor) else list(patch_scores or [])
-    if scores and len(scores) != len(layers):
-        raise ValueError(
-            f"`patch_scores` has {len(scores)} tensors but there are {len(layers)} reorganization layers: pass one "
-            "tensor for all of them, or one for each."
-        )
-    return TokensLeft(
-        keep_rates=keep_rate_by_layer(keep_rate, layers),
-        fuse=config.fuse_inattentive_tokens,
-        num_prefix_tokens=family.num_prefix_tokens(owner),
-        num_scoring_tokens=family.num_class_tokens(owner),
-        patch_scores=dict(zip(layers, scores, strict=False)),
-    )
 
 
 def _finish(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .token_reorganization import class_token_probabilities
+from .tokens_left import TokensLeft, tokens_of_a_pass
 
 
 class TimmHalves:
@@ -54,7 +55,7 @@ class ReorganizingTimmModel:
     def forward(
         self,
         x: torch.Tensor,
-        tokens: Any = None,
+        tokens: TokensLeft | None = None,
         keep_rate: Any = None,
         patch_scores: Any = None,
         output_attentive_index: bool = False,
@@ -84,7 +85,7 @@ class ReorganizingTimmModel:
         x: torch.Tensor,
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
-        tokens: Any = None,
+        tokens: TokensLeft | None = None,
         keep_rate: Any = None,
         patch_scores: Any = None,
     ) -> torch.Tensor:
@@ -111,11 +112,9 @@ class ReorganizingTimmModel:
                 x = block(x, tokens=tokens)
         return self.norm(x)
 
-    def tokens_of_a_pass(self, keep_rate: Any, patch_scores: Any) -> Any:
-        """See `reorganization.tokens_of_a_pass`."""
-        from .reorganization import tokens_of_a_pass
-
-        return tokens_of_a_pass(self, keep_rate, patch_scores)
+    def tokens_of_a_pass(self, keep_rate: Any, patch_scores: Any) -> TokensLeft:
+        """See `tokens_left.tokens_of_a_pass`."""
+        return tokens_of_a_pass(self, keep_rate, patch_scores, self.num_prefix_tokens)
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: intermediate features are grids of all patches."""

@@ -1,0 +1,78 @@
+"""The tokens of one forward pass through a model that reorganizes them, on their way through its layers."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .configuration_evit import check_keep_rate, keep_rate_by_layer
+
+
+@dataclass
+class TokensLeft:
+    """The tokens of one forward pass: what was asked for, and by layer what is left.
+
+    Everything is kept by layer number, so that a layer that gradient checkpointing runs again reads what it read at
+    first.
+
+    Args:
+        keep_rates: keep rate of each reorganization layer, by layer number.
+        fuse: whether the inattentive tokens are fused, or else dropped.
+        num_prefix_tokens: class tokens, distillation token and registers, which are never given up.
+        num_scoring_tokens: class tokens whose attention scores the image tokens, averaged.
+        patch_scores: scores from outside that choose the tokens, (batch_size, num_patches), by layer number.
+        attentive_index: kept tokens as positions in the patch grid, by layer number; -1 for an earlier fused token.
+        patch_index: position in the patch grid of the image tokens that leave a layer, by layer number.
+    """
+
+    keep_rates: dict[int, float]
+    fuse: bool
+    num_prefix_tokens: int
+    num_scoring_tokens: int
+    patch_scores: dict[int, torch.Tensor]
+    attentive_index: dict[int, torch.Tensor] = field(default_factory=dict)
+    patch_index: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def entering(self, layer: int) -> torch.Tensor | None:
+        """Position in the patch grid of the image tokens that enter a layer; None where all patches do, in order."""
+        earlier = [number for number in self.patch_index if number < layer]
+        return self.patch_index[max(earlier)] if earlier else None
+
+
+def tokens_of_a_pass(
+    owner: nn.Module, keep_rate: Any, patch_scores: Any, num_prefix_tokens: int, num_scoring_tokens: int = 1
+) -> TokensLeft:
+    """The tokens of a forward pass that begins, as its caller, a schedule or the configuration wants them.
+
+    Args:
+        owner: the module that owns the layers, with `config` and `training_keep_rate`.
+        keep_rate: of this call, or None.
+        patch_scores: of this call, (batch_size, num_patches), one for each reorganization layer, or None.
+        num_prefix_tokens: see `TokensLeft`.
+        num_scoring_tokens: see `TokensLeft`.
+
+    Raises: ValueError for a keep rate out of range, or a wrong number of scores.
+    """
+    config = owner.config
+    layers = config.reorganization_layers
+    if keep_rate is None:
+        keep_rate = owner.training_keep_rate if owner.training else None
+    keep_rate = config.keep_rate if keep_rate is None else keep_rate
+    check_keep_rate(keep_rate, len(layers))
+    scores = [patch_scores] * len(layers) if isinstance(patch_scores, torch.Tensor) else list(patch_scores or [])
+    if scores and len(scores) != len(layers):
+        raise ValueError(
+            f"`patch_scores` has {len(scores)} tensors but there are {len(layers)} reorganization layers: pass one "
+            "tensor for all of them, or one for each."
+        )
+    return TokensLeft(
+        keep_rates=keep_rate_by_layer(keep_rate, layers),
+        fuse=config.fuse_inattentive_tokens,
+        num_prefix_tokens=num_prefix_tokens,
+        num_scoring_tokens=num_scoring_tokens,
+        patch_scores=dict(zip(layers, scores, strict=False)),
+    )
+
+
+__all__ = ["TokensLeft", "tokens_of_a_pass"]
