@@ -38,6 +38,8 @@ MAX_NESTING = 6
 class ConversionError(RuntimeError):
     """A checkpoint that cannot become an EViT; the message says why and names every tensor concerned."""
 
+    status = 2  # of a command that it ends
+
 
 def read_checkpoint(path: Path) -> Mapping:
     """Content of a `.safetensors` file (tensors by name) or of a pickle (the nested dictionaries of a training run).

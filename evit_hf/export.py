@@ -32,6 +32,8 @@ MAX_BATCH_SIZE = 2**16
 class ExportError(RuntimeError):
     """An exported model that does not answer as the model it was made from, or cannot be made."""
 
+    status = 2  # of a command that it ends
+
 
 class Logits(nn.Module):
     """The model as a function of one tensor, which is what deployment formats know."""

@@ -344,7 +344,18 @@ def run_convert(*arguments, cwd):
 def test_command_writes_a_folder_that_loads_everywhere(tmp_path):
     file = write_official(tmp_path / "evit.pth", base_keep_rate=0.7, drop_loc="(3, 6, 9)", fuse_token=True)
     (tmp_path / "labels.txt").write_text("\n".join(f"class {i}" for i in range(10)))
-    flags = ["--keep-rate", "0.9", "0.8", "0.7", "--reorganization-layers", "2", "5", "8", "--no-fuse"]
+    flags = [
+        "--keep-rate",
+        "0.9",
+        "0.8",
+        "0.7",
+        "--reorganization-layers",
+        "2",
+        "5",
+        "8",
+        "--inattentive-tokens",
+        "dropped",
+    ]
     status, out, err = run_convert(
         file,
         "evit",
@@ -369,7 +380,7 @@ def test_command_writes_a_folder_that_loads_everywhere(tmp_path):
     assert dict(AutoImageProcessor.from_pretrained(tmp_path / "evit").crop_size) == {"height": 96, "width": 96}
 
     status, _, err = run_convert(file, "evit", cwd=tmp_path)
-    assert status == 2 and "`evit` is there already" in err
+    assert status == 2 and "`evit` exists already" in err
     status, _, err = run_convert(file, "other", cwd=tmp_path)
     assert status == 2 and "give `num_attention_heads`" in err and "Traceback" not in err
     assert not (tmp_path / "other").exists()

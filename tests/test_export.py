@@ -199,4 +199,4 @@ def test_settings_that_cannot_work_end_with_one_line_and_status_2(flags, sentenc
     (tmp_path / "full" / "file").touch()
     with pytest.raises(SystemExit, match="2"):
         main(["export", str(saved), str(tmp_path / "full")])
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err

@@ -281,7 +281,10 @@ def test_a_batch_larger_than_the_data_is_one_step(tmp_path):
 
 def test_a_broken_recipe_leaves_nothing_on_the_disk(tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    for text, sentence in (("epochs: [", "is no YAML"), ("epoch: 3", "recipe.yaml:1` has an unknown setting `epoch`")):
+    for text, sentence in (
+        ("epochs: [", "is not YAML"),
+        ("epoch: 3", "recipe.yaml:1` has an unknown setting `epoch`"),
+    ):
         recipe.write_text(text)
         assert sentence in run([str(recipe)], tmp_path / "run", status=2)
     assert not (tmp_path / "run").exists()

@@ -8,17 +8,22 @@ evit train --help
 import importlib
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
+
+from .settings import closest
 
 
-# Word: (module whose `main` gets the arguments behind it, what it does). Imported when called, to start fast.
+# Word: what it does. `main` of the module of that name in commands/ runs it; imported when called, to start fast.
 COMMANDS = {
-    "train": ("evit_training.commands.train", "train or fine-tune an EViT on a data set"),
-    "evaluate": ("evit_training.commands.evaluate", "measure a model at a list of keep rates"),
-    "benchmark": ("evit_training.commands.benchmark", "time a model against dense ViTs, or tune its keep rates"),
-    "export": ("evit_training.commands.export", "make an ONNX, OpenVINO, torch.export or AOTInductor model"),
-    "push": ("evit_training.commands.push", "push a model or a run to the Hugging Face Hub"),
-    "space": ("evit_training.commands.space", "write a Gradio demo of a model, ready to be a Space"),
-    "convert": ("evit_training.commands.convert", "make an EViT from a public checkpoint"),
+    "train": "train or fine-tune an EViT on a data set",
+    "evaluate": "measure a model at a list of keep rates",
+    "benchmark": "time a model against dense ViTs",
+    "tune": "find layers and keep rates for a budget",
+    "export": "make an ONNX, OpenVINO, torch.export or AOTInductor model",
+    "push": "push a model or a run to the Hugging Face Hub",
+    "space": "write a Gradio demo of a model, ready to be a Space",
+    "convert": "make an EViT from a public checkpoint",
+    "presets": "list the models of the paper with their parameters and operations",
 }
 
 
@@ -26,12 +31,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command that the first word names."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv and argv[0] in COMMANDS:
-        importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+        importlib.import_module(f"evit_training.commands.{argv[0]}").main(argv[1:])
         return
-    usage = "usage: evit COMMAND ...\n\n" + "\n".join(f"  {word:<10}{text}" for word, (_, text) in COMMANDS.items())
     if argv and argv[0] in ("-h", "--help"):
-        print(f"{usage}\n\n`evit COMMAND --help` lists the flags of a command.")
+        print("usage: evit COMMAND ...\n")
+        print("\n".join(f"  {word:<10}{text}" for word, text in COMMANDS.items()))
+        print("\n`evit COMMAND --help` lists the flags of a command, `evit --version` prints the version.")
         return
-    problem = f"`{argv[0]}` is no command of evit" if argv else "a command is missing"
-    print(f"{usage}\n\nevit: error: {problem}", file=sys.stderr)
+    if argv and argv[0] == "--version":
+        print(f"evit-hf {version('evit-hf')}")
+        return
+    if argv:
+        problem = f"`{argv[0]}` is not a command: {closest(argv[0], COMMANDS, 'see `evit --help`.')}"
+    else:
+        problem = f"a command is missing: {', '.join(COMMANDS)}."
+    print(f"evit: error: {problem}", file=sys.stderr)
     sys.exit(2)

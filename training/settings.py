@@ -184,7 +184,7 @@ def _with_hyphens(word: str) -> str:
 
 def _add_flag(group: Any, one: dataclasses.Field, hint: Any) -> None:
     """Add the flag of a field to a parser."""
-    if isinstance(hint, types.UnionType):  # of a type and None
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):  # of a type and None
         hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
     default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
     keywords: dict[str, Any] = {"default": default, "help": one.metadata["help"].replace("%", "%%")}

@@ -3,50 +3,38 @@
 evit benchmark evit-deit-s --batch-sizes 1 8 --threads 1
 evit benchmark evit-deit-s --training --batch-sizes 16
 evit benchmark evit-deit-ti --schedule --keep-rates 0.7
-evit benchmark FOLDER --tune 0.6 --dataset DATA
 """
 
-import sys
-from collections.abc import Sequence
-
-from ..arguments import DataArguments
-from ..measuring.benchmark import BenchmarkArguments, benchmark
+from ..measuring.arguments import BenchmarkArguments
+from ..settings import FlagParser
+from .errors import command
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Benchmark with the settings of a command line; status 2 for what cannot work, 3 for a measurement that lies."""
-    from transformers import HfArgumentParser
-
-    argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
-    parser = HfArgumentParser(
-        (BenchmarkArguments, DataArguments),
-        prog="evit benchmark",
+@command("benchmark")
+def main(argv: list[str]) -> None:
+    """Benchmark with the settings of a command line; status 3 for a measurement that cannot be true."""
+    parser = FlagParser(
+        "benchmark",
+        [BenchmarkArguments],
         usage="evit benchmark MODEL [--keep-rates 1.0 0.7 0.5] [--batch-sizes 1 8] [--flag value ...]",
-        description="Time EViT against dense ViTs. MODEL is a preset such as evit-deit-s, a folder or a Hub id.",
-        allow_abbrev=False,
+        description="Time EViT against dense ViTs. MODEL is a preset such as evit-deit-s (`evit presets` lists them), "
+        "a model folder, a run folder or a Hub id.",
+        renamed={
+            "tune": "the command `evit tune MODEL TARGET`",
+            "fuse": "`--inattentive-tokens dropped`",
+        },
     )
-    parser.add_argument("model", nargs="?", default="evit-deit-s", help="Preset, folder or Hub id.")
-    arguments, data, rest = parser.parse_args_into_dataclasses(argv)
-    from huggingface_hub.errors import StrictDataclassError
+    parser.add_argument("model", nargs="?", default="evit-deit-s", help="Preset, model folder, run folder or Hub id.")
+    (arguments,), rest, given = parser.parse(argv)
+    arguments.check_mode(given)
+    from ..learning.sources import resolve_model
 
-    from evit_hf.export import ExportError
+    model = resolve_model(rest.model, takes_presets=True)
+    if arguments.schedule:
+        from ..measuring.schedule import benchmark_schedule
 
-    from ..measuring.timing import MeasurementError
+        benchmark_schedule(model, arguments, argv)
+    else:
+        from ..measuring.benchmark import benchmark
 
-    try:
-        if arguments.tune is not None:
-            from ..measuring.tuning import tune
-
-            tune(rest.model, arguments, data)
-        elif arguments.schedule:
-            from ..measuring.schedule import benchmark_schedule
-
-            benchmark_schedule(rest.model, arguments, argv)
-        else:
-            benchmark(rest.model, arguments, argv)
-    except (ValueError, OSError, StrictDataclassError, ExportError) as error:
-        sys.stderr.write(f"evit benchmark: error: {error}\n")
-        sys.exit(2)
-    except MeasurementError as error:
-        sys.stderr.write(f"evit benchmark: error: {error}\n")
-        sys.exit(3)
+        benchmark(model, arguments, argv)

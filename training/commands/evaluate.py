@@ -1,17 +1,17 @@
 """Measure a model at a list of keep rates: `evit evaluate MODEL --dataset DATA --keep-rates 1.0 0.7 0.5`."""
 
 import json
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
-from ..arguments import DataArguments, setting
+from ..arguments import DataArguments
+from ..settings import AT_LEAST_ONE, KEEP_RATE, FlagParser, setting
+from .errors import command
 
 
 if TYPE_CHECKING:
-    pass
+    from ..measuring.evaluation import Measurement
 
 
 @dataclass
@@ -19,39 +19,36 @@ class EvaluateArguments:
     """What to measure, and where to write it."""
 
     keep_rates: list[float] = setting(
-        [1.0, 0.9, 0.8, 0.7, 0.6, 0.5], "Keep rates in (0, 1]; the first is the baseline."
+        [1.0, 0.9, 0.8, 0.7, 0.6, 0.5], "Keep rates in (0, 1]; the first is the baseline.", KEEP_RATE
     )
-    batch_size: int = setting(128, "Images for each forward and process, also in the measurement of speed.")
+    batch_size: int = setting(
+        128, "Images for each forward and process, also in the measurement of speed.", AT_LEAST_ONE
+    )
     output_dir: str | None = setting(
-        None, "Folder for evaluation.json and evaluation.png; by default MODEL, if local."
+        None, "Folder for evaluation.json and evaluation.png; by default the model's, if local."
     )
-    mixed_precision: str = setting("no", "Precision of matrix products: no, bf16 or fp16.")
+    mixed_precision: Literal["no", "bf16", "fp16"] = setting("no", "Precision of matrix products.")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Evaluate with the settings of a command line; what cannot work ends with one line and status 2."""
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(
-        (EvaluateArguments, DataArguments),
-        prog="evit evaluate",
+@command("evaluate")
+def main(argv: list[str]) -> None:
+    """Evaluate with the settings of a command line."""
+    parser = FlagParser(
+        "evaluate",
+        [EvaluateArguments, DataArguments],
         usage="evit evaluate MODEL --dataset DATA [--keep-rates 1.0 0.7 0.5] [--flag value ...]",
         description="Accuracy, GMACs and images per second of one model at several keep rates, on all processes that "
-        "were launched. MODEL is a folder or Hub id.",
-        allow_abbrev=False,
+        "were launched. MODEL is a model folder, a run folder or a Hub id.",
+        leave_out=lambda field: field.metadata.get("only_for_training", False),
     )
-    parser.add_argument("model", help="Folder or Hub id of a ViT, DeiT or EViT classifier.")
-    arguments, data, rest = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else list(argv))
-    from huggingface_hub.errors import StrictDataclassError
+    parser.add_argument("model", help="Model folder, run folder or Hub id of a ViT, DeiT or EViT classifier.")
+    (arguments, data), rest, _ = parser.parse(argv)
+    from ..learning.sources import resolve_model
 
-    try:
-        evaluate_model(rest.model, arguments, data)
-    except (ValueError, OSError, StrictDataclassError) as error:
-        sys.stderr.write(f"evit evaluate: error: {error}\n")
-        sys.exit(2)
+    evaluate_model(resolve_model(rest.model), arguments, data)
 
 
-def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments) -> list[dict[str, Any]]:
+def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments) -> "list[Measurement]":
     """Measure a model.
 
     Args:
@@ -66,21 +63,16 @@ def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments
     """
     import torch
     from accelerate import Accelerator
-    from transformers import AutoImageProcessor
-
-    from evit_hf.configuration_evit import check_keep_rate
 
     from ..data.loaders import evaluation_loader
     from ..data.splits import load_evaluation_split, with_classes_of
-    from ..learning.models import load_classifier
+    from ..learning.models import load_classifier, load_processor
     from ..measuring.evaluation import compare_keep_rates, comparison_table, draw_tradeoff
 
-    for rate in arguments.keep_rates:
-        check_keep_rate(rate, 1)
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision, cpu=not torch.accelerator.is_available())
     network = load_classifier(model)
     splits = with_classes_of(network, load_evaluation_split(data))
-    processor = AutoImageProcessor.from_pretrained(model)
+    processor = load_processor(model)
     loader = evaluation_loader(
         splits, processor, arguments.batch_size, data.num_workers, accelerator, data.on_bad_image
     )
@@ -90,7 +82,8 @@ def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments
     folder = Path(arguments.output_dir or model)
     if accelerator.is_main_process and (arguments.output_dir or folder.is_dir()):
         folder.mkdir(parents=True, exist_ok=True)
-        report = {"model": model, "dataset": data.dataset, "label_names": splits.label_names, "results": results}
+        report = {"model": model, "dataset": data.dataset, "label_names": splits.label_names}
+        report["results"] = [result.as_json() for result in results]
         (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
         draw_tradeoff(results, folder / "evaluation.png")
         accelerator.print(f"Saved {folder / 'evaluation.json'} and {folder / 'evaluation.png'}.")

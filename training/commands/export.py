@@ -1,13 +1,13 @@
 """The command `evit export MODEL DEST`: a model for ONNX Runtime, OpenVINO, torch.export or AOTInductor, checked."""
 
 import json
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..arguments import DataArguments, setting
+from ..arguments import DataArguments
+from ..settings import AT_LEAST_ONE, KEEP_RATE, NOT_NEGATIVE, FlagParser, setting
+from .errors import command
 
 
 if TYPE_CHECKING:
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from ..data.images import ImageSplits
 
 
-ACCURACY_LOST = 3
+class AccuracyLostError(RuntimeError):
+    """Quantization cost more accuracy than was allowed."""
+
+    status = 3
 
 
 @dataclass
@@ -25,56 +28,49 @@ class ExportArguments:
 
     format: str = setting("onnx", "onnx, openvino, torch-export or aoti.")
     keep_rate: list[float] | None = setting(
-        None, "Fixed in the export, in (0, 1]: one, or one for each layer; by default the model's."
+        None, "Fixed in the export, in (0, 1]: one, or one for each layer; by default the model's.", KEEP_RATE
     )
     keep_rate_input: bool = setting(
         False, "Make the keep rate an input instead: each call then gives one number for each reorganization layer."
     )
-    image_size: int | None = setting(None, "Pixels; resizes the position embeddings bicubically.")
+    image_size: int | None = setting(None, "Pixels; resizes the position embeddings bicubically.", AT_LEAST_ONE)
     int8: Literal["no", "dynamic", "static"] = setting(
         "no",
         "Matrix products of an ONNX model in 8 bits, with ranges found while running (dynamic) or from calibration "
         "images (static). What it does to the accuracy is measured on --dataset.",
     )
-    calibration_images: int = setting(64, "For static: images of the training split that set the ranges.")
-    max_accuracy_drop: float = setting(1.0, "Points of accuracy that int8 may cost; more ends with status 3.")
+    calibration_images: int = setting(
+        64, "For static: images of the training split that set the ranges.", AT_LEAST_ONE
+    )
+    max_accuracy_drop: float = setting(
+        1.0, "Points of accuracy that int8 may cost; more ends with status 3.", NOT_NEGATIVE
+    )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Export with the settings of a command line; status 2 for what cannot work or differs, 3 for lost accuracy."""
-    from transformers import HfArgumentParser
-
-    argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
-    parser = HfArgumentParser(
-        (ExportArguments, DataArguments),
-        prog="evit export",
+@command("export")
+def main(argv: list[str]) -> None:
+    """Export with the settings of a command line; status 3 for lost accuracy."""
+    parser = FlagParser(
+        "export",
+        [ExportArguments, DataArguments],
         usage="evit export MODEL DEST [--format onnx] [--keep-rate 0.7] [--flag value ...]",
         description="Export a classifier with a dynamic batch size and compare it with the original. DEST gets the "
         "model, labels.json, export.json and example.py, which needs no part of this package.",
-        allow_abbrev=False,
     )
-    parser.add_argument("model", help="Folder or Hub id of a ViT, DeiT or EViT classifier.")
+    parser.add_argument("model", help="Model folder, run folder or Hub id of a ViT, DeiT or EViT classifier.")
     parser.add_argument("dest", type=Path, help="Folder to write; it must not exist or be empty.")
-    arguments, data, rest = parser.parse_args_into_dataclasses(argv)
-    from huggingface_hub.errors import StrictDataclassError
+    (arguments, data), rest, given = parser.parse(argv)
+    if rest.dest.exists() and (not rest.dest.is_dir() or any(rest.dest.iterdir())):
+        raise ValueError(f"`{rest.dest}` exists already: name a new folder.")
+    from ..learning.sources import resolve_model
 
-    from evit_hf.export import ExportError
-
-    try:
-        if rest.dest.exists() and (not rest.dest.is_dir() or any(rest.dest.iterdir())):
-            raise ValueError(f"`{rest.dest}` is there already: name a new folder.")
-        has_dataset = any(word.split("=")[0] == "--dataset" for word in argv)
-        record = export(rest.model, rest.dest, arguments, data if has_dataset else None)
-    except (ValueError, OSError, StrictDataclassError, ExportError) as error:
-        sys.stderr.write(f"evit export: error: {error}\n")
-        sys.exit(2)
-    sys.stdout.write(f"{json.dumps(record)}\nSaved in {rest.dest}. Try it: python {rest.dest / 'example.py'} IMAGE\n")
+    record = export(resolve_model(rest.model), rest.dest, arguments, data if "dataset" in given else None)
+    print(f"{json.dumps(record)}\nSaved in {rest.dest}. Try it: python {rest.dest / 'example.py'} IMAGE")
     if record.get("accuracy_change", 0.0) < -arguments.max_accuracy_drop:
-        sys.stderr.write(
-            f"evit export: error: int8 costs {-record['accuracy_change']:.2f} points of accuracy, more than "
-            f"`--max-accuracy-drop` {arguments.max_accuracy_drop}: export without it, or try the other kind.\n"
+        raise AccuracyLostError(
+            f"int8 costs {-record['accuracy_change']:.2f} points of accuracy, more than `--max-accuracy-drop` "
+            f"{arguments.max_accuracy_drop}: export without it, or try the other kind."
         )
-        sys.exit(ACCURACY_LOST)
 
 
 def export(name: str, dest: Path, arguments: ExportArguments, data: DataArguments | None) -> dict[str, Any]:
@@ -92,17 +88,15 @@ def export(name: str, dest: Path, arguments: ExportArguments, data: DataArgument
         ValueError: for settings that cannot work.
         ExportError: if the result differs from the original.
     """
-    from transformers import AutoImageProcessor
-
     from evit_hf.export import export_model, write_record
 
     from ..data.augmentation import image_processor
-    from ..learning.models import load_classifier
+    from ..learning.models import load_classifier, load_processor
 
     if arguments.int8 != "no" and (arguments.format != "onnx" or data is None):
         raise ValueError("`--int8` needs `--format onnx`, and `--dataset` to measure what it does to the accuracy.")
     model = load_classifier(name).eval()
-    processor = AutoImageProcessor.from_pretrained(name)
+    processor = load_processor(name)
     if arguments.keep_rate is not None:
         rates = arguments.keep_rate
         model.set_keep_rate(rates[0] if len(rates) == 1 else rates)

@@ -1,8 +1,15 @@
 """The network of a run: a checkpoint with a head for these classes, a model of the paper, or one of any size."""
 
+from pickle import UnpicklingError
 from typing import Any
 
-from transformers import AutoModelForImageClassification, PreTrainedConfig
+from safetensors import SafetensorError
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    PreTrainedConfig,
+)
 
 from evit_hf import (
     EViTConfig,
@@ -81,13 +88,42 @@ def labels(label_names: list[str]) -> dict[str, dict]:
 
 
 def load_classifier(name_or_path: str, **settings: Any) -> EViTPreTrainedModel:
-    """Load a checkpoint as the EViT classifier that its configuration asks for; a ViT or DeiT becomes one."""
-    config_dict, _ = PreTrainedConfig.get_config_dict(name_or_path)
-    if config_dict.get("model_type") == "evit_lv":
-        return EViTLVForImageClassification.from_pretrained(name_or_path, **settings)
-    if (config_dict.get("architectures") or [""])[0].endswith("WithTeacher"):
-        return EViTForImageClassificationWithTeacher.from_pretrained(name_or_path, **settings)
-    return EViTForImageClassification.from_pretrained(name_or_path, **settings)
+    """Load a checkpoint as the EViT classifier that its configuration asks for; a ViT or DeiT becomes one.
+
+    Args:
+        name_or_path: a folder or Hub id, see `resolve_model`.
+        **settings: fields of the configuration to change.
+
+    Raises: ValueError if there is no such checkpoint, or it is not an image classifier that EViT can be.
+    """
+    try:
+        config_dict, _ = PreTrainedConfig.get_config_dict(name_or_path)
+        model_class: type[EViTPreTrainedModel] = EViTForImageClassification
+        if config_dict.get("model_type") == "evit_lv":
+            model_class = EViTLVForImageClassification
+        elif (config_dict.get("architectures") or [""])[0].endswith("WithTeacher"):
+            model_class = EViTForImageClassificationWithTeacher
+        return model_class.from_pretrained(name_or_path, **settings)
+    except (OSError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, UnpicklingError) as error:
+        if hasattr(error, "status"):  # of our own, which says it all
+            raise
+        reason = " ".join(str(error).split())
+        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+        raise ValueError(f"`{name_or_path}` cannot be loaded as an image classifier: {kind}{reason}") from error
+
+
+def load_processor(name_or_path: str) -> BaseImageProcessor:
+    """Load the image processor of a model.
+
+    Raises: ValueError if it has none.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(name_or_path)
+    except OSError as error:
+        raise ValueError(
+            f"`{name_or_path}` has no readable preprocessor_config.json, which says how images are resized and "
+            "normalized: copy it from the model that it was made of."
+        ) from error
 
 
 def random_classifier(config: EViTConfig) -> EViTPreTrainedModel:
@@ -100,7 +136,7 @@ def random_classifier(config: EViTConfig) -> EViTPreTrainedModel:
 def compile_layers(model: EViTPreTrainedModel) -> None:
     """Compile the layers of a model in place, one graph for all of them and for any number of tokens.
 
-    A whole model would be compiled anew for each number of tokens, that is for each step of a schedule of the keep
+    A whole model would be compiled again for each number of tokens, that is for each step of a schedule of the keep
     rate, and its graph with unknown numbers is slower than eager code. `evit benchmark --schedule` measures both.
     """
     for layer in model.base_model.layers:

@@ -68,11 +68,15 @@ class Progress:
 
 
 class CheckpointError(RuntimeError):
-    """Something that a run leaves could not be written at its end; ends with status 1."""
+    """Something that a run leaves could not be written at its end."""
+
+    status = 1
 
 
 class NoCheckpointError(CheckpointError):
-    """No intact checkpoint to go on from, although there should be one; ends with status 2."""
+    """No intact checkpoint to resume from, although there should be one."""
+
+    status = 2
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

@@ -46,6 +46,12 @@ RUN_FILES = (
 )
 
 
+class OtherSettingsError(ValueError):
+    """A run cannot resume under settings that change the training; the message holds a table of them."""
+
+    status, is_table = 2, True
+
+
 @contextmanager
 def run_folder(accelerator: Accelerator, arguments: TrainArguments) -> Iterator[Path | None]:
     """Lock the output folder for the time of the run.
@@ -113,7 +119,7 @@ def resume(state: TrainingState, path: Path, arguments: TrainArguments, num_step
         different.append(f"  processes: {old.num_processes} in the checkpoint, {state.progress.num_processes} now")
     if different and not arguments.run.resume_override:
         table = "\n".join(different)
-        raise ValueError(
+        raise OtherSettingsError(
             f"`--resume` from {path} with other settings would be another training:\n{table}\nTake the old ones, or "
             "pass `--resume-override` to go on all the same."
         )

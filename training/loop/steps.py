@@ -29,11 +29,15 @@ Batch = dict[str, torch.Tensor]
 
 
 class TrainingDiverged(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite; ends with status 3."""
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+    status = 3
 
 
 class OutOfMemory(RuntimeError):
-    """Not even one image at a time fits into memory; ends with status 4."""
+    """Not even one image at a time fits into memory."""
+
+    status = 4
 
 
 def training_keep_rate(parts: Parts, progress: Progress) -> KeepRate:

@@ -303,14 +303,14 @@ def finish(parts: Parts, state: TrainingState, eval_loader: DataLoader) -> list[
     multi_label = parts.splits.multi_label
     results = compare_keep_rates(accelerator, parts.model, eval_loader, keep_rates, timed_model, multi_label)
     report = {"label_names": parts.splits.label_names, "keep_rate": keep_rate}
-    for result in results:
-        by_class, confusion_matrix = result.pop("by_class"), result.pop("confusion_matrix")
-        if result["keep_rate"] == keep_rate:
-            report.update(by_class=by_class, confusion_matrix=confusion_matrix)
+    by_class = ("by_class", "confusion_matrix")
+    own = next(result for result in results if result.keep_rate == keep_rate)
+    report |= {name: own.metrics[name] for name in by_class}
+    rows = [{name: x for name, x in result.as_json().items() if name not in by_class} for result in results]
     if accelerator.is_main_process:
         draw_tradeoff(results, output_dir / "tradeoff.png")
         (output_dir / "run.json").write_text(json.dumps(record_of(parts, state), indent=2) + "\n")
-        (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        (output_dir / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
         (output_dir / "class_report.json").write_text(json.dumps(report) + "\n")
         if arguments.run.num_pictures and not isinstance(parts.splits.evaluation, datasets.IterableDataset):
             draw_kept_patches(timed_model, parts.processor, parts.splits, arguments.run.num_pictures, output_dir)
@@ -321,7 +321,7 @@ def finish(parts: Parts, state: TrainingState, eval_loader: DataLoader) -> list[
     for failure in state.failures:
         accelerator.print(failure)
     accelerator.end_training()
-    return results
+    return rows
 
 
 def micro_batches_from(parts: Parts, first_step: int) -> Iterator[Batch]:

@@ -1,69 +1,95 @@
-"""How fast is it really: `evit benchmark`, dense ViTs and EViT on any backend, in one process, checked before timed.
-
-evit benchmark evit-deit-s --batch-sizes 1 8 --threads 1
-evit benchmark evit-deit-s --training --batch-sizes 16
-evit benchmark evit-deit-ti --schedule --keep-rates 0.7
-evit benchmark FOLDER --tune 0.6 --dataset DATA
-"""
+"""Benchmarks: dense ViTs and EViT on any backend, timed in turns in one process, and checked before that."""
 
 import json
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import setting
+from .arguments import BenchmarkArguments
 
 
 if TYPE_CHECKING:
     import torch
 
-    from ..measuring.timing import Variant
+    from evit_hf import EViTPreTrainedModel
+
+    from .timing import Variant
 
 
 # Relative error (norm over norm) that rounding explains; low precision also keeps other tokens where scores are close.
 TOLERANCES = {"float32": 2e-3, "float16": 0.1, "bfloat16": 0.25}
-PACKAGES = ("torch", "transformers", "timm", "onnxruntime", "openvino", "evit-hf")
 
 
-@dataclass
-class BenchmarkArguments:
-    """What to measure, how, and where to write it."""
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one variant.
 
-    keep_rates: list[float] = setting([1.0, 0.7, 0.5], "Keep rates of the EViT variants, in (0, 1].")
-    batch_sizes: list[int] = setting([1, 8], "Images of a batch.")
-    image_sizes: list[int] | None = setting(None, "Pixels; by default those of the model.")
-    backends: list[str] = setting(
-        ["sdpa"],
-        "sdpa, sdpa-mkl (without oneDNN's linear layers), eager, compile-layers, compile, compile-freezing, "
-        "compile-reduce-overhead, compile-max-autotune, torch-export, aoti, onnx, onnx-int8, openvino.",
-    )
-    baselines: list[str] = setting(
-        ["timm", "timm-unfused", "transformers", "transformers-eager"],
-        "Dense ViTs with the same weights in eager code; `none` for none, then keep rate 1.0 comes first.",
-    )
-    dtypes: list[str] = setting(["float32"], "float32, float16, bfloat16.")
-    device: str | None = setting(None, "cpu, cuda, mps ...; by default the best there is.")
-    threads: list[int] | None = setting(None, "Numbers of CPU threads; by default PyTorch's.")
-    rounds: int = setting(11, "Measured rounds, after two that warm up; each times every variant once.")
-    clock: str = setting(
-        "wall", "wall, or cpu: this process's time on all threads, which other work on the machine does not add to."
-    )
-    training: bool = setting(False, "Time forward, backward and AdamW step instead of inference.")
-    schedule: bool = setting(
-        False, "Train through a schedule of keep rates instead, with each way to compile: graphs, waiting, speed."
-    )
-    no_fuse: bool = setting(False, "Drop inattentive tokens instead of fusing them.")
-    tune: str | None = setting(
-        None,
-        "Find layers and keep rates for a target instead: 0.6 (share of the dense operations), 2.5gmacs or 40ms.",
-    )
-    tune_images: int = setting(256, "Calibration images for --tune, from the evaluation split.")
-    save: str | None = setting(None, "With --tune: folder for the model with the settings that were found.")
-    output_dir: str | None = setting(None, "Folder for benchmark.json and benchmark.png, or tune.json.")
+    Args:
+        name: of the variant.
+        keep_rate: its keep rate.
+        is_baseline: whether it is the fastest dense baseline.
+        seconds: median for a batch.
+        images_per_second: from that.
+        speed_up: over the fastest dense baseline, median of the ratios within a round.
+        speed_up_quartiles: lower and upper quartile of these ratios.
+        gmacs: operations of an image by the paper's count, in GMACs.
+        executed_gmacs: those that are really run.
+        efficiency: speed-up over saved operations; 1 where time follows operations.
+        like_for_like: speed-up over the same code at keep rate 1.0; None for that itself, and where it was not timed.
+        like_for_like_efficiency: the same by executed operations.
+        gflops_per_second: rate.
+        peak_memory_mib: memory that a run needs at its peak.
+        saved_activations_mib: memory of what a forward keeps for backward; None for inference and compiled code.
+        relative_error: of the answer or the loss.
+    """
+
+    name: str
+    keep_rate: float
+    is_baseline: bool
+    seconds: float
+    images_per_second: float
+    speed_up: float
+    speed_up_quartiles: tuple[float, float]
+    gmacs: float
+    executed_gmacs: float
+    efficiency: float
+    like_for_like: float | None = None
+    like_for_like_efficiency: float | None = None
+    gflops_per_second: float = float("nan")
+    peak_memory_mib: float | None = None
+    saved_activations_mib: float | None = None
+    relative_error: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The row for benchmark.json; a comparison that was not made has no entry."""
+        optional = ("like_for_like", "like_for_like_efficiency")
+        return {name: value for name, value in asdict(self).items() if name not in optional or value is not None}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All variants of one setting, measured."""
+
+    model: str
+    what: str
+    batch_size: int
+    image_size: int
+    dtype: str
+    threads: int
+    clock: str
+    rounds: int
+    fuse: bool
+    device: str
+    matmul_peak_gflops: float
+    rows: list[Row]
+
+    def as_json(self) -> dict[str, Any]:
+        """The comparison for benchmark.json."""
+        return {**vars(self), "rows": [row.as_json() for row in self.rows]}
 
 
 def benchmark(name: str, arguments: BenchmarkArguments, argv: Sequence[str] = ()) -> dict[str, Any]:
@@ -80,23 +106,15 @@ def benchmark(name: str, arguments: BenchmarkArguments, argv: Sequence[str] = ()
         ValueError: for settings that cannot work.
         MeasurementError: for a variant that answers wrongly or impossibly fast.
     """
-    import torch
-
-    from evit_hf.configuration_evit import check_keep_rate
-
-    from .machine import best_device, machine
-
-    for rate in arguments.keep_rates:
-        check_keep_rate(rate, 1)
     for dtype in arguments.dtypes:
         if dtype not in TOLERANCES:
             raise ValueError(f"`--dtypes` knows {', '.join(TOLERANCES)}, got {dtype!r}.")
+    import torch
+
+    from .machine import PACKAGES, best_device, machine
+
     device = torch.device(arguments.device) if arguments.device else best_device()
-    report: dict[str, Any] = {
-        "command": f"evit benchmark {' '.join(argv)}",
-        **machine(device, PACKAGES),
-        "settings": [],
-    }
+    comparisons = []
     threads_before = torch.get_num_threads()
     try:
         for num_threads in arguments.threads or [threads_before]:
@@ -104,109 +122,138 @@ def benchmark(name: str, arguments: BenchmarkArguments, argv: Sequence[str] = ()
             for dtype in arguments.dtypes:
                 for image_size in arguments.image_sizes or [None]:
                     for batch_size in arguments.batch_sizes:
-                        result = measure(name, arguments, device, dtype, image_size, batch_size)
-                        report["settings"].append(result)
-                        sys.stdout.write(table(result) + "\n\n")
+                        comparisons.append(measure(name, arguments, device, dtype, image_size, batch_size))
+                        sys.stdout.write(table(comparisons[-1]) + "\n\n")
                         sys.stdout.flush()
     finally:
         torch.set_num_threads(threads_before)
+    report = {
+        "command": f"evit benchmark {' '.join(argv)}",
+        **machine(device, PACKAGES),
+        "settings": [comparison.as_json() for comparison in comparisons],
+    }
     if arguments.output_dir:
         folder = Path(arguments.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "benchmark.json").write_text(json.dumps(report, indent=2) + "\n")
-        draw(report, folder / "benchmark.png")
+        draw(comparisons, report["device"], folder / "benchmark.png")
         sys.stdout.write(f"Saved {folder / 'benchmark.json'} and {folder / 'benchmark.png'}.\n")
     return report
 
 
 def measure(
     name: str, arguments: BenchmarkArguments, device: "torch.device", dtype: str, image_size: int | None, batch: int
-) -> dict[str, Any]:
+) -> Comparison:
     """Build, check and time all variants of one setting."""
     import torch
 
     from . import timing
-    from . import variants as variants_of
+    from .variants import build_model
 
     torch.manual_seed(0)
-    model = variants_of.build_model(name, image_size)
-    model.config.fuse_inattentive_tokens = not arguments.no_fuse and model.config.fuse_inattentive_tokens
+    model = build_model(name, image_size, arguments.inattentive_tokens)
     model.to(device, getattr(torch, dtype))
     size = model.config.image_size
     images = torch.randn(batch, model.config.num_channels, size, size).to(device, getattr(torch, dtype))
     baselines = [] if arguments.baselines == ["none"] else arguments.baselines
     peak = timing.matmul_peak(device, getattr(torch, dtype), arguments.clock)
-    passes = 3 if arguments.training else 1
     with tempfile.TemporaryDirectory() as folder:
         if arguments.training:
-            labels = torch.randint(model.config.num_labels, (batch,), device=device)
-            variants = variants_of.training_variants(
-                model, images, labels, arguments.keep_rates, arguments.backends, baselines
-            )
-            check_losses(variants, TOLERANCES[dtype])
+            variants = checked_training_steps(model, images, arguments, baselines, TOLERANCES[dtype])
         else:
-            variants = variants_of.inference_variants(
-                model,
-                images,
-                arguments.keep_rates,
-                arguments.backends,
-                baselines,
-                Path(folder),
-                torch.get_num_threads(),
-            )
-            reference = variants_of.reference_logits(model, images)
-            timing.check_answers(variants, reference, TOLERANCES[dtype])
-            del reference
+            variants = checked_inference(model, images, arguments, baselines, TOLERANCES[dtype], Path(folder))
         seconds = timing.alternate(variants, device, arguments.rounds, clock_name=arguments.clock)
         memory = [timing.peak_memory_mib(variant.run, device) for variant in variants]
         saved = [
-            timing.saved_activations_mib(variant.extra["model"], variant.extra["forward"])
-            if arguments.training and "compile" not in variant.name  # its tensors belong to the compiled code
+            timing.saved_activations_mib(variant.model, variant.forward)
+            if variant.model is not None and "compile" not in variant.name  # its tensors belong to the compiled code
             else None
             for variant in variants
         ]
-    rows = summarize(variants, seconds, batch, baselines)
-    for row, variant, mib, saved_mib in zip(rows, variants, memory, saved, strict=True):
-        row["gflops_per_second"] = timing.check_rate(variant, batch, row["seconds"], peak, passes)
-        row["peak_memory_mib"], row["saved_activations_mib"] = mib, saved_mib
-        row["relative_error"] = variant.extra.get("relative_error")
-    return {
-        "model": name,
-        "what": "training step" if arguments.training else "inference",
-        "batch_size": batch,
-        "image_size": size,
-        "dtype": dtype,
-        "threads": torch.get_num_threads(),
-        "clock": arguments.clock,
-        "rounds": arguments.rounds,
-        "fuse": model.config.fuse_inattentive_tokens,
-        "device": str(device),
-        "matmul_peak_gflops": peak,
-        "rows": rows,
-    }
+    rows = [
+        replace(
+            row,
+            gflops_per_second=timing.check_rate(variant, batch, row.seconds, peak, 3 if arguments.training else 1),
+            peak_memory_mib=mib,
+            saved_activations_mib=saved_mib,
+        )
+        for row, variant, mib, saved_mib in zip(
+            summarize(variants, seconds, batch, baselines), variants, memory, saved, strict=True
+        )
+    ]
+    return Comparison(
+        model=name,
+        what="training step" if arguments.training else "inference",
+        batch_size=batch,
+        image_size=size,
+        dtype=dtype,
+        threads=torch.get_num_threads(),
+        clock=arguments.clock,
+        rounds=arguments.rounds,
+        fuse=model.config.fuse_inattentive_tokens,
+        device=str(device),
+        matmul_peak_gflops=peak,
+        rows=rows,
+    )
 
 
-def check_losses(variants: "Sequence[Variant]", tolerance: float) -> None:
-    """Make sure that variants of one keep rate have one loss before they are timed.
+def checked_inference(
+    model: "EViTPreTrainedModel",
+    images: "torch.Tensor",
+    arguments: BenchmarkArguments,
+    baselines: Sequence[str],
+    tolerance: float,
+    folder: Path,
+) -> "list[Variant]":
+    """Build the forwards to be timed; each gives the logits of the plainest implementation.
 
     Raises: MeasurementError.
     """
-    from ..measuring.timing import MeasurementError
+    import torch
 
+    from .timing import check_answers
+    from .variants import inference_variants, reference_logits
+
+    variants = inference_variants(
+        model, images, arguments.keep_rates, arguments.backends, baselines, folder, torch.get_num_threads()
+    )
+    check_answers(variants, reference_logits(model, images), tolerance)
+    return variants
+
+
+def checked_training_steps(
+    model: "EViTPreTrainedModel",
+    images: "torch.Tensor",
+    arguments: BenchmarkArguments,
+    baselines: Sequence[str],
+    tolerance: float,
+) -> "list[Variant]":
+    """Build the training steps to be timed; those of one keep rate have one loss.
+
+    Raises: MeasurementError.
+    """
+    import torch
+
+    from .timing import MeasurementError
+    from .variants import training_variants
+
+    labels = torch.randint(model.config.num_labels, (len(images),), device=images.device)
+    variants = training_variants(model, images, labels, arguments.keep_rates, arguments.backends, baselines)
     losses: dict[str, tuple[str, float]] = {}
     for variant in variants:
-        loss = variant.extra["forward"]().item()
+        loss = variant.forward().item()
         first, expected = losses.setdefault(str(variant.keep_rate), (variant.name, loss))
-        variant.extra["relative_error"] = abs(loss - expected) / max(abs(expected), 1e-9)
-        if not variant.extra["relative_error"] <= tolerance:
+        variant.relative_error = abs(loss - expected) / max(abs(expected), 1e-9)
+        if not variant.relative_error <= tolerance:
             raise MeasurementError(f"`{variant.name}` has a loss of {loss:.5f}, `{first}` has {expected:.5f}.")
+    return variants
 
 
 def summarize(
     variants: "Sequence[Variant]", seconds: list[list[float]], batch_size: int, baselines: Sequence[str]
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Medians, and ratios of the same round, to the fastest dense baseline and to the same code at keep rate 1.0."""
-    from ..measuring.timing import quartiles
+    from .timing import quartiles
 
     num_dense = len(baselines) or 1
     fastest = min(range(num_dense), key=lambda i: statistics.median(seconds[i]))
@@ -216,77 +263,77 @@ def summarize(
     rows = []
     for i, (variant, times) in enumerate(zip(variants, seconds, strict=True)):
         low, speed_up, high = quartiles([a / b for a, b in zip(seconds[fastest], times, strict=True)])
-        row = {
-            "name": variant.name,
-            "keep_rate": variant.keep_rate,
-            "is_baseline": i == fastest,
-            "seconds": statistics.median(times),
-            "images_per_second": batch_size / statistics.median(times),
-            "speed_up": speed_up,
-            "speed_up_quartiles": [low, high],
-            "gmacs": variant.nominal_macs / 1e9,
-            "executed_gmacs": variant.executed_macs / 1e9,
-            "efficiency": speed_up * variant.nominal_macs / baseline_macs,
-        }
         dense = own_dense.get(variant.name.split(" ")[-1]) if "EViT" in variant.name else None
+        like = like_efficiency = None
         if dense is not None and dense != i:
             like = statistics.median(a / b for a, b in zip(seconds[dense], times, strict=True))
-            row["like_for_like"] = like
-            row["like_for_like_efficiency"] = like * variant.executed_macs / variants[dense].executed_macs
-        rows.append(row)
+            like_efficiency = like * variant.executed_macs / variants[dense].executed_macs
+        rows.append(
+            Row(
+                name=variant.name,
+                keep_rate=variant.keep_rate,
+                is_baseline=i == fastest,
+                seconds=statistics.median(times),
+                images_per_second=batch_size / statistics.median(times),
+                speed_up=speed_up,
+                speed_up_quartiles=(low, high),
+                gmacs=variant.nominal_macs / 1e9,
+                executed_gmacs=variant.executed_macs / 1e9,
+                efficiency=speed_up * variant.nominal_macs / baseline_macs,
+                like_for_like=like,
+                like_for_like_efficiency=like_efficiency,
+                relative_error=variant.relative_error,
+            )
+        )
     return rows
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: Comparison) -> str:
     """One setting as a Markdown table."""
-    rows = result["rows"]
-    baseline = next(row["name"] for row in rows if row["is_baseline"])
-    has_saved = any(row["saved_activations_mib"] is not None for row in rows)
+    baseline = next(row.name for row in result.rows if row.is_baseline)
+    has_saved = any(row.saved_activations_mib is not None for row in result.rows)
     lines = [
-        f"{result['model']}, {result['what']}, {result['image_size']} px, batch {result['batch_size']}, "
-        f"{result['dtype']}, {result['device']}, {result['threads']} threads, {result['clock']} clock, "
-        f"{result['rounds']} rounds, tokens {'fused' if result['fuse'] else 'dropped'}; matrix products reach "
-        f"{result['matmul_peak_gflops']:.0f} GFLOP/s",
+        f"{result.model}, {result.what}, {result.image_size} px, batch {result.batch_size}, "
+        f"{result.dtype}, {result.device}, {result.threads} threads, {result.clock} clock, "
+        f"{result.rounds} rounds, tokens {'fused' if result.fuse else 'dropped'}; matrix products reach "
+        f"{result.matmul_peak_gflops:.0f} GFLOP/s",
         "",
         f"| variant | ms/batch | images/s | × {baseline} (quartiles) | GMACs nominal / executed | efficiency | "
         f"× own dense / efficiency | GFLOP/s | MiB{' | saved MiB' if has_saved else ''} |",
         f"|---|---|---|---|---|---|---|---|---|{'---|' if has_saved else ''}",
     ]
-    for row in rows:
-        low, high = row["speed_up_quartiles"]
-        like = f"{row['like_for_like']:.2f} / {row['like_for_like_efficiency']:.2f}" if "like_for_like" in row else "–"
-        memory, saved = (
-            "–" if row[name] is None else f"{row[name]:.0f}" for name in ("peak_memory_mib", "saved_activations_mib")
-        )
+    for row in result.rows:
+        low, high = row.speed_up_quartiles
+        like = "–" if row.like_for_like is None else f"{row.like_for_like:.2f} / {row.like_for_like_efficiency:.2f}"
+        memory, saved = ("–" if x is None else f"{x:.0f}" for x in (row.peak_memory_mib, row.saved_activations_mib))
         lines.append(
-            f"| {row['name']} | {1000 * row['seconds']:.1f} | {row['images_per_second']:.1f} | "
-            f"{row['speed_up']:.3f} ({low:.2f}–{high:.2f}) | {row['gmacs']:.3f} / {row['executed_gmacs']:.3f} | "
-            f"{row['efficiency']:.2f} | {like} | {row['gflops_per_second']:.0f} | {memory}"
+            f"| {row.name} | {1000 * row.seconds:.1f} | {row.images_per_second:.1f} | "
+            f"{row.speed_up:.3f} ({low:.2f}–{high:.2f}) | {row.gmacs:.3f} / {row.executed_gmacs:.3f} | "
+            f"{row.efficiency:.2f} | {like} | {row.gflops_per_second:.0f} | {memory}"
             f"{f' | {saved}' if has_saved else ''} |"
         )
     return "\n".join(lines)
 
 
-def draw(report: dict[str, Any], path: Path) -> None:
+def draw(comparisons: Sequence[Comparison], device: str, path: Path) -> None:
     """Draw speed-up against saved operations, one panel for each setting; the diagonal is an efficiency of 1."""
     from matplotlib.figure import Figure
 
-    settings = report["settings"]
-    figure = Figure(figsize=(5 * len(settings), 4.5), layout="constrained")
-    for number, result in enumerate(settings):
-        axes = figure.add_subplot(1, len(settings), number + 1)
-        dense = max(row["gmacs"] for row in result["rows"])
+    figure = Figure(figsize=(5 * len(comparisons), 4.5), layout="constrained")
+    for number, result in enumerate(comparisons):
+        axes = figure.add_subplot(1, len(comparisons), number + 1)
+        dense = max(row.gmacs for row in result.rows)
         lines: dict[str, list[tuple[float, float]]] = {}
-        for row in result["rows"]:
-            kind = row["name"].split(" ")[-1] if "EViT" in row["name"] else row["name"]
-            lines.setdefault(kind, []).append((dense / row["gmacs"], row["speed_up"]))
+        for row in result.rows:
+            kind = row.name.split(" ")[-1] if "EViT" in row.name else row.name
+            lines.setdefault(kind, []).append((dense / row.gmacs, row.speed_up))
         for kind, points in lines.items():
             axes.plot(*zip(*sorted(points), strict=True), marker="o", label=kind)
         end = max(x for points in lines.values() for x, _ in points)
         axes.plot([1, end], [1, end], color="gray", linestyle=":", label="efficiency 1")
         axes.set(xlabel="dense GMACs / GMACs", ylabel="speed-up over the fastest dense baseline")
-        axes.set_title(f"batch {result['batch_size']}, {result['image_size']} px, {result['dtype']}")
+        axes.set_title(f"batch {result.batch_size}, {result.image_size} px, {result.dtype}")
         axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
-    figure.suptitle(f"{settings[0]['model']}, {settings[0]['what']}, {report['device']}")
+    figure.suptitle(f"{comparisons[0].model}, {comparisons[0].what}, {device}")
     figure.savefig(path, dpi=130)

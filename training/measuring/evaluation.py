@@ -1,8 +1,9 @@
-"""What a model is worth: top-1 and top-5 accuracy, GMACs, images per second."""
+"""Accuracy, GMACs and images per second of a model at one or several keep rates."""
 
 import functools
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,36 @@ from .timing import Variant, alternate
 
 
 KeepRate = float | Sequence[float] | None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One set of weights at one keep rate.
+
+    Args:
+        keep_rate: a number, or one for each reorganization layer.
+        metrics: what `evaluate` returns.
+        gmacs: of an image.
+        images_per_second: median.
+        device: name of the device.
+        dtype: of the weights.
+        batch_size: images of a batch in the measurement of speed.
+        image_size: height and width, in pixels.
+    """
+
+    keep_rate: KeepRate
+    metrics: dict[str, Any]
+    gmacs: float
+    images_per_second: float
+    device: str
+    dtype: str
+    batch_size: int
+    image_size: tuple[int, int]
+
+    def as_json(self) -> dict[str, Any]:
+        """One flat object for results.json and evaluation.json."""
+        rest = {name: value for name, value in vars(self).items() if name not in ("keep_rate", "metrics")}
+        return {"keep_rate": self.keep_rate, **self.metrics, **rest}
 
 
 @torch.no_grad()
@@ -97,7 +128,7 @@ def compare_keep_rates(
     keep_rates: Sequence[KeepRate],
     timed_model: nn.Module | None = None,
     multi_label: bool = False,
-) -> list[dict]:
+) -> list[Measurement]:
     """Accuracy, cost and speed of one set of weights at several keep rates.
 
     Args:
@@ -105,68 +136,66 @@ def compare_keep_rates(
         model: as in training.
         loader: evaluation images; its first batch is used for the timing.
         keep_rates: what to compare, for example [1.0, 0.7].
-        timed_model: the same network by itself, which the main process times alone; by default `model`.
+        timed_model: the same network by itself, which only the main process times; by default `model`.
         multi_label: see `evaluate`.
 
-    Returns: for each keep rate what `evaluate` returns, and {"keep_rate", "gmacs", "images_per_second", "device",
-        "dtype", "batch_size", "image_size"}.
+    Returns: a measurement for each keep rate.
     """
     network = accelerator.unwrap_model(model) if timed_model is None else timed_model
     pixel_values = next(iter(loader))["pixel_values"].to(network.device)
     speeds = [float("nan")] * len(keep_rates)
-    if accelerator.is_main_process:  # alone, so that no other process disturbs the timing
+    if accelerator.is_main_process:  # no other process disturbs the timing
         speeds = images_per_second(network, pixel_values, keep_rates)
     accelerator.wait_for_everyone()
     height, width = pixel_values.shape[-2:]
     return [
-        {
-            "keep_rate": keep_rate,
-            **evaluate(accelerator, model, loader, keep_rate, multi_label=multi_label),
-            "gmacs": num_macs(network.config, keep_rate, (height, width)) / 1e9,
-            "images_per_second": speed,
-            "device": device_name(network.device),
-            "dtype": str(network.dtype).removeprefix("torch."),
-            "batch_size": len(pixel_values),
-            "image_size": [height, width],
-        }
+        Measurement(
+            keep_rate=keep_rate,
+            metrics=evaluate(accelerator, model, loader, keep_rate, multi_label=multi_label),
+            gmacs=num_macs(network.config, keep_rate, (height, width)) / 1e9,
+            images_per_second=speed,
+            device=device_name(network.device),
+            dtype=str(network.dtype).removeprefix("torch."),
+            batch_size=len(pixel_values),
+            image_size=(height, width),
+        )
         for keep_rate, speed in zip(keep_rates, speeds, strict=True)
     ]
 
 
-def comparison_table(results: Sequence[dict]) -> str:
+def comparison_table(results: Sequence[Measurement]) -> str:
     """The results of `compare_keep_rates` as text, one line for each keep rate, the first one as the baseline."""
     first = results[0]
-    columns = (
-        {"top1": "top-1 %", "top5": "top-5 %"} if "top1" in first else {"micro_f1": "F1 %", "exact_match": "all %"}
-    )
+    has_top1 = "top1" in first.metrics
+    columns = {"top1": "top-1 %", "top5": "top-5 %"} if has_top1 else {"micro_f1": "F1 %", "exact_match": "all %"}
     lines = [
-        f"{first['num_images']} images, {first['device']}, {first['dtype']}, batch {first['batch_size']}, "
-        f"{first['image_size'][0]}x{first['image_size'][1]} pixels",
+        f"{first.metrics['num_images']} images, {first.device}, {first.dtype}, batch {first.batch_size}, "
+        f"{first.image_size[0]}x{first.image_size[1]} pixels",
         f"{'keep rate':<20}{''.join(f'{title:>9}' for title in columns.values())}"
         f"{'GMACs':>10}{'MACs':>8}{'images/s':>10}{'speed':>8}",
     ]
     for result in results:
-        name = "1.0 (dense ViT)" if result["keep_rate"] == 1.0 else str(result["keep_rate"])
+        name = "1.0 (dense ViT)" if result.keep_rate == 1.0 else str(result.keep_rate)
         lines.append(
-            f"{name:<20}{''.join(f'{100 * result[column]:>9.2f}' for column in columns)}{result['gmacs']:>10.4f}"
-            f"{result['gmacs'] / first['gmacs']:>7.2f}x{result['images_per_second']:>10.0f}"
-            f"{result['images_per_second'] / first['images_per_second']:>7.2f}x"
+            f"{name:<20}{''.join(f'{100 * result.metrics[column]:>9.2f}' for column in columns)}{result.gmacs:>10.4f}"
+            f"{result.gmacs / first.gmacs:>7.2f}x{result.images_per_second:>10.0f}"
+            f"{result.images_per_second / first.images_per_second:>7.2f}x"
         )
     return "\n".join(lines)
 
 
-def draw_tradeoff(results: Sequence[dict[str, Any]], path: Path) -> None:
+def draw_tradeoff(results: Sequence[Measurement], path: Path) -> None:
     """Draw accuracy against GMACs, one point for each keep rate."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
-    name, _ = main_score(results[0])
-    results = sorted(results, key=lambda result: result["gmacs"])
-    gmacs, scores = [r["gmacs"] for r in results], [100 * r[name] for r in results]
+    name, _ = main_score(results[0].metrics)
+    results = sorted(results, key=lambda result: result.gmacs)
+    gmacs, scores = [result.gmacs for result in results], [100 * result.metrics[name] for result in results]
     axes.plot(gmacs, scores, marker="o")
     for result, x, y in zip(results, gmacs, scores, strict=True):
-        axes.annotate(str(result["keep_rate"]), (x, y), textcoords="offset points", xytext=(4, 6))
+        axes.annotate(str(result.keep_rate), (x, y), textcoords="offset points", xytext=(4, 6))
     axes.set(xlabel="GMACs", ylabel={"top1": "top-1 %", "micro_f1": "micro F1 %"}[name], title="by keep rate")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)

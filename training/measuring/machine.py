@@ -11,6 +11,10 @@ from typing import Any
 import torch
 
 
+# Whose versions a report of a measurement names.
+PACKAGES = ("torch", "transformers", "timm", "onnxruntime", "openvino", "evit-hf")
+
+
 def best_device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")

@@ -6,7 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ PEAK_MARGIN = 1.25
 class MeasurementError(RuntimeError):
     """A variant that answers wrongly, or faster than the machine can multiply."""
 
+    status = 3
+
 
 @dataclass
 class Variant:
@@ -32,6 +34,9 @@ class Variant:
         executed_macs: those that are really run.
         keep_rate: for the table.
         is_exact: whether the answer is the reference's up to rounding; quantized variants are not.
+        model: of a training step, the network.
+        forward: of a training step, only its forward, which returns the loss.
+        relative_error: of the answer or the loss, once it was checked.
     """
 
     name: str
@@ -40,11 +45,13 @@ class Variant:
     executed_macs: int
     keep_rate: Any = None
     is_exact: bool = True
-    extra: dict[str, Any] = field(default_factory=dict)
+    model: torch.nn.Module | None = None
+    forward: Callable[[], torch.Tensor] | None = None
+    relative_error: float | None = None
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it."""
+    """Wait until the device has finished all work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -72,7 +79,7 @@ def alternate(
 
     Args:
         variants: what to time.
-        device: waited for before and behind each run.
+        device: waited for before and after each run.
         rounds: measured rounds.
         warmup_rounds: before them.
         clock_name: "wall" or "cpu", see `clock`.
@@ -113,7 +120,7 @@ def check_answers(variants: Sequence[Variant], reference: Callable[[Any], torch.
     """Make sure, before anything is timed, that each variant computes what it claims to.
 
     Args:
-        variants: each is run once; its answer is kept as `extra["relative_error"]`.
+        variants: each is run once; its answer is kept as `relative_error`.
         reference: logits for a keep rate, from the slowest and plainest implementation.
         tolerance: of the relative error, the norm of the difference over the norm of the reference.
 
@@ -128,7 +135,7 @@ def check_answers(variants: Sequence[Variant], reference: Callable[[Any], torch.
         error = float("inf")
         if answer.shape == expected.shape:
             error = ((answer - expected).norm() / expected.norm()).item()
-        variant.extra["relative_error"] = error
+        variant.relative_error = error
         limit = tolerance if variant.is_exact else 0.5
         if not error <= limit:
             raise MeasurementError(

@@ -1,136 +1,165 @@
-"""Layers and keep rates for a budget, without retraining: `evit benchmark MODEL --tune TARGET --dataset DATA`.
+"""Layers and keep rates for a budget, without retraining: `evit tune MODEL TARGET --dataset DATA`.
 
-A greedy search. All layers but the first and the last may reorganize; it begins with the dense model and, step by
+A greedy search. All layers but the first and the last may reorganize; it starts from the dense model and, step by
 step, lowers the keep rate of the layer where an operation saved costs least on the calibration images, until the
 target is met. One rate for the layers that the paper takes is measured too, and the better of the two wins.
 """
 
 import copy
 import json
-import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import BaseImageProcessor
 
 from evit_hf import EViTPreTrainedModel
 from evit_hf.configuration_evit import default_reorganization_layers
 from evit_hf.profiling import num_macs
 
 from ..arguments import DataArguments
+from ..data.loaders import batches
+from ..data.splits import load_evaluation_split, with_classes_of
+from ..learning.models import load_classifier, load_processor
+from .arguments import Target, TuneArguments, parse_target
+from .machine import best_device
 from .timing import Variant, alternate
-
-
-if TYPE_CHECKING:
-    from .benchmark import BenchmarkArguments
 
 
 STEP = 0.1
 LOWEST_KEEP_RATE = 0.3
 
 
-def tune(name: str, arguments: "BenchmarkArguments", data: DataArguments) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Candidate:
+    """Layers and keep rates, and what they cost and give.
+
+    Args:
+        reorganization_layers: zero-based.
+        keep_rate: one for each of them.
+        gmacs: of an image.
+        ms: for a batch.
+        loss: mean cross-entropy on the calibration images.
+        accuracy: share of right answers on them.
+    """
+
+    reorganization_layers: list[int]
+    keep_rate: list[float]
+    gmacs: float
+    ms: float
+    loss: float
+    accuracy: float
+
+
+def tune(name: str, target: str, arguments: TuneArguments, data: DataArguments) -> dict[str, Any]:
     """Search, report, and save where asked.
 
     Args:
         name: folder or Hub id of a trained classifier.
-        arguments: `tune`, `tune_images`, `save`, `output_dir`, `batch_sizes[0]`, `device`, `threads[0]`.
+        target: see `parse_target`.
+        arguments: see `TuneArguments`.
         data: calibration images with labels, from the evaluation split.
 
-    Returns: {"target", "dense", "tuned", "paper_layers", "chosen"}; each candidate with `reorganization_layers`,
-        `keep_rate`, `gmacs`, `ms`, `loss` and `accuracy`.
+    Returns: {"target", "num_images", "dense", "tuned", "paper_layers", "chosen"}; candidates as dictionaries.
 
     Raises: ValueError for a target that cannot be read or reached.
     """
-    from transformers import AutoImageProcessor
-
-    from ..data.loaders import batches
-    from ..data.splits import load_evaluation_split, with_classes_of
-    from ..learning.models import load_classifier
-    from .machine import best_device
-
-    kind, amount = parse_target(arguments.tune)
+    goal = parse_target(target)
     device = torch.device(arguments.device) if arguments.device else best_device()
     if arguments.threads:
-        torch.set_num_threads(arguments.threads[0])
+        torch.set_num_threads(arguments.threads)
     model = load_classifier(name).eval().to(device)
     if model.config.problem_type == "multi_label_classification":
-        raise ValueError("`--tune` weighs layers by cross-entropy, and this model can give several labels.")
+        raise ValueError("`evit tune` weighs layers by cross-entropy, and this model can give several labels.")
     splits = with_classes_of(model, load_evaluation_split(data))
-    processor = AutoImageProcessor.from_pretrained(name)
+    processor = load_processor(name)
     calibration = [
         (images.to(device), labels.to(device))
-        for images, labels in batches(splits, "evaluation", processor, arguments.tune_images)
+        for images, labels in batches(splits, "evaluation", processor, arguments.images)
     ]
-    dense_macs = num_macs(model.config, 1.0)
 
     def milliseconds(settings: Sequence[dict[int, float]]) -> list[float]:
         images = calibration[0][0]
-        images = images.repeat(-(-arguments.batch_sizes[0] // len(images)), 1, 1, 1)[: arguments.batch_sizes[0]]
+        images = images.repeat(-(-arguments.batch_size // len(images)), 1, 1, 1)[: arguments.batch_size]
         return measured_milliseconds(model, images, settings, device, arguments.rounds, arguments.clock)
 
-    cost, budget = cost_and_budget(model, kind, amount, milliseconds)
-    say = sys.stdout.write
-    say(f"Target {arguments.tune}: at most {budget / 1e9:.3f} GMACs of {dense_macs / 1e9:.3f}.\n")
-    tuned = greedy(model, calibration, cost, budget, lambda line: say(f"{line}\n"))
-    paper = uniform(model, cost, budget)
-    candidates = {"dense": {}, "tuned": tuned, **({"paper_layers": paper} if paper else {})}
-    times = milliseconds(list(candidates.values()))
-    report: dict[str, Any] = {"target": arguments.tune, "num_images": sum(len(labels) for _, labels in calibration)}
-    for (key, rates), time in zip(candidates.items(), times, strict=True):
+    cost, settings = search(model, calibration, goal, target, milliseconds)
+    candidates = {}
+    for (key, rates), ms in zip(settings.items(), milliseconds(list(settings.values())), strict=True):
         loss, accuracy = loss_and_accuracy(model, calibration, rates)
-        report[key] = {
-            "reorganization_layers": sorted(rates),
-            "keep_rate": [rates[layer] for layer in sorted(rates)],
-            "gmacs": cost(rates) / 1e9,
-            "ms": time,
-            "loss": loss,
-            "accuracy": accuracy,
-        }
-        say(
-            f"{key}: layers {sorted(rates)}, keep rates {report[key]['keep_rate']}, {cost(rates) / 1e9:.3f} GMACs, "
-            f"{time:.1f} ms for {arguments.batch_sizes[0]} images, loss {loss:.4f}, accuracy {100 * accuracy:.2f} %\n"
+        layers = sorted(rates)
+        candidates[key] = Candidate(layers, [rates[layer] for layer in layers], cost(rates) / 1e9, ms, loss, accuracy)
+        sys.stdout.write(
+            f"{key}: layers {layers}, keep rates {candidates[key].keep_rate}, {candidates[key].gmacs:.3f} GMACs, "
+            f"{ms:.1f} ms for {arguments.batch_size} images, loss {loss:.4f}, accuracy {100 * accuracy:.2f} %\n"
         )
-    report["chosen"] = min((key for key in candidates if key != "dense"), key=lambda key: report[key]["loss"])
-    if kind == "ms" and report[report["chosen"]]["ms"] > 1.05 * amount:
+    chosen = choose(candidates, goal)
+    num_images = sum(len(labels) for _, labels in calibration)
+    report = {"target": target, "num_images": num_images, **{key: asdict(one) for key, one in candidates.items()}}
+    report["chosen"] = chosen
+    save(report, arguments, model, settings[chosen], processor)
+    return report
+
+
+def search(
+    model: EViTPreTrainedModel,
+    calibration: list,
+    goal: Target,
+    target: str,
+    milliseconds: Callable[[Sequence[dict[int, float]]], list[float]],
+) -> tuple[Callable[[dict[int, float]], float], dict[str, dict[int, float]]]:
+    """Find what meets the target.
+
+    Returns: operations of a setting as a function, and settings by name: "dense", "tuned", and "paper_layers" where
+        one rate in the paper's layers meets the target.
+    """
+    cost, budget = cost_and_budget(model, goal, milliseconds)
+    sys.stdout.write(f"Target {target}: at most {budget / 1e9:.3f} GMACs of {cost({}) / 1e9:.3f}.\n")
+    tuned = greedy(model, calibration, cost, budget, lambda line: sys.stdout.write(f"{line}\n"))
+    paper = uniform(model, cost, budget)
+    return cost, {"dense": {}, "tuned": tuned, **({"paper_layers": paper} if paper else {})}
+
+
+def choose(candidates: dict[str, Candidate], goal: Target) -> str:
+    """Name of the candidate with the least loss, the dense model left out.
+
+    Raises: ValueError if it misses a target in milliseconds by more than 5 %.
+    """
+    chosen = min((key for key in candidates if key != "dense"), key=lambda key: candidates[key].loss)
+    if goal.kind == "ms" and candidates[chosen].ms > 1.05 * goal.amount:
         raise ValueError(
-            f"The target of {amount} ms was missed: {report[report['chosen']]['ms']:.1f} ms. Times do not follow "
+            f"The target of {goal.amount} ms was missed: {candidates[chosen].ms:.1f} ms. Times do not follow "
             "operations that far on this device: try larger batches, or a target in GMACs."
         )
-    say(f"Chosen: {report['chosen']}\n")
+    return chosen
+
+
+def save(
+    report: dict[str, Any],
+    arguments: TuneArguments,
+    model: EViTPreTrainedModel,
+    rates: dict[int, float],
+    processor: BaseImageProcessor,
+) -> None:
+    """Write tune.json and the model with the chosen layers and keep rates, where asked."""
+    sys.stdout.write(f"Chosen: {report['chosen']}\n")
     if arguments.output_dir:
         Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
         (Path(arguments.output_dir) / "tune.json").write_text(json.dumps(report, indent=2) + "\n")
     if arguments.save:
-        apply(model, candidates[report["chosen"]])
+        set_rates(model.config, rates)
         model.save_pretrained(arguments.save)
         processor.save_pretrained(arguments.save)
-        say(f"Saved the model with these settings in {arguments.save}.\n")
-    return report
-
-
-def parse_target(text: str) -> tuple[str, float]:
-    """Kind ("share", "gmacs" or "ms") and amount of a target such as 0.6, 2.5gmacs or 40ms.
-
-    Raises: ValueError for anything else.
-    """
-    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(gmacs|ms)?", text.strip().lower())
-    kind = (match.group(2) or "share") if match else ""
-    if not match or float(match.group(1)) <= 0 or (kind == "share" and float(match.group(1)) >= 1):
-        raise ValueError(
-            f"`--tune` must be a share of the dense operations below 1 (0.6), an amount of them (2.5gmacs) or a time "
-            f"for one batch (40ms), got {text!r}."
-        )
-    return kind, float(match.group(1))
+        sys.stdout.write(f"Saved the model with these settings in {arguments.save}.\n")
 
 
 def cost_and_budget(
     model: EViTPreTrainedModel,
-    kind: str,
-    amount: float,
+    goal: Target,
     milliseconds: Callable[[Sequence[dict[int, float]]], list[float]],
 ) -> tuple[Callable[[dict[int, float]], float], float]:
     """Operations of a setting as a function, and how many of them the target allows.
@@ -146,13 +175,14 @@ def cost_and_budget(
         return num_macs(config)
 
     dense, lowest = cost({}), cost({layer: LOWEST_KEEP_RATE for layer in candidate_layers(model)})
-    budget = {"share": amount * dense, "gmacs": amount * 1e9}.get(kind)
-    if budget is None:
+    if goal.kind == "ms":
         layers = default_reorganization_layers(model.config.num_hidden_layers)
         points = [{}, *({layer: rate for layer in layers} for rate in (0.7, 0.5))]
         times, costs = milliseconds(points), [cost(point) for point in points]
         slope, intercept = statistics.linear_regression(times, costs)
-        budget = slope * amount + intercept
+        budget = slope * goal.amount + intercept
+    else:
+        budget = goal.amount * (dense if goal.kind == "share" else 1e9)
     if budget >= dense:
         raise ValueError("The dense model meets this target already: there is nothing to tune.")
     if budget < lowest:
@@ -229,15 +259,10 @@ def set_rates(config: Any, rates: dict[int, float]) -> None:
     config.keep_rate = [rates[layer] for layer in sorted(rates)] or 1.0
 
 
-def apply(model: EViTPreTrainedModel, rates: dict[int, float]) -> None:
-    """Put layers and keep rates into a model."""
-    set_rates(model.config, rates)
-
-
 @torch.no_grad()
 def loss_and_accuracy(model: EViTPreTrainedModel, calibration: list, rates: dict[int, float]) -> tuple[float, float]:
     """Mean cross-entropy and share of right answers on the calibration images."""
-    apply(model, rates)
+    set_rates(model.config, rates)
     loss = right = total = 0.0
     for images, labels in calibration:
         logits = model(images).logits.float()
@@ -259,7 +284,7 @@ def measured_milliseconds(
 
     def runner(rates: dict[int, float]) -> Callable[[], None]:
         fixed = copy.deepcopy(model)
-        apply(fixed, rates)
+        set_rates(fixed.config, rates)
 
         def run() -> None:
             with torch.no_grad():

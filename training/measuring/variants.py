@@ -23,7 +23,7 @@ from .timing import Variant
 BASELINES = ("timm", "timm-unfused", "transformers", "transformers-eager")
 COMPILE_MODES = {
     "compile": {},
-    # Weights are packed once for CPU kernels, the fastest is tried out, and C++ calls them: inference alone.
+    # Weights are packed once for CPU kernels, the fastest is tried out, and C++ calls them: only for inference.
     "compile-freezing": {
         "options": {
             "freezing": True,
@@ -38,8 +38,15 @@ COMPILE_MODES = {
 BACKENDS = ("sdpa", "sdpa-mkl", "eager", "compile-layers", *COMPILE_MODES, *FORMATS, "onnx-int8")
 
 
-def build_model(name: str, image_size: int | None = None) -> EViTPreTrainedModel:
+def build_model(
+    name: str, image_size: int | None = None, inattentive_tokens: str | None = None
+) -> EViTPreTrainedModel:
     """Classifier of that name with its weights, or of that preset with random ones; speed does not depend on them.
+
+    Args:
+        name: preset, folder or Hub id.
+        image_size: pixels instead of the model's own.
+        inattentive_tokens: "fused" or "dropped" instead of the model's own.
 
     Raises: ValueError for an unknown preset or folder.
     """
@@ -50,6 +57,8 @@ def build_model(name: str, image_size: int | None = None) -> EViTPreTrainedModel
         model = load_classifier(name)
     if image_size is not None and image_size != model.config.image_size:
         model.set_image_size(image_size)
+    if inattentive_tokens is not None:
+        model.config.fuse_inattentive_tokens = inattentive_tokens == "fused"
     return model.eval()
 
 
@@ -246,7 +255,7 @@ def _backend(
     if backend in COMPILE_MODES:
         options = COMPILE_MODES[backend]
         run = _runner(torch.compile(fixed, fullgraph=True, dynamic=False, **options), pixel_values)
-        with torch._inductor.config.patch(options.get("options", {})):  # Dynamo reads `freezing` here alone
+        with torch._inductor.config.patch(options.get("options", {})):  # Dynamo reads `freezing` only here
             run()
         return run
     export_format = "onnx" if backend == "onnx-int8" else backend
@@ -260,7 +269,7 @@ def _backend(
 
 
 def quantized_copy(folder: Path) -> Path:
-    """A folder beside an ONNX export, with its matrix products in 8 bits, the ranges found while running."""
+    """A folder next to an ONNX export, with its matrix products in 8 bits, the ranges found while running."""
     import shutil
 
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -302,8 +311,7 @@ def training_variants(
     variants = []
     for name in baselines:
         step, forward, network = _training_step(dense_baseline(model, name), pixel_values, labels)
-        variants.append(Variant(f"dense {name}", step, dense_macs, dense_macs, 1.0))
-        variants[-1].extra.update(forward=forward, model=network)
+        variants.append(Variant(f"dense {name}", step, dense_macs, dense_macs, 1.0, model=network, forward=forward))
     for backend in backends:
         if backend not in ("sdpa", "eager", "compile", "compile-layers"):
             raise ValueError(f"`--training` runs on sdpa, eager, compile and compile-layers, not on {backend!r}.")
@@ -317,13 +325,13 @@ def training_variants(
                 compile_layers(fixed)
             step, forward, network = _training_step(fixed, pixel_values, labels)
             macs = num_macs(model.config, keep_rate), num_macs(model.config, keep_rate, executed=True)
-            variants.append(Variant(f"EViT {shown(keep_rate)} {backend}", step, *macs, keep_rate))
-            variants[-1].extra.update(forward=forward, model=network)
+            title = f"EViT {shown(keep_rate)} {backend}"
+            variants.append(Variant(title, step, *macs, keep_rate, model=network, forward=forward))
     return variants
 
 
 def _training_step(network: nn.Module, pixel_values: torch.Tensor, labels: torch.Tensor) -> tuple:
-    """Functions that do a whole step and a forward alone, and the network."""
+    """Functions that do a whole step and only a forward, and the network."""
     network = network.to(pixel_values.device, pixel_values.dtype).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)
 

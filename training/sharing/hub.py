@@ -46,6 +46,8 @@ TRANSIENT = {408, 412, 425, 429, 500, 502, 503, 504}
 class PushError(RuntimeError):
     """The Hub did not take a push."""
 
+    status = 5
+
 
 def render_card(template: Path = TEMPLATE, **values: Any) -> str:
     """Fill a card template.

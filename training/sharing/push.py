@@ -10,9 +10,6 @@ from ..sharing.card import keep_what_was_added, render_folder_card, render_run_c
 from ..sharing.hub import card_on_the_hub, check_card
 
 
-PUSH_FAILED = 5
-
-
 def write_card(source: Path, export: Path, repo_id: str, revision: str | None, timeout: float) -> None:
     """Put a card into an exported folder that names this repository, and keeps what a person wrote there.
 
@@ -48,7 +45,9 @@ def write_card(source: Path, export: Path, repo_id: str, revision: str | None, t
 
 
 class PushFailed(RuntimeError):
-    """The run is done and saved, but its last push failed; ends with status 5."""
+    """The run is done and saved, but its last push failed."""
+
+    status = 5
 
 
 class BackgroundPush:

@@ -29,7 +29,7 @@ def write_space(model: str, dest: Path, title: str | None = None, licence: str =
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise ValueError(f"`{dest}` is there already: name a new folder.")
+        raise ValueError(f"`{dest}` exists already: name a new folder.")
     source = Path(model)
     is_local = source.is_dir()
     if not is_local:
