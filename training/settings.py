@@ -111,7 +111,7 @@ class FlagParser(argparse.ArgumentParser):
         parts: Sequence[type],
         usage: str,
         description: str,
-        leave_out: Callable[[dataclasses.Field], bool] = lambda field: False,
+        leave_out: Callable[[dataclasses.Field[Any]], bool] = lambda field: False,
         renamed: dict[str, str] | None = None,
         epilog: str | None = None,
     ) -> None:
@@ -182,7 +182,7 @@ def _with_hyphens(word: str) -> str:
     return f"{name.replace('_', '-')}{equals}{value}" if name.startswith("--") else word
 
 
-def _add_flag(group: Any, one: dataclasses.Field, hint: Any) -> None:
+def _add_flag(group: Any, one: dataclasses.Field[Any], hint: Any) -> None:
     """Add the flag of a field to a parser."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):  # of a type and None
         hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))

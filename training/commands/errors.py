@@ -54,7 +54,7 @@ def command(word: str) -> Callable[[Callable[[list[str]], None]], Callable[..., 
 def status_of(error: Exception) -> int | None:
     """Exit status for an error; None for a bug."""
     status = getattr(error, "status", None)
-    if isinstance(status, int):
+    if isinstance(status, int) and status < 256:  # HTTP errors have a status of their own
         return status
     if isinstance(error, (ValueError, OSError, ImportError)) or type(error).__name__ in (
         "StrictDataclassFieldValidationError",
