@@ -347,7 +347,8 @@ def test_a_push_that_cannot_work_is_refused_with_status_2_or_5(hub, model_folder
     assert "no valid token" in evit("push", model_folder, "org/x", env=env, status=5)
     (tmp_path / "empty").mkdir()
     assert "holds no model" in evit("push", tmp_path / "empty", "org/x", env=env, status=2)
-    assert "a/b/c" in evit("push", model_folder, "a/b/c", env=env, status=5)
+    assert "a/b/c" in evit("push", model_folder, "a/b/c", env=env, status=2)
+    assert "must be named ORG/NAME" in evit("push", model_folder, "digits", env=env, status=2)
 
 
 # The card
