@@ -1,5 +1,8 @@
 """Every code block of the README runs as written, on local substitutes for what it would download."""
 
+import contextlib
+import importlib
+import io
 import re
 import shlex
 import subprocess
@@ -15,6 +18,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from evit_hf import EViTForImageClassification
 from evit_training.arguments import parse_train_arguments
+from evit_training.cli import COMMANDS
 
 
 README = (ROOT / "README.md").read_text()
@@ -139,6 +143,49 @@ def test_links_of_a_document_lead_somewhere(path):
         if anchor:
             headings = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.fixture(scope="module")
+def flags_by_command():
+    """What `evit COMMAND --help` lists, for each command."""
+    flags = {}
+    for word in COMMANDS:
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
+            importlib.import_module(f"evit_training.commands.{word}").main(["--help"])
+        flags[word] = {flag.replace("_", "-") for flag in re.findall(r"--[a-z][\w-]*", text.getvalue())}
+    return flags
+
+
+def commands_in(text):
+    """The `evit ...` commands of a document, in blocks and in running text, each as one line."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"`([^`]*)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+    lines = [re.sub(r"#.*", "", line).replace("\n", " ").strip() for line in lines]
+    return [line.split(" -m evit_training ")[-1].removeprefix("evit ") for line in lines if is_command(line)]
+
+
+def is_command(line):
+    return line.startswith("evit ") or " -m evit_training " in line
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_commands_of_a_document_exist_with_their_flags(path, flags_by_command):
+    for command in commands_in(path.read_text()):
+        word, flags = command.split()[0], set(re.findall(r"(?<!\S)--[a-z][\w-]*", command))
+        if word == "WORD" or word == "COMMAND":
+            continue
+        assert word in COMMANDS, command
+        unknown = {flag.replace("_", "-") for flag in flags} - flags_by_command[word] - {"--help", "--flag"}
+        assert not unknown, command
+
+
+def test_an_unknown_command_or_flag_is_found():
+    assert commands_in("a\n```bash\nevit tune M \\\n  --x 1  # comment\n```\n`evit\npush` `other`") == [
+        "tune M    --x 1",
+        "push",
+    ]
 
 
 def test_readme_table_holds_the_computed_costs():
