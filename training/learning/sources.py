@@ -1,6 +1,7 @@
 """Where a model is: one function for all commands, quick, before anything heavy is imported or loaded."""
 
 import difflib
+import json
 import os
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def resolve_model(name: str, flag: str = "MODEL", takes_presets: bool = False, a
 def _model_folder(path: Path, flag: str) -> Path:
     for folder in (path, path / "model"):
         if (folder / "config.json").is_file():
+            _check_config(folder / "config.json", flag)
             return folder
     if (path / "checkpoints").is_dir():
         raise ValueError(
@@ -49,6 +51,17 @@ def _model_folder(path: Path, flag: str) -> Path:
         )
     inside = "is empty" if not any(path.iterdir()) else "has no config.json, neither in itself nor in `model/`"
     raise ValueError(f"`{flag}` must be the folder of a model, but `{path}` {inside}.")
+
+
+def _check_config(path: Path, flag: str) -> None:
+    try:
+        is_config = isinstance(json.loads(path.read_bytes()), dict)
+    except OSError as error:
+        raise ValueError(f"`{flag}`: `{path}` cannot be read: {error.strerror}.") from None
+    except ValueError:
+        is_config = False
+    if not is_config:
+        raise ValueError(f"`{flag}`: `{path}` is damaged: it is not an object in JSON.")
 
 
 def _preset(name: str, flag: str, takes_presets: bool) -> str:
