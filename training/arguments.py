@@ -38,8 +38,9 @@ class DataArguments:
 
     dataset: list[str] = setting(
         ["digits"],
-        "Data: the name of a packaged data set (digits), a Hub id, a folder (images, data files, or what "
-        "`save_to_disk` wrote), or parquet, arrow or CSV files (their names say the split: train, validation, test).",
+        "Data: a folder (pictures in class folders, data files, zip files, or what `save_to_disk` wrote), Parquet, "
+        "Arrow, CSV, TSV or JSON-lines files (their names or a column `split` tell the split: train, validation, "
+        "test), a Hub id, or the packaged data set digits.",
     )
     dataset_config: str | None = setting(None, "Configuration of a Hub data set that has several.")
     train_split: str = setting("train", "Split to train on.", only_for_training=True)
@@ -52,7 +53,14 @@ class DataArguments:
     image_column: str | None = setting(None, "Column with the images; by default the only one that holds images.")
     label_column: str | None = setting(
         None,
-        "Column with the labels; by default label, labels, fine_label, class and the like. Lists are multi-label.",
+        "Column with the labels; by default label, labels, fine_label, class and the like, or columns of zeros and "
+        "ones. Lists and `a|b` are several labels.",
+    )
+    allow_missing_classes: bool = setting(
+        False, "Accept classes that only the training or only the evaluation split has.", only_for_training=True
+    )
+    allow_outside_files: bool = setting(
+        False, "Let the data name URLs, and files outside its own folder.", changes_training=False
     )
     max_train_samples: int | None = setting(
         None, "Train on at most this many images, drawn with the seed.", LIMIT, only_for_training=True

@@ -65,13 +65,15 @@ def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments
     from accelerate import Accelerator
 
     from ..data.loaders import evaluation_loader
-    from ..data.splits import load_evaluation_split, with_classes_of
+    from ..data.splits import describe_splits, load_evaluation_split, with_classes_of
     from ..learning.models import load_classifier, load_processor
     from ..measuring.evaluation import compare_keep_rates, comparison_table, draw_tradeoff
 
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision, cpu=not torch.accelerator.is_available())
     network = load_classifier(model)
-    splits = with_classes_of(network, load_evaluation_split(data))
+    splits = load_evaluation_split(data)
+    accelerator.print(describe_splits(splits, ("evaluation",)))
+    splits = with_classes_of(network, splits)
     processor = load_processor(model)
     loader = evaluation_loader(
         splits, processor, arguments.batch_size, data.num_workers, accelerator, data.on_bad_image

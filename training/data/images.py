@@ -1,7 +1,10 @@
 """Labelled images one by one: decoded to RGB, augmented with random numbers of their own, streamed or not."""
 
-from collections.abc import Callable, Iterator
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
 import datasets
@@ -13,6 +16,13 @@ from evit_hf.pictures import as_rgb
 
 from .sampling import seed_for
 
+
+with contextlib.suppress(ImportError):
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+with contextlib.suppress(ImportError):
+    import pillow_jxl  # noqa: F401 (registers itself)
 
 DatasetLike = datasets.Dataset | datasets.IterableDataset
 
@@ -30,7 +40,8 @@ class ImageSplits:
     """Training and evaluation images with what their columns mean.
 
     `train` and `evaluation` have undecoded images in `image_column`, and in `label_column` class numbers, or lists of
-    them where `multi_label` holds.
+    them where `multi_label` holds. Images in files must lie below one of `roots`, folders or an address on the Hub;
+    None allows all. `notes` are sentences for the user about how the data was read, and what was left out.
     """
 
     train: DatasetLike
@@ -39,6 +50,8 @@ class ImageSplits:
     label_column: str
     label_names: list[str]
     multi_label: bool = False
+    roots: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def is_streamed(self) -> bool:
@@ -46,23 +59,48 @@ class ImageSplits:
         return isinstance(self.train, datasets.IterableDataset)
 
 
-def decoded(value: dict[str, Any], place: str) -> Image.Image:
+def decoded(value: dict[str, Any], place: str, roots: Sequence[str] | None = None) -> Image.Image:
     """Image as `as_rgb` makes it.
 
     Args:
         value: {"bytes", "path"} as `datasets` stores images.
         place: where it is, for the message.
+        roots: where a file may be that the data names, see `ImageSplits`.
 
-    Raises: BadImageError if it is missing or cannot be decoded.
+    Raises: BadImageError if it is missing, may not be read, or cannot be decoded.
     """
     if value is None or (value.get("bytes") is None and value.get("path") is None):
         raise BadImageError(f"{place} is missing.")
+    path = value.get("path")
+    if value.get("bytes") is None and not is_inside(path, roots):
+        raise BadImageError(
+            f"{place} is `{path}`, which is outside the data set: data from others should not say what is read here. "
+            "Pass `--allow-outside-files` if you trust it."
+        )
     try:
+        if value.get("bytes") is not None:
+            return as_rgb(Image.open(BytesIO(value["bytes"])))
+        if os.path.isfile(path):
+            return as_rgb(Image.open(path))
         return as_rgb(datasets.Image().decode_example(value))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        file = f" ({value['path']})" if value.get("path") else ""
+        file = f" ({path})" if path else ""
         reason = " ".join(str(error).split())
         raise BadImageError(f"{place}{file} cannot be decoded: {type(error).__name__}: {reason}") from None
+
+
+def is_inside(path: str, roots: Sequence[str] | None) -> bool:
+    """Whether a file, perhaps inside archives (`zip://a.png::b.zip`), is below a folder or an address on the Hub."""
+    if roots is None:
+        return True
+    *_, outermost = path.split("::")
+    for root in roots:
+        if root.startswith("hf://"):
+            if outermost.startswith((root + "/", root + "@")) and ".." not in outermost.split("/"):
+                return True
+        elif os.path.abspath(path).startswith(os.path.abspath(root) + os.sep):
+            return True
+    return False
 
 
 def target(label: int | list[int], num_labels: int, multi_label: bool) -> int | torch.Tensor:
@@ -97,7 +135,7 @@ class _Pictures:
     def decoded(self, row: dict[str, Any], place: str) -> Image.Image | None:
         """Picture of a row, None for a bad one that may be skipped; BadImageError for one that may not."""
         try:
-            return decoded(row[self.splits.image_column], place)
+            return decoded(row[self.splits.image_column], place, self.splits.roots)
         except BadImageError:
             if self.on_bad_image == "error":
                 raise

@@ -3,7 +3,9 @@
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -22,6 +24,7 @@ from evit_hf import (
 from evit_hf.profiling import keep_rate_for_macs, num_macs
 
 from ..arguments import TrainArguments
+from ..data.names import class_numbers
 
 
 def build_model(arguments: TrainArguments, label_names: list[str], multi_label: bool = False) -> EViTPreTrainedModel:
@@ -45,6 +48,7 @@ def build_model(arguments: TrainArguments, label_names: list[str], multi_label: 
     }
     if model.model is not None:
         network = load_classifier(model.model, **settings)
+        match_head(network, PreTrainedConfig.get_config_dict(model.model)[0], label_names)
         config = network.config
         if not isinstance(config.image_size, int) or not isinstance(config.patch_size, int):
             raise ValueError(
@@ -77,6 +81,26 @@ def build_model(arguments: TrainArguments, label_names: list[str], multi_label: 
     if arguments.run.gradient_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     return network
+
+
+@torch.no_grad()
+def match_head(network: EViTPreTrainedModel, saved: dict[str, Any], label_names: list[str]) -> None:
+    """Put the rows of a loaded head into the order of the data's classes, which are found by name.
+
+    Args:
+        network: loaded for `label_names`, with the rows as they were saved.
+        saved: configuration that the weights were saved with.
+        label_names: classes of the data. If they are not those of the checkpoint, the head starts from what it was, or
+            from random weights where the number of classes differs.
+    """
+    id2label = {int(number): name for number, name in (saved.get("id2label") or {}).items()}
+    numbers, unknown = class_numbers(label_names, id2label)
+    if unknown or len(id2label) != len(label_names) or sorted(numbers) != list(range(len(numbers))):
+        return
+    for name, layer in network.named_modules():
+        if name.rpartition(".")[2].endswith("classifier") and isinstance(layer, nn.Linear):
+            layer.weight.copy_(layer.weight[numbers])
+            layer.bias.copy_(layer.bias[numbers])
 
 
 def labels(label_names: list[str]) -> dict[str, dict]:

@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 from evit_hf import EViTPreTrainedModel
 
 from ..data.augmentation import output_size
+from ..data.names import class_numbers, has_no_names
 
 
 if TYPE_CHECKING:
@@ -189,22 +190,18 @@ def build_teacher(
         return Teacher(model, own, own, None, list(range(len(label_names))), student.config.patch_size)
     model = AutoModelForImageClassification.from_pretrained(arguments.teacher)
     its_processor = AutoImageProcessor.from_pretrained(arguments.teacher)
-    number_of = {str(name).casefold(): number for number, name in model.config.id2label.items()}
-    wanted = [name.casefold() for name in label_names]
-    unnamed = all(name == f"label_{number}" for name, number in number_of.items())
-    if unnamed and len(number_of) == len(wanted):
-        class_numbers = list(range(len(wanted)))
-    elif all(name in number_of for name in wanted):
-        class_numbers = [number_of[name] for name in wanted]
-    else:
-        unknown = [name for name in label_names if name.casefold() not in number_of]
+    id2label = model.config.id2label
+    numbers, unknown = class_numbers(label_names, id2label)
+    if has_no_names(id2label) and len(id2label) == len(label_names):
+        numbers, unknown = list(range(len(label_names))), []
+    if unknown:
         raise ValueError(
-            f"`--teacher {arguments.teacher}` knows {len(number_of)} classes but not {unknown[:5]} of the "
-            f"{len(wanted)} of the data: take a teacher that was trained on these classes."
+            f"`--teacher {arguments.teacher}` knows {len(id2label)} classes but not {unknown[:5]} of the "
+            f"{len(label_names)} of the data: take a teacher that was trained on these classes."
         )
     mean, std = getattr(its_processor, "image_mean", None), getattr(its_processor, "image_std", None)
     theirs = (list(mean), list(std)) if getattr(its_processor, "do_normalize", False) else ([0.0] * 3, [1.0] * 3)
-    return Teacher(model, own, theirs, output_size(its_processor), class_numbers, student.config.patch_size)
+    return Teacher(model, own, theirs, output_size(its_processor), numbers, student.config.patch_size)
 
 
 def distillation_loss(

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
@@ -18,7 +17,7 @@ from ..arguments import TrainArguments
 from ..data.augmentation import batch_mixing, image_processor, training_transform
 from ..data.images import ImageSplits
 from ..data.sampling import StepPlan
-from ..data.splits import check_images, load_splits
+from ..data.splits import check_images, describe_splits, load_splits
 from ..learning.models import build_model, compile_layers, load_classifier
 from ..learning.optimization import WeightAverage, build_optimizer, freeze
 from ..learning.teachers import Oracle, Teacher, build_oracle, build_teacher
@@ -87,8 +86,8 @@ def build_parts(arguments: TrainArguments, accelerator: Accelerator) -> Parts:
     """Build data, model, optimizer and teachers, and check what can be checked before the first step."""
     optimization, seed = arguments.optimization, arguments.run.seed
     splits = load_splits(arguments.data, seed)
-    is_streamed = isinstance(splits.train, datasets.IterableDataset)
-    if is_streamed:
+    accelerator.print(describe_splits(splits))
+    if splits.is_streamed:
         num_images = optimization.max_steps * optimization.batch_size  # one long epoch
     else:
         num_images = len(splits.train)

@@ -1,0 +1,492 @@
+"""People's data as it lies on their disks: no picture is dropped, pooled or renamed without a word."""
+
+import io
+import json
+import os
+import shutil
+import unicodedata
+from collections import Counter
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import tiny_config_with
+from PIL import Image
+
+from evit_hf import as_rgb
+from evit_training.arguments import DataArguments, parse_train_arguments
+from evit_training.data.images import BadImageError, LabelledImages
+from evit_training.data.names import class_numbers, split_of
+from evit_training.data.splits import describe_splits, fingerprint, load_evaluation_split, load_splits
+from evit_training.learning.models import build_model, random_classifier
+
+
+def put(folder, count, name="{i}.png", start=0):
+    """Pictures whose red tells their number."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(start, start + count):
+        Image.new("RGB", (4, 3), (i, 0, 0)).save(folder / name.format(i=i))
+
+
+def load(*sources, **settings):
+    return load_splits(DataArguments(dataset=[str(source) for source in sources], **settings), seed=0)
+
+
+def used(splits):
+    """Number of images of each class over both splits."""
+    counts = Counter()
+    for name in ("train", "evaluation"):
+        labels = getattr(splits, name)[splits.label_column][:]
+        counts.update(splits.label_names[x] for label in labels for x in (label if splits.multi_label else [label]))
+    return dict(counts)
+
+
+def sizes(splits):
+    return len(splits.train), len(splits.evaluation)
+
+
+# Folders
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        *[("Training", "train"), ("TRAIN", "train"), ("train2017", "train"), ("val_images", "validation")],
+        *[("Dev", "validation"), ("test set", "test"), ("Testing", "test")],
+        *[("holdout", None), ("fold1", None), ("test drive", None), ("train_test", None), ("trainers", None)],
+    ],
+)
+def test_usual_words_are_splits(name, split):
+    assert split_of(name) == split
+
+
+@pytest.mark.parametrize(
+    ("folders", "numbers"),
+    [
+        (("Training", "Testing"), (40, 20)),
+        (("Train", "Val", "Test"), (40, 20)),
+        (("train2017", "val2017"), (40, 20)),
+    ],
+)
+def test_split_folders_are_not_pooled(folders, numbers, tmp_path):
+    for k, split in enumerate(folders):
+        for label in ("cat", "dog"):
+            put(tmp_path / split / label, 20 if k == 0 else 10)
+    assert sizes(load(tmp_path)) == numbers
+
+
+@pytest.mark.parametrize("folders", [("train", "holdout"), ("fold1", "fold2"), ("train", "train_extra", "test")])
+def test_folders_that_may_be_splits_are_refused_until_they_are_named(folders, tmp_path):
+    for split in folders:
+        for label in ("cat", "dog"):
+            put(tmp_path / split / label, 3)
+    with pytest.raises(ValueError, match=f"{folders[1]}.*`--eval-split`"):
+        load(tmp_path)
+    splits = load(tmp_path, train_split=folders[0], eval_split=folders[1])
+    assert sizes(splits) == (6, 6)
+
+
+def test_words_in_file_names_mean_nothing(tmp_path):
+    for label in ("cat", "dog"):
+        put(tmp_path / label, 10)
+        put(tmp_path / label, 3, "train {i}.png")
+        put(tmp_path / label, 2, "dog on a test drive {i}.png")
+    assert used(load(tmp_path)) == {"cat": 15, "dog": 15}
+
+
+def test_classes_may_be_called_train_test_and_val(tmp_path):
+    for label in ("bus", "car", "train"):
+        put(tmp_path / "flat" / label, 4)
+    assert used(load(tmp_path / "flat")) == {"bus": 4, "car": 4, "train": 4}
+    for split in ("train", "test"):
+        for label in ("train", "test", "val"):
+            put(tmp_path / "both" / split / label, 4)
+    splits = load(tmp_path / "both")
+    assert sizes(splits) == (12, 12) and splits.label_names == ["test", "train", "val"]
+    for label in ("train", "test"):
+        put(tmp_path / "neither" / label, 4)
+    with pytest.raises(ValueError, match="`test`, `train` with pictures but without class folders. If"):
+        load(tmp_path / "neither")
+
+
+def test_names_of_classes_are_kept_as_people_write_them(tmp_path):
+    names = ["A", "a", "None", "NA", "nan", "TODO", "007", "10", "2"]
+    for name in names:
+        put(tmp_path / name, 4)
+    assert used(load(tmp_path)) == dict.fromkeys(names, 4)
+
+
+def test_two_spellings_of_unicode_are_one_class(tmp_path):
+    for form, label in (("NFC", "Kätzchen"), ("NFD", "Kätzchen"), ("NFC", "Hund")):
+        put(tmp_path / ("train" if form == "NFC" else "test") / unicodedata.normalize(form, label), 4)
+    put(tmp_path / "test" / "Hund", 4)
+    splits = load(tmp_path)
+    assert splits.label_names == ["Hund", "Kätzchen"] and used(splits) == {"Hund": 8, "Kätzchen": 8}
+
+
+def test_linked_class_folders_count_and_circles_end(tmp_path):
+    put(tmp_path / "store" / "cat", 6)
+    put(tmp_path / "data" / "dog", 6)
+    os.symlink(tmp_path / "store" / "cat", tmp_path / "data" / "cat")
+    os.symlink(tmp_path / "data", tmp_path / "data" / "dog" / "again")
+    assert used(load(tmp_path / "data")) == {"cat": 6, "dog": 6}
+
+
+def test_the_class_is_the_first_folder_below_the_split(tmp_path):
+    for label in ("cat", "dog"):
+        for year in ("2020", "2021"):
+            put(tmp_path / "plain" / label / year, 3)
+            put(tmp_path / "split" / "train" / label / year, 3)
+            put(tmp_path / "split" / "val" / label / year, 3)
+            put(tmp_path / "inside" / label / {"2020": "train", "2021": "test"}[year], 3)
+    assert used(load(tmp_path / "plain")) == {"cat": 6, "dog": 6}
+    assert sizes(load(tmp_path / "split")) == (12, 12)
+    assert sizes(load(tmp_path / "inside")) == (6, 6)
+    shutil.move(tmp_path / "plain" / "cat" / "2020", tmp_path / "plain" / "cat" / "test")
+    with pytest.raises(ValueError, match="`test` inside some class folders"):
+        load(tmp_path / "plain")
+
+
+def test_a_class_that_one_split_lacks_is_named(tmp_path):
+    for split, labels in (("train", ("cat", "dog", "fox")), ("test", ("cat", "dog"))):
+        for label in labels:
+            put(tmp_path / split / label, 3)
+    with pytest.raises(ValueError, match=r"no picture of 1 classes .*\['fox'\].*`--allow-missing-classes`"):
+        load(tmp_path)
+    splits = load(tmp_path, allow_missing_classes=True)
+    assert splits.label_names == ["cat", "dog", "fox"]
+    assert "no images of 1 classes: fox" in describe_splits(splits)
+    put(tmp_path / "test" / "fox", 3)
+    put(tmp_path / "test" / "emu", 3)
+    with pytest.raises(ValueError, match=r"classes that the training split has not: \['emu'\]"):
+        load(tmp_path)
+    assert load(tmp_path, allow_missing_classes=True).label_names == ["cat", "dog", "fox", "emu"]
+
+
+def test_an_own_folder_is_taken_before_a_packaged_name(tmp_path, monkeypatch):
+    for label in ("one", "two"):
+        put(tmp_path / "digits" / label, 4)
+    monkeypatch.chdir(tmp_path)
+    assert load("digits").label_names == ["one", "two"]
+    monkeypatch.chdir(tmp_path / "digits")
+    assert load(".").label_names == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["data [2023]", "x::y", "a*b"])
+def test_folders_with_odd_names_are_read(name, tmp_path):
+    for label in ("cat", "dog"):
+        put(tmp_path / name / label, 4)
+    splits = load(tmp_path / name)
+    images = LabelledImages(splits, "train", as_rgb)
+    assert used(splits) == {"cat": 4, "dog": 4} and images.image(0).size == (4, 3)
+
+
+def test_what_is_not_a_picture_is_counted(tmp_path):
+    for label in ("cat", "dog"):
+        put(tmp_path / label, 8)
+        put(tmp_path / label, 2, "{i}.avif", 20)
+        put(tmp_path / label, 1, "{i}.PNG", 30)
+        put(tmp_path / label, 1, "picture.png", 40)
+        (tmp_path / label / "picture.png").rename(tmp_path / label / "picture")  # Pillow knows it by its content
+        (tmp_path / label / "x.heic").write_bytes(b"no picture")
+        (tmp_path / label / "0.txt").write_text("0 0.5 0.5 1 1")
+        (tmp_path / label / "0.json").write_text("{}")
+        (tmp_path / label / ".DS_Store").write_bytes(b"")
+    put(tmp_path, 1, "overview.png")
+    (tmp_path / "metadata.csv").write_text("file_name,photographer\ncat/0.png,me")
+    splits = load(tmp_path)
+    assert used(splits) == {"cat": 12, "dog": 12}
+    table = describe_splits(splits)
+    for text in ("2 .heic", "2 .txt", "2 .json", "2 hidden", "1 loose pictures", "1 .csv"):
+        assert text in table
+    put(tmp_path / "fox", 1)
+    (tmp_path / "fox" / "0.png").rename(tmp_path / "fox" / "0.xyz")
+    (tmp_path / "fox" / "0.xyz").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="classes without a picture that can be read, fox: .*1 .xyz"):
+        load(tmp_path)
+
+
+def test_a_test_split_without_classes_is_left_out_and_said(tmp_path):
+    for label in ("cat", "dog"):
+        put(tmp_path / "train" / label, 8)
+    put(tmp_path / "test", 4)
+    splits = load(tmp_path)
+    assert used(splits) == {"cat": 8, "dog": 8}
+    assert "4 pictures in `test` without a class folder" in describe_splits(splits)
+
+
+def test_pictures_without_classes_are_refused(tmp_path):
+    put(tmp_path / "flat", 4)
+    with pytest.raises(ValueError, match="no class folders with pictures and no table"):
+        load(tmp_path / "flat")
+    put(tmp_path / "one" / "cat", 4)
+    with pytest.raises(ValueError, match=r"one class folder with pictures, \['cat'\]"):
+        load(tmp_path / "one")
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "labels.csv"])
+def test_labels_may_be_in_a_table_next_to_the_pictures(name, tmp_path):
+    put(tmp_path / "pictures", 8)
+    rows = [{"file_name": f"pictures/{i}.png", "label": "ab"[i % 2]} for i in range(8)]
+    if name.endswith("csv"):
+        pd.DataFrame(rows).to_csv(tmp_path / name, index=False)
+    else:
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    assert used(load(tmp_path)) == {"a": 4, "b": 4}
+
+
+def test_archives_are_read(tmp_path):
+    for label in ("cat", "dog"):
+        put(tmp_path / "z" / label, 4)
+    (tmp_path / "zips").mkdir()
+    for split in ("train", "test"):
+        shutil.make_archive(tmp_path / "zips" / split, "zip", tmp_path / "z")
+    assert sizes(load(tmp_path / "zips")) == (8, 8)
+
+
+# Tables
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    put(tmp_path, 16)
+    return [(f"{i}.png", ("cat", "dog")[i % 2]) for i in range(16)]
+
+
+def write(path, rows, head="file_name,label", separator=",", encoding="utf-8"):
+    lines = [head.replace(",", separator), *(separator.join(map(str, row)) for row in rows)]
+    path.write_bytes(("\n".join(lines) + "\n").encode(encoding))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "options", "names"),
+    [
+        ("train.csv", ("None", "scratch"), {}, ["None", "scratch"]),
+        ("train.csv", ("NA", "nan"), {}, ["NA", "nan"]),
+        ("train.csv", ("007", "010"), {}, ["007", "010"]),
+        ("train.csv", ("10", "9"), {}, ["9", "10"]),
+        ("train.csv", (" cat", "dog "), {}, ["cat", "dog"]),
+        ("train.csv", ("cat", "dog"), {"separator": ";"}, ["cat", "dog"]),
+        ("train.tsv", ("cat", "dog"), {"separator": "\t"}, ["cat", "dog"]),
+        ("train.CSV", ("cat", "dog"), {}, ["cat", "dog"]),
+        ("train.csv", ("Kätzchen", "Hund"), {"encoding": "latin-1"}, ["Hund", "Kätzchen"]),
+        ("train.csv", ("Kätzchen", "Hund"), {"encoding": "utf-16"}, ["Hund", "Kätzchen"]),
+    ],
+)
+def test_csv_files_as_people_have_them(name, labels, options, names, tmp_path, pictures):
+    rows = [(file, labels[i % 2]) for i, (file, _) in enumerate(pictures)]
+    splits = load(write(tmp_path / name, rows, **options))
+    assert splits.label_names == names
+    assert sum(used(splits).values()) == 16
+    assert ("was read as cp1252" in describe_splits(splits)) == (options.get("encoding") == "latin-1")
+
+
+def test_file_names_that_are_numbers_or_lack_the_suffix(tmp_path, pictures):
+    for i in range(16):
+        shutil.copy(tmp_path / f"{i}.png", tmp_path / f"{i:04d}")
+    assert sum(used(load(write(tmp_path / "a.csv", [(f"{i:04d}", "ab"[i % 2]) for i in range(16)]))).values()) == 16
+    assert sum(used(load(write(tmp_path / "b.csv", [(i, "ab"[i % 2]) for i in range(16)]))).values()) == 16
+    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"image": i, "label": "ab"[i % 2]}) for i in range(16)))
+    assert sum(used(load(tmp_path / "c.jsonl")).values()) == 16
+
+
+def test_tables_that_name_no_file_or_none_that_is_there(tmp_path, pictures):
+    with pytest.raises(ValueError, match="is empty in row 1"):
+        load(write(tmp_path / "a.csv", [("", "cat"), *pictures[1:]]))
+    with pytest.raises(ValueError, match="1 of 16, the first is `gone.png` in row 1"):
+        load(write(tmp_path / "a.csv", [("gone.png", "cat"), *pictures[1:]]))
+    with pytest.raises(ValueError, match="has 1 images without a label, the first is number 0"):
+        load(write(tmp_path / "a.csv", [("0.png", ""), *pictures[1:]]))
+    with pytest.raises(ValueError, match="2 columns, but 3 values in row 2"):
+        load(write(tmp_path / "a.csv", [("0.png", "cat,dog"), *pictures[1:]]))
+
+
+def test_a_column_tells_the_split(tmp_path, pictures):
+    rows = [(*row, ("train", "Test")[i // 2 % 2]) for i, row in enumerate(pictures)]
+    assert sizes(load(write(tmp_path / "all.csv", rows, "file_name,label,split"))) == (8, 8)
+    rows = [(*row, ("train", "holdout")[i // 2 % 2]) for i, row in enumerate(pictures)]
+    table = write(tmp_path / "all.csv", rows, "file_name,label,split")
+    with pytest.raises(ValueError, match=r"has \['holdout'\], which are not splits"):
+        load(table)
+    assert sizes(load(table, eval_split="holdout")) == (8, 8)
+
+
+def test_several_labels_in_text(tmp_path, pictures):
+    rows = [(file, ("cat", "cat|dog", "fox | dog")[i % 3]) for i, (file, _) in enumerate(pictures)]
+    splits = load(write(tmp_path / "a.csv", rows))
+    assert splits.multi_label and splits.label_names == ["cat", "dog", "fox"]
+    assert used(splits) == {"cat": 11, "dog": 10, "fox": 5}
+
+
+@pytest.mark.parametrize("form", ["lists", "floats", "text", "columns"])
+def test_zeros_and_ones_for_each_class(form, tmp_path, pictures):
+    hot = [[int(i % 3 == 0), int(i % 3 == 1), int(i % 3 != 2)] for i in range(16)]
+    wanted = [sum(column) for column in zip(*hot, strict=True)]
+    if form == "columns":
+        rows = [(file, *hot[i]) for i, (file, _) in enumerate(pictures)]
+        splits = load(write(tmp_path / "a.csv", rows, "file_name,cat,dog,fox"))
+    elif form == "text":
+        rows = [(file, f'"{hot[i]}"') for i, (file, _) in enumerate(pictures)]
+        splits = load(write(tmp_path / "a.csv", rows))
+    else:
+        number = float if form == "floats" else int
+        rows = [{"image": file, "label": list(map(number, hot[i]))} for i, (file, _) in enumerate(pictures)]
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        splits = load(tmp_path / "a.jsonl")
+    names = ["cat", "dog", "fox"] if form == "columns" else ["0", "1", "2"]
+    assert splits.multi_label and splits.label_names == names
+    assert used(splits) == dict(zip(names, wanted, strict=True))
+
+
+def test_one_of_several_zeros_is_a_single_label(tmp_path, pictures):
+    rows = [(file, i % 2, (i + 1) % 2) for i, (file, _) in enumerate(pictures)]
+    splits = load(write(tmp_path / "a.csv", rows, "file_name,cat,dog"))
+    assert not splits.multi_label and used(splits) == {"cat": 8, "dog": 8}
+
+
+@pytest.mark.parametrize("form", ["struct", "bytes", "paths", "path in struct"])
+def test_parquet_files_of_other_programs(form, tmp_path, pictures):
+    def png(i):
+        buffer = io.BytesIO()
+        Image.new("RGB", (4, 3), (i, 0, 0)).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    image = {
+        "struct": lambda i: {"bytes": png(i), "path": f"{i}.png"},
+        "path in struct": lambda i: {"bytes": png(i), "path": f"{i}.png", "width": 4},
+        "bytes": png,
+        "paths": lambda i: f"{i}.png",
+    }[form]
+    rows = {"image": [image(i) for i in range(16)], "label": [label for _, label in pictures]}
+    pd.DataFrame(rows).to_parquet(tmp_path / "train.parquet")
+    splits = load(tmp_path / "train.parquet")
+    assert sizes(splits) == (14, 2)
+    images = LabelledImages(splits, "train", as_rgb)
+    assert images.image(0).getpixel((0, 0))[0] % 2 == images.label(0)
+
+
+# Files that data names
+
+
+@pytest.mark.parametrize(
+    "value", ["http://127.0.0.1:9/a.png", "zip://a.png::b.zip", "file:///etc/hostname", "../a.png"]
+)
+def test_tables_may_not_name_files_elsewhere(value, tmp_path):
+    put(tmp_path / "in", 4)
+    put(tmp_path, 1, "a.png")
+    rows = [(value, "cat"), *((f"{i}.png", "dog") for i in range(4))]
+    for table in (write(tmp_path / "in" / "a.csv", rows), tmp_path / "in" / "a.parquet"):
+        if table.suffix == ".parquet":
+            pd.DataFrame(rows, columns=["image", "label"]).to_parquet(table)
+        with pytest.raises(ValueError, match="in row 1.*Pass `--allow-outside-files`"):
+            load(table)
+    if value == "../a.png":
+        assert sum(used(load(tmp_path / "in" / "a.csv", allow_outside_files=True)).values()) == 5
+
+
+def test_pictures_in_parquet_may_not_be_files_elsewhere(tmp_path):
+    put(tmp_path, 1, "a.png")
+    (tmp_path / "in").mkdir()
+    rows = {"image": [{"bytes": None, "path": str(tmp_path / "a.png")}] * 4, "label": [0, 1, 0, 1]}
+    pd.DataFrame(rows).to_parquet(tmp_path / "in" / "train.parquet")
+    table = tmp_path / "in" / "train.parquet"
+    with pytest.raises(BadImageError, match="which is outside the data set"):
+        LabelledImages(load(table), "train", as_rgb).image(0)
+    assert LabelledImages(load(table, allow_outside_files=True), "train", as_rgb).image(0).size == (4, 3)
+
+
+# What training and evaluation see
+
+
+def test_the_held_out_part_has_classes_as_often_as_the_whole(tmp_path):
+    put(tmp_path / "cat", 95)
+    put(tmp_path / "dog", 5)
+    put(tmp_path / "fox", 1)
+    splits = load(tmp_path)
+    assert sizes(splits) == (90, 11)
+    held = Counter(splits.label_names[x] for x in splits.evaluation["label"])
+    assert held == {"cat": 10, "dog": 1}  # the only fox is for training
+
+
+def test_the_table_tells_numbers_of_images(tmp_path):
+    put(tmp_path / "train" / "cat", 9)
+    put(tmp_path / "train" / "dog", 5)
+    put(tmp_path / "test" / "cat", 2)
+    put(tmp_path / "test" / "dog", 3)
+    lines = describe_splits(load(tmp_path)).splitlines()
+    assert lines[1].split() == ["train", "14", "2", "5", "(dog),", "9", "(cat)"]
+    assert lines[2].split() == ["evaluation", "5", "2", "2", "(cat),", "3", "(dog)"]
+
+
+def test_the_fingerprint_changes_with_the_data_and_not_with_its_place(tmp_path):
+    for label in ("cat", "dog", "fox"):
+        put(tmp_path / "a" / "train" / label, 4)
+        put(tmp_path / "a" / "test" / label, 2)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    first = fingerprint(load(tmp_path / "a"))
+    assert fingerprint(load(tmp_path / "b")) == first
+    assert (first["label_names"], first["num_train"], first["num_eval"]) == (["cat", "dog", "fox"], 12, 6)
+    Image.effect_noise((30, 30), 60).save(tmp_path / "b" / "train" / "cat" / "0.png")
+    assert fingerprint(load(tmp_path / "b"))["hash"] != first["hash"]
+    put(tmp_path / "a" / "train" / "cat", 1, start=9)
+    assert fingerprint(load(tmp_path / "a"))["num_train"] == 13
+    for split in ("train", "test"):
+        (tmp_path / "b" / split / "cat").rename(tmp_path / "b" / split / "zebra")
+    assert fingerprint(load(tmp_path / "b"))["label_names"] == ["dog", "fox", "zebra"]
+
+
+def test_classes_are_matched_by_name_and_case_where_it_matters():
+    assert class_numbers(["a", "A"], {0: "A", 1: "a"}) == ([1, 0], [])
+    assert class_numbers(["Cat", "DOG"], {0: "dog", 1: "cat"}) == ([1, 0], [])
+    assert class_numbers(["a", "b"], {0: "A", 1: "B", 2: "b"}) == ([0, 2], [])
+    assert class_numbers(["a", "A"], {0: "a"}) == ([0], ["A"])
+    assert class_numbers([unicodedata.normalize("NFD", "Kätzchen")], {0: "Kätzchen"}) == ([0], [])
+
+
+def test_a_streamed_folder_is_mixed_before_it_is_read(tmp_path):
+    for split, count in (("train", 60), ("test", 2)):
+        for label in ("cat", "dog", "fox"):
+            put(tmp_path / split / label, count)
+    splits = load(tmp_path, streaming=True, shuffle_buffer=10)
+    assert splits.is_streamed
+    labels = [row["label"] for row in splits.train]
+    assert len(labels) == 180
+    assert all(len(set(labels[i : i + 20])) == 3 for i in range(0, 180, 20))
+    assert load_evaluation_split(DataArguments(dataset=[str(tmp_path)], streaming=True)).is_streamed
+
+
+def test_a_stream_that_is_sorted_by_class_is_refused(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    for split, labels in (("train", [0] * 40 + [1] * 40), ("test", [0, 1])):
+        rows = {"image": [Image.new("RGB", (4, 3))] * len(labels), "label": labels}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    with pytest.raises(ValueError, match="sorted by class: the 30 images .* are of 1 of 2 classes"):
+        load(tmp_path, streaming=True, shuffle_buffer=30)
+    assert load(tmp_path, streaming=True, shuffle_buffer=80).is_streamed
+
+
+def test_labels_of_other_splits_may_be_single_where_several_are_allowed(tmp_path, pictures):
+    train = write(tmp_path / "train.csv", [(file, ("a", "a|b")[i % 2]) for i, (file, _) in enumerate(pictures)])
+    test = write(tmp_path / "test.csv", [(file, "ab"[i % 2]) for i, (file, _) in enumerate(pictures)])
+    splits = load(train, test)
+    assert splits.multi_label and splits.evaluation["label"][:2] == [[0], [1]]
+    assert np.asarray(LabelledImages(splits, "evaluation", as_rgb).label(1)).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_the_head_of_a_checkpoint_follows_the_names_of_its_classes(distilled, tmp_path):
+    names = ["fox", "cat", "dog"]
+    labels = {"id2label": dict(enumerate(names)), "label2id": {x: i for i, x in enumerate(names)}}
+    config = tiny_config_with(num_labels=3, use_distillation_token=distilled, **labels)
+    model = random_classifier(config).eval()
+    model.save_pretrained(tmp_path)
+    arguments = parse_train_arguments(["--model", str(tmp_path), "--keep_rate", "0.6"])
+    images = torch.randn(2, 3, 32, 32)
+    wanted = model(images).logits
+    found = build_model(arguments, ["cat", "dog", "fox"]).eval()
+    assert torch.equal(found(images).logits, wanted[:, [1, 2, 0]])
+    other = build_model(arguments, ["cat", "dog", "emu"]).eval()  # other classes start from what it was
+    assert torch.equal(other(images).logits, wanted)

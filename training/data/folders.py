@@ -1,0 +1,222 @@
+"""Folders of pictures: which picture belongs to which split and class, and what is left out and why.
+
+A class is the first folder below the split (or below the data set): `train/cat/2021/1.png` is a cat. Words in the
+names of files mean nothing. Where two readings are possible, neither is taken.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from .names import class_name, is_part, split_of
+
+
+Parts = tuple[str, ...]  # a path below the data set's folder
+
+# Files that lie next to pictures and are never one.
+_SIDECARS = {
+    *(".txt", ".json", ".jsonl", ".xml", ".csv", ".tsv", ".md", ".yaml", ".yml", ".html", ".pdf", ".ini", ".log"),
+    *(".py", ".ipynb", ".npy", ".npz", ".mat", ".pkl", ".pt", ".pth", ".parquet", ".arrow", ".db", ".zip", ".tar"),
+    *(".gz", ".mp4", ".avi", ".mov", ".mkv", ".wav", ".mp3", ".doc", ".docx", ".xls", ".xlsx", ".h5", ".svg"),
+}
+_PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
+
+
+@dataclass
+class PictureFolder:
+    """Pictures of a folder by split, as (path, class), and the number of files that were left out by reason.
+
+    `class_level` says at which level below the folder the class folders are; 0 is right inside it.
+    """
+
+    splits: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
+    class_level: int = 0
+
+
+def picture_suffixes() -> set[str]:
+    """Suffixes of the picture files that Pillow reads here, with the plugins that are installed."""
+    Image.init()
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN} - _SIDECARS
+
+
+def list_pictures(root: Path) -> tuple[list[Parts], list[Parts], Counter[str]]:
+    """Pictures below a folder, following links; files that look like pictures but cannot be read; the others counted.
+
+    Args:
+        root: folder.
+
+    Returns: pictures, unreadable files, and the number of files that were left out by reason.
+    """
+    suffixes = picture_suffixes()
+    pictures: list[Parts] = []
+    unreadable: list[Parts] = []
+    left_out: Counter[str] = Counter()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder) + os.sep
+        # A link to a folder that it lies in would never end.
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".")
+            and name != "__MACOSX"
+            and not real.startswith(os.path.realpath(os.path.join(folder, name)) + os.sep)
+        )
+        inside = Path(folder).relative_to(root).parts
+        for name in sorted(files):
+            suffix = os.path.splitext(name)[1].lower()
+            if name.startswith(".") or name in ("Thumbs.db", "desktop.ini"):
+                left_out["hidden files"] += 1
+            elif suffix in suffixes or (suffix not in _SIDECARS and _opens(os.path.join(folder, name))):
+                pictures.append((*inside, name))
+            else:
+                if suffix not in _SIDECARS:
+                    unreadable.append((*inside, name))
+                plugin = f", which `pip install {_PLUGINS[suffix]}` would read" if suffix in _PLUGINS else ""
+                left_out[f"{suffix or 'without suffix'}{plugin}"] += 1
+    return pictures, unreadable, left_out
+
+
+def _opens(path: str) -> bool:
+    try:
+        with Image.open(path):
+            return True
+    except (OSError, SyntaxError, ValueError):
+        return False
+
+
+def read_picture_folder(root: Path, named_splits: Collection[str] = ()) -> PictureFolder | None:
+    """Sort the pictures of a folder into splits and classes.
+
+    Args:
+        root: folder with class folders, or with split folders that hold class folders.
+        named_splits: folders that are splits whatever their names mean.
+
+    Returns: the pictures; None if there are no class folders, only pictures or none at all.
+
+    Raises: ValueError naming the folders that can be read in two ways, or a class that would be lost.
+    """
+    pictures, unreadable, left_out = list_pictures(root)
+    found = PictureFolder(left_out=left_out)
+    by_split = _by_split(pictures, root, named_splits, found)
+    if by_split is None:
+        return None
+    for split, classes in by_split.items():
+        found.splits[split] = [
+            (str(root.joinpath(*parts)), class_name(name)) for name, files in classes.items() for parts in files
+        ]
+    level = found.class_level + 1
+    used = {parts[:level] for classes in by_split.values() for files in classes.values() for parts in files}
+    lost = {parts[:level] for parts in unreadable if len(parts) > level} - used
+    if lost:
+        names = ", ".join("/".join(parts) for parts in sorted(lost)[:5])
+        raise ValueError(
+            f"`{root}` has classes without a picture that can be read, {names}: {reasons(left_out)}. Convert the "
+            "files, install what reads them, or remove the folders."
+        )
+    return found
+
+
+def _by_split(
+    pictures: list[Parts], root: Path, named: Collection[str], found: PictureFolder, above: Parts = ()
+) -> dict[str, dict[str, list[Parts]]] | None:
+    """Pictures by split and class folder; see `read_picture_folder`."""
+    level = found.class_level = len(above)
+    tops: dict[str, list[Parts]] = {}
+    for parts in pictures:
+        if len(parts) > level + 1:
+            tops.setdefault(parts[level], []).append(parts)
+    loose = sum(len(parts) == level + 1 for parts in pictures)
+    if not tops:
+        return None
+    nested = [top for top, files in tops.items() if any(len(parts) > level + 2 for parts in files)]
+    by_flag = [top for top in tops if top in named and top in nested]
+    splits = {top: top if top in by_flag else split_of(top) for top in tops}
+    others = [top for top in tops if splits[top] is None]
+    where = root.joinpath(*above)
+    if loose:
+        found.left_out["loose pictures without a class folder"] += loose
+    if by_flag or (len(others) < len(tops) and not others and nested):
+        for top in others:
+            found.left_out[f"pictures in `{top}`, which is neither `--train-split` nor `--eval-split`"] += len(
+                tops[top]
+            )
+        found.class_level = level + 1
+        return _split_folders({top: files for top, files in tops.items() if splits[top]}, splits, where, level, found)
+    if not others:
+        raise ValueError(
+            f"`{where}` has {_listed(tops)} with pictures but without class folders. If these are classes, put them "
+            "into a folder `train`; if they are splits, put the pictures into a folder for each class."
+        )
+    if len(others) < len(tops) and any(top in nested for top in splits if splits[top]):
+        raise ValueError(
+            f"`{where}` has {_listed([top for top in tops if splits[top]])}, and {_listed(others)}, whose name is not "
+            "that of a split. Remove or rename it, or name it with `--train-split` or `--eval-split`. If all are "
+            "classes, put them into a folder `train`."
+        )
+    parts_of_data = [top for top in others if is_part(top) and top in nested]
+    if parts_of_data:
+        raise ValueError(
+            f"`{where}` has {_listed(tops)}, which look like parts of the data: say with `--train-split` and "
+            "`--eval-split` which is which, or put the class folders into folders `train` and `test`."
+        )
+    below = {parts[level + 1] for top in nested for parts in tops[top] if len(parts) > level + 2}
+    deeper = sorted(
+        {name for top in nested for parts in tops[top] for name in parts[level + 1 : -1] if split_of(name)}
+    )
+    if len(tops) == 1 and nested and (not deeper or all(split_of(name) for name in below)):
+        (top,) = tops
+        if len(below) > 1 or deeper:  # a folder around the data, not its only class
+            return _by_split(pictures, root, named, found, (*above, top))
+    if deeper and len(nested) == len(tops) and all(split_of(name) for name in below):
+        by_split: dict[str, dict[str, list[Parts]]] = {}
+        for top, files in tops.items():
+            for parts in files:
+                if len(parts) > level + 2:
+                    by_split.setdefault(split_of(parts[level + 1]) or "", {}).setdefault(top, []).append(parts)
+                else:
+                    found.left_out["loose pictures without a split folder"] += 1
+        return by_split
+    if deeper:
+        raise ValueError(
+            f"`{where}` has folders {_listed(deeper)} inside some class folders: put the splits first "
+            "(`train/cat`, `test/cat`), or rename them."
+        )
+    return {"train": tops}
+
+
+def _split_folders(
+    tops: dict[str, list[Parts]], splits: dict[str, str | None], where: Path, level: int, found: PictureFolder
+) -> dict[str, dict[str, list[Parts]]]:
+    """Pictures of split folders by class folder; a split without class folders is left out, and said so."""
+    by_split: dict[str, dict[str, list[Parts]]] = {}
+    for top, files in tops.items():
+        split = splits[top] or ""
+        if split in by_split:
+            same = [other for other in tops if splits[other] == split]
+            raise ValueError(f"`{where}` has {_listed(same)}, which are all the {split} split: keep one of them.")
+        classes: dict[str, list[Parts]] = {}
+        for parts in files:
+            if len(parts) > level + 2:
+                classes.setdefault(parts[level + 1], []).append(parts)
+        num_loose = len(files) - sum(map(len, classes.values()))
+        if num_loose:
+            found.left_out[f"pictures in `{top}` without a class folder"] += num_loose
+        if classes:
+            by_split[split] = classes
+    return by_split
+
+
+def reasons(left_out: Counter[str]) -> str:
+    """Numbers of files by reason in words."""
+    return "; ".join(f"{count} {reason}" for reason, count in left_out.most_common()) or "there are no files"
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{'folders' if len(names) > 1 else 'a folder'} {', '.join(f'`{name}`' for name in names[:5])}{more}"

@@ -1,0 +1,246 @@
+"""Tables of images and labels: CSV, TSV, JSON lines, Parquet and Arrow, as people's programs write them."""
+
+import csv
+import io
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from .folders import picture_suffixes
+from .images import DatasetLike
+from .names import SPLIT_OF_WORD
+
+
+FILE_TYPES = {
+    **{".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv"},
+    **{".jsonl": "json", ".ndjson": "json", ".json": "json"},
+}
+IMAGE_COLUMNS = ("image", "img", "pixel_values", "file_name", "filename", "file", "path", "image_path", "filepath")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category")
+SPLIT_COLUMNS = ("split", "subset", "partition", "set")
+
+
+def file_type(file: str | Path) -> str | None:
+    """Kind of a data file by its suffix, in capitals or not; None if it is not one."""
+    return FILE_TYPES.get(Path(file).suffix.lower())
+
+
+def read_table(file: str, image_column: str | None, allow_outside: bool, streaming: bool, notes: list[str]) -> Any:
+    """Read one data file.
+
+    Args:
+        file: path.
+        image_column: with pictures, or their paths, which are relative to the file's folder.
+        allow_outside: whether paths may lead out of that folder, and be URLs.
+        streaming: whether pictures inside the file are read while they are used.
+        notes: gets a line for each thing that was found out and not said.
+
+    Returns: the data with its pictures undecoded; a table of paths is never streamed, its pictures are.
+
+    Raises: ValueError naming the file and what is wrong with it.
+    """
+    kind = file_type(file)
+    if kind in ("csv", "json"):
+        columns = _read_csv(file, notes) if kind == "csv" else _read_json(file)
+        name = image_column or next((x for x in IMAGE_COLUMNS if x in columns), None)
+        if name not in columns:
+            raise ValueError(f"`{file}` has the columns {list(columns)}: name that of the images' paths.")
+        if kind == "csv":
+            columns = {x: values if x == name else _numbers(values) for x, values in columns.items()}
+        columns[name] = resolved(columns[name], file, name, allow_outside)
+        try:
+            table = datasets.Dataset.from_dict(columns)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise ValueError(f"`--dataset {file}` could not be read: {error}") from None
+        return table.cast_column(name, datasets.Image(decode=False))
+    return _with_images(_load_binary(file, kind, streaming), file, kind, image_column, allow_outside, streaming)
+
+
+def _load_binary(file: str, kind: str | None, streaming: bool) -> DatasetLike:
+    if "::" in file:
+        raise ValueError(f"`--dataset {file}`: `::` in a path would be read as a chain of URLs: rename it.")
+    try:
+        pattern = re.sub(r"([*?\[])", r"[\1]", file)  # the name itself, not what it would match
+        return datasets.load_dataset(kind, data_files=pattern, split="train", streaming=streaming)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = f"{error}: {error.__cause__}" if error.__cause__ is not None else str(error)
+        raise ValueError(f"`--dataset {file}` could not be read: {' '.join(reason.split())}") from None
+
+
+def _with_images(
+    table: DatasetLike, file: str, kind: str | None, name: str | None, allow_outside: bool, streaming: bool
+) -> DatasetLike:
+    """A Parquet or Arrow table whose pictures are pictures, also where no program has said so in its metadata."""
+    if table.features is None or any(isinstance(x, datasets.Image) for x in table.features.values()):
+        return table
+    name = name or next((x for x in IMAGE_COLUMNS if x in table.column_names), None)
+    feature = table.features.get(name)
+    dtype = getattr(feature, "dtype", None)
+    is_struct = isinstance(feature, dict) and "bytes" in feature
+    if dtype in ("binary", "large_binary", "binary_view") or is_struct:
+        if is_struct and set(feature) != {"bytes", "path"}:
+            return table.map(lambda row: {name: {"bytes": row[name]["bytes"], "path": None}}).cast_column(
+                name, datasets.Image(decode=False)
+            )
+        return table.cast_column(name, datasets.Image(decode=False))
+    if dtype is not None and (dtype.endswith(("string", "string_view")) or dtype.startswith("int")):
+        if streaming:
+            table = _load_binary(file, kind, streaming=False)
+        paths = resolved(table[name][:], file, name, allow_outside)
+        table = table.remove_columns(name).add_column(name, paths)
+        return table.cast_column(name, datasets.Image(decode=False))
+    return table
+
+
+def _read_csv(file: str, notes: list[str]) -> dict[str, list[str]]:
+    """Columns of a CSV file as text, with its own separator and encoding: no value is taken for a missing one."""
+    data = Path(file).read_bytes()
+    encodings = ["utf-16"] if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ["utf-8-sig", "cp1252", "latin-1"]
+    for encoding in encodings:
+        try:
+            text = data.decode(encoding)
+            break
+        except UnicodeDecodeError:
+            continue
+    else:
+        raise ValueError(f"`{file}` is not text in UTF-8 or UTF-16: save it as UTF-8.")
+    if encoding not in ("utf-8-sig", "utf-16"):
+        notes.append(f"`{file}` is not UTF-8, and was read as {encoding}.")
+    header = text.split("\n", 1)[0].rstrip("\r")
+    separator = max(",;\t|", key=header.count)
+    rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator) if any(map(str.strip, row))]
+    names = [name.strip() for name in rows[0]] if rows else []
+    if len(set(names)) < len(names):
+        raise ValueError(f"`{file}` has several columns of one name: {names}.")
+    for number, row in enumerate(rows[1:], 2):
+        if len(row) != len(names):
+            raise ValueError(
+                f"`{file}` has {len(names)} columns, but {len(row)} values in row {number}: put text that holds "
+                f"`{separator}` into quotes."
+            )
+    return {name: [row[i].strip() for row in rows[1:]] for i, name in enumerate(names)}
+
+
+def _read_json(file: str) -> dict[str, list[Any]]:
+    """Columns of JSON lines, or of one list of objects."""
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+        rows = (
+            json.loads(text) if text.lstrip()[:1] == "[" else [json.loads(x) for x in text.splitlines() if x.strip()]
+        )
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"`--dataset {file}` could not be read as JSON lines: {error}") from None
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"`{file}` must hold one JSON object for each image, a line for each.")
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _numbers(values: list[str]) -> list[Any]:
+    """Text of a CSV column as numbers, where all of it is numbers as Python writes them: `007` is a name."""
+    if values and all(re.fullmatch(r"-?(0|[1-9]\d{0,17})", value) for value in values):
+        return [int(value) for value in values]
+    if values and all(re.fullmatch(r"-?\d+\.\d+", value) for value in values):
+        return [float(value) for value in values]
+    return values
+
+
+def resolved(values: Sequence[Any], file: str, column: str, allow_outside: bool) -> list[str]:
+    """Full paths of the pictures that a table names, found also without suffix or in the other spelling of Unicode.
+
+    Args:
+        values: paths as the table has them, relative to its folder.
+        file: the table.
+        column: for messages.
+        allow_outside: whether they may be URLs, or lead out of the table's folder.
+
+    Raises: ValueError naming the first row that has no path, a path that leads outside, or no file there.
+    """
+    folder = Path(file).resolve().parent
+    listings: dict[str, dict[str, list[str]]] = {}
+    found, missing = [], []
+    for number, value in enumerate(values, 1):
+        text = "" if value is None else str(value).strip()
+        if not text:
+            raise ValueError(
+                f"Column `{column}` of `{file}` is empty in row {number}: name a file, or remove the row."
+            )
+        path = os.path.normpath(folder / text)
+        is_outside = not path.startswith(str(folder) + os.sep)
+        is_remote = ("://" in text or "::" in text) and not os.path.exists(path)
+        if (is_outside or is_remote) and not allow_outside:
+            raise ValueError(
+                f"Column `{column}` of `{file}` names `{text}` in row {number}, "
+                f"{'a URL' if is_remote else f'which is outside {folder}'}: data from others should not say what is "
+                "read here. Pass `--allow-outside-files` if you trust it."
+            )
+        path = text if is_remote else _existing(path, listings)
+        if path is None:
+            missing.append((number, text))
+        else:
+            found.append(path)
+    if missing:
+        raise ValueError(
+            f"Column `{column}` of `{file}` names files that are not in {folder}: {len(missing)} of {len(values)}, "
+            f"the first is `{missing[0][1]}` in row {missing[0][0]}."
+        )
+    return found
+
+
+def _existing(path: str, listings: dict[str, dict[str, list[str]]]) -> str | None:
+    """The file at a path, or the only picture there that has this name and a suffix."""
+    folder, name = os.path.split(path)
+    if folder not in listings:
+        names: dict[str, list[str]] = {}
+        suffixes = picture_suffixes()
+        for entry in os.listdir(folder) if os.path.isdir(folder) else ():
+            plain = unicodedata.normalize("NFC", entry)
+            names.setdefault(plain, []).insert(0, entry)
+            stem, suffix = os.path.splitext(plain)
+            if suffix.lower() in suffixes:
+                names.setdefault(stem, []).append(entry)
+        listings[folder] = names
+    matches = listings[folder].get(unicodedata.normalize("NFC", name), [])
+    if name in matches:
+        return path
+    same = [match for match in matches if unicodedata.normalize("NFC", match) == unicodedata.normalize("NFC", name)]
+    matches = same or matches
+    return os.path.join(folder, matches[0]) if len(matches) == 1 else None
+
+
+def by_split(table: DatasetLike, file: str, told: str | None, named: Sequence[str]) -> dict[str | None, DatasetLike]:
+    """The splits of one table: by its column `split`, or the one that its name tells, which may be None.
+
+    Args:
+        table: the data.
+        file: its path.
+        told: the split that its name tells.
+        named: splits that the settings name; values of the column may be these, or usual words.
+
+    Raises: ValueError for other values.
+    """
+    column = next((x for x in SPLIT_COLUMNS if x in table.column_names), None)
+    if column is None or isinstance(table, datasets.IterableDataset):
+        return {told: table}
+    values = [str(value).strip() for value in table[column][:]]
+    meaning = {value: value if value in named else SPLIT_OF_WORD.get(value.casefold()) for value in set(values)}
+    unknown = sorted(value for value, split in meaning.items() if split is None)
+    if len(unknown) == len(meaning) and (len(unknown) < 2 or column == "set"):
+        return {told: table}  # something else that is called so
+    if unknown:
+        raise ValueError(
+            f"Column `{column}` of `{file}` has {unknown[:5]}, which are not splits: write train, validation or test, "
+            "or name them with `--train-split` and `--eval-split`."
+        )
+    splits = [meaning[value] for value in values]
+    return {
+        split: table.select([i for i, value in enumerate(splits) if value == split])
+        for split in dict.fromkeys(splits)
+        if split is not None
+    }
