@@ -50,15 +50,6 @@ FINE_TUNING = (
     "images, cosine to 2e-6, no warm-up, weight decay 1e-6, the same augmentation. Both recipes are those of the "
     "official scripts (`run_code.sh`, `finetune.sh`); neither was run with this code."
 )
-LIMITS = [
-    "Trained on ImageNet-1k: 1,000 classes of mostly Western web photographs, with that collection's label errors and "
-    "its geographic and social biases. Classes about people must not be used to judge people.",
-    "Patches that the class token overlooks early are gone: small objects, several objects in one image, and images "
-    "unlike the training data suffer first, and more at low keep rates.",
-    "The kept patches show what the model computes with. They are no explanation of its answer.",
-    "Fewer multiplications are not always less time: at small batches on a GPU and in tiny models the gain can "
-    "vanish. Measure on your device.",
-]
 
 
 def preset_title(preset: str) -> str:
@@ -166,7 +157,7 @@ def card(preset: str, folder: str, published: dict[str, Any], in_zoo: bool = Fal
         "dense_gmacs": num_macs(config, 1.0) / 1e9,
         "obtain": text,
         "convert_command": command,
-        "folder": folder,
+        "location": folder,
         "results_note": (
             "ImageNet-1k validation. Accuracies are **reported by others**, see the last column; none was measured "
             "with this code."
@@ -179,7 +170,6 @@ def card(preset: str, folder: str, published: dict[str, Any], in_zoo: bool = Fal
             if config.model_type == "evit_lv"
             else ""
         ),
-        "limits": LIMITS,
         "licence": (
             "This code is Apache-2.0, as are the official repositories of EViT and DeiT; converted weights keep the "
             "licence that they came with. ImageNet has terms of its own, for non-commercial research and education."

@@ -52,14 +52,15 @@ class Repo:
 
 @dataclass
 class Fault:
-    """The next `times` requests that match fail: with a status, or by "drop", "hang", "truncate" or "huge".
+    """The next `times` requests that match fail: with a status, by "drop", "hang", "truncate" or "huge", or a body.
 
-    "huge" promises a petabyte and sends what is there.
+    "huge" promises a petabyte and sends what is there. A body in bytes comes with status 200, as from a proxy.
     """
 
     pattern: str
-    what: int | str
+    what: int | str | bytes
     times: int = 1_000_000
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 class XetFile(bytes):
@@ -197,8 +198,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         length = int(self.headers.get("Content-Length") or 0)
         self.body = self.rfile.read(length) if length else self.chunked_body()
-        if fault and isinstance(fault.what, int):
-            self.reply({"error": "injected"}, fault.what)
+        if fault and isinstance(fault.what, (int, bytes)):
+            answer = ({"error": "injected"}, fault.what) if isinstance(fault.what, int) else (fault.what, 200)
+            self.reply(*answer, fault.headers)
             return
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             for route_method, pattern, function in ROUTES:

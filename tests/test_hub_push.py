@@ -1,5 +1,8 @@
 """To a Hub and back over HTTP, with unmodified clients in processes of their own, and what happens when it fails."""
 
+import datetime
+import email.utils
+import html
 import json
 import os
 import re
@@ -7,11 +10,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
+import yaml
 from conftest import run_python, tiny_config_with
-from hub_server import READ_TOKEN, Commit, Fault, Hub, Repo
+from hub_server import READ_TOKEN, TOKEN, Commit, Fault, Hub, Repo
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 from training_runs import SMALL, read_log
@@ -19,8 +24,9 @@ from transformers import ViTImageProcessor
 
 import evit_hf
 from evit_hf import EViTForImageClassification
-from evit_training.sharing.card import keep_what_was_added, render_run_card
-from evit_training.sharing.hub import check_card, export_folder, plain_text
+from evit_training.sharing.card import card_to_push, keep_what_was_added, render_run_card, wilson_interval
+from evit_training.sharing.command import command_of_run, public_command, without_paths
+from evit_training.sharing.hub import HubRepo, PushError, check_card, export_folder, plain_text, seconds_to_wait
 
 
 REPO = "org/evit-digits"
@@ -69,22 +75,18 @@ def model_folder(tmp_path):
 
 def test_what_was_pushed_is_the_model_and_nothing_else(hub, pushed):
     files = hub.files(REPO)
-    assert set(files) == {
+    code = {path.name for path in (pushed / "model").glob("*.py")}
+    assert {"configuration_evit.py", "modeling_evit.py", "token_reorganization.py", "pictures.py"} <= code
+    assert set(files) == code | {
         ".gitattributes",
         "README.md",
         "arguments.yaml",
         "class_report.json",
         "config.json",
-        "configuration_evit.py",
         "kept_patches.png",
-        "linear.py",
         "model.safetensors",
-        "modeling_evit.py",
         "preprocessor_config.json",
         "results.json",
-        "pictures.py",
-        "token_labelling.py",
-        "token_reorganization.py",
         "tradeoff.png",
     }
     assert files["model.safetensors"] == (pushed / "model" / "model.safetensors").read_bytes()
@@ -123,20 +125,59 @@ def test_nothing_secret_is_pushed(tmp_path, model_folder):
         (model_folder / name).write_text("HF_TOKEN=hf_secret")
     (tmp_path / "outside.json").write_text("secret")
     (model_folder / "results.json").symlink_to(tmp_path / "outside.json")
+    code = {path.name for path in model_folder.glob("*.py")}
+    (model_folder / "export.py").write_text("HF_TOKEN = 'hf_secret'")  # not the package's: nothing imports it
     names = export_folder(model_folder, tmp_path / "export")
-    assert set(names) == {
+    assert set(names) == code | {
         "config.json",
-        "configuration_evit.py",
-        "linear.py",
         "model.safetensors",
-        "modeling_evit.py",
         "preprocessor_config.json",
-        "pictures.py",
-        "token_labelling.py",
-        "token_reorganization.py",
     }
     with pytest.raises(ValueError, match="holds no model: it needs config.json and model.safetensors"):
         export_folder(tmp_path / "home", tmp_path / "other")
+
+
+def test_local_paths_stay_local(model_folder, tmp_path):
+    settings = {
+        "dataset": ["/home/alice/ward-7", "*.csv"],
+        "model": str(model_folder),
+        "teacher": "google/vit",
+        "epochs": 3,
+    }
+    (model_folder / "arguments.yaml").write_text(yaml.safe_dump(settings))
+    report = {"model": "../alice/vit", "dataset": ["~/alice/beans"], "results": []}
+    (model_folder / "evaluation.json").write_text(json.dumps(report))
+    export_folder(model_folder, tmp_path / "export")
+    pushed = yaml.safe_load((tmp_path / "export" / "arguments.yaml").read_text())
+    assert pushed == {"dataset": ["ward-7", "*.csv"], "model": "model", "teacher": "google/vit", "epochs": 3}
+    assert json.loads((tmp_path / "export" / "evaluation.json").read_text()) == {
+        "model": "vit",
+        "dataset": ["beans"],
+        "results": [],
+    }
+    (model_folder / "arguments.yaml").write_text("dataset: [/home/alice")
+    assert "arguments.yaml" not in export_folder(model_folder, tmp_path / "export")
+    assert without_paths("https://example.org/a/b") == "https://example.org/a/b"
+    assert public_command("evit train --dataset /home/alice/d --teacher=/x/y --epochs 3") == (
+        "evit train --dataset d --teacher=y --epochs 3"
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "environment", "command"),
+    [
+        (["/usr/bin/evit", "train", "digits", "--epochs", "5"], {}, "evit train digits --epochs 5"),
+        (
+            ["/x/training/__main__.py", "train", "digits"],
+            {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"},
+            "torchrun --nnodes 2 --nproc-per-node 4 -m evit_training train digits",
+        ),
+        (["/x/ipykernel_launcher.py", "-f", "/home/alice/kernel.json"], {}, "evit train arguments.yaml"),
+    ],
+    ids=["evit", "torchrun", "notebook"],
+)
+def test_the_command_of_a_card_can_be_pasted(argv, environment, command):
+    assert command_of_run(argv, environment) == command
 
 
 # And back
@@ -351,7 +392,225 @@ def test_a_push_that_cannot_work_is_refused_with_status_2_or_5(hub, model_folder
     assert "must be named ORG/NAME" in evit("push", model_folder, "digits", env=env, status=2)
 
 
+@pytest.fixture
+def here(hub, monkeypatch):
+    """Lets this process talk to the Hub of the tests."""
+    from huggingface_hub import close_session, constants
+    from huggingface_hub.utils import _http
+
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(_http, "_GLOBAL_CLIENT_FACTORY", _http._GLOBAL_CLIENT_FACTORY)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield hub
+    close_session()
+
+
+def put_card(hub, name, content):
+    put(hub, name, {"README.md": content})
+    return hub.repos[f"models/{name}"]
+
+
+CARD_OF_SOMEBODY = b"---\nlicense: mit\n---\n\n# Mine\n"
+
+
+@pytest.mark.parametrize("path", ["GET .*/README.md", "POST .*/paths-info/"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        401,
+        403,
+        404,
+        409,
+        412,
+        429,
+        500,
+        503,
+        b"<html>Log in</html>",
+        b"\x00\xff",
+        b"",
+        b"[]",
+        b"{}",
+        "truncate",
+        "drop",
+    ],
+)
+def test_a_card_that_could_not_be_read_is_never_overwritten(what, path, here, model_folder, tmp_path):
+    repo = put_card(here, "org/unreadable", CARD_OF_SOMEBODY)
+    export_folder(model_folder, tmp_path / "export")
+    here.faults.append(Fault(path, what))
+    reasons = "status|no valid token|may not write|not found|could not be read|makes no sense|disconnected|body"
+    with pytest.raises(PushError, match=reasons):
+        HubRepo("org/unreadable", attempts=1).push(tmp_path / "export", card=lambda there: "---\n---\nnew")
+    assert len(repo.branches["main"]) == 1
+
+
+def test_a_card_that_is_edited_during_a_push_is_read_again(here, model_folder, tmp_path):
+    repo = put_card(here, "org/busy", CARD_OF_SOMEBODY)
+    export_folder(model_folder, tmp_path / "export")
+    seen = []
+
+    def card(there):
+        seen.append(there)
+        if len(seen) == 1:
+            files = {"README.md": CARD_OF_SOMEBODY + b"\nEdited.\n"}
+            repo.branches["main"].append(Commit("b" * 40, files, set(), "edit", "2026-01-02T00:00:00.000Z"))
+        return there.decode() + "\nPushed.\n"
+
+    HubRepo("org/busy").push(tmp_path / "export", card=card)
+    assert len(seen) == 2
+    assert here.files("org/busy")["README.md"].decode().endswith("Edited.\n\nPushed.\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"---\nlicense: [mit\n---\n# Mine\n", "not valid YAML"),
+        (b"---\n- license\n---\n# Mine\n", "got a list"),
+        ("---\nlicense: mit\n---\n# Käse\n".encode("latin-1"), "not UTF-8"),
+        ("# Mine\n".encode("utf-16"), "not UTF-8"),
+    ],
+    ids=["broken YAML", "a list", "latin-1", "utf-16"],
+)
+def test_a_card_that_cannot_be_merged_is_left_alone_in_words(content, reason, here, model_folder, tmp_path):
+    repo = put_card(here, "org/foreign", content)
+    export_folder(model_folder, tmp_path / "export")
+    said = []
+
+    def card(there):
+        text, words = card_to_push(model_folder, tmp_path / "export", "org/foreign", there)
+        said.append(words)
+        return text
+
+    HubRepo("org/foreign").push(tmp_path / "export", card=card)
+    assert "on the Hub was left as it is" in said[0] and reason in said[0]
+    assert repo.commit("main").files["README.md"] == content and "model.safetensors" in repo.commit("main").files
+
+
+def test_a_folder_of_another_library_is_pushed_without_a_card(model_folder, tmp_path):
+    for config in ('{"model_type": "vit"}', '{"architecture": "vit_tiny_patch16_224"}', "not json"):
+        (model_folder / "config.json").write_text(config)
+        export_folder(model_folder, tmp_path / "export")
+        text, words = card_to_push(model_folder, tmp_path / "export", "org/x", None)
+        assert text is None and "config.json is" in words and len(words.splitlines()) == 1
+
+
+@pytest.mark.parametrize("path", ["GET .*/README.md", "POST .*/commit/", "POST .*/objects/batch"])
+@pytest.mark.parametrize("headers", [{"Retry-After": "3600"}, {"RateLimit": '"api";r=0;t=300'}])
+def test_all_waiting_counts_against_the_limit(path, headers, here, model_folder, tmp_path):
+    here.faults.append(Fault(path, 429, headers=headers))
+    export_folder(model_folder, tmp_path / "export")
+    repo = HubRepo("org/limited", attempts=2)
+    repo.limit_waiting(5)
+    start = time.monotonic()
+    with pytest.raises(PushError, match="asks to wait 3.*00 s; the limit is 10 s"):
+        repo.push(tmp_path / "export", card=lambda there: None)
+    assert time.monotonic() - start < 30
+
+
+def test_how_long_the_hub_asks_to_wait():
+    assert seconds_to_wait({}) == 0
+    assert seconds_to_wait({"retry-after": "7"}) == 7
+    date = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=100)
+    assert 90 < seconds_to_wait({"retry-after": email.utils.format_datetime(date, usegmt=True)}) <= 100
+    assert seconds_to_wait({"retry-after": "soon", "ratelimit": '"api";r=3;t=55'}) == 0
+
+
+def test_a_push_leaves_the_client_of_the_process_as_it_is(here, model_folder, tmp_path):
+    from huggingface_hub import get_session
+
+    client = get_session()
+    export_folder(model_folder, tmp_path / "export")
+    HubRepo("org/polite").push(tmp_path / "export")
+    assert get_session() is client and client.timeout.read is None
+
+
+def test_what_the_library_repeats_is_not_repeated_again(here, model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    here.requests.clear()
+    here.faults.append(Fault("POST .*/objects/batch", 503))
+    with torch.no_grad():
+        model = EViTForImageClassification.from_pretrained(model_folder)
+        model.classifier.bias.fill_(7.0)
+    model.save_pretrained(model_folder)
+    export_folder(model_folder, tmp_path / "export")
+    repo = HubRepo("org/once")
+    repo.limit_waiting(30)
+    with pytest.raises(PushError, match="status 503"):
+        repo.push(tmp_path / "export")
+    assert here.count("POST .*/objects/batch") == 6  # huggingface_hub's own
+
+
+@pytest.mark.parametrize("word", ["push", "space"])
+def test_help_comes_without_the_libraries(word, tmp_path):
+    code = f"""
+import sys
+from evit_training.cli import main
+try:
+    main(["{word}", "--help"])
+except SystemExit:
+    print([name for name in ("torch", "transformers", "huggingface_hub", "yaml") if name in sys.modules])
+"""
+    assert run_python(code, tmp_path).splitlines()[-1] == "[]"
+
+
 # The card
+
+
+def test_the_interval_is_wilsons():
+    assert wilson_interval(1.0, 8) == pytest.approx((67.56, 100.0), abs=0.01)
+    assert wilson_interval(0.5, 100) == pytest.approx((40.38, 59.62), abs=0.01)
+
+
+def test_a_card_tells_what_was_done(pushed, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(pushed, run)
+    settings = yaml.safe_load((run / "arguments.yaml").read_text())
+    record = json.loads((run / "run.json").read_text())
+    assert record["num_epochs"] == 3 and record["dataset_licence"] == "cc-by-4.0" and record["dataset_id"] is None
+    card = render_run_card(run, REPO)
+    assert "3 epochs in batches of 16" in card and "licence: cc-by-4.0" in card
+    assert "the 95 % interval of top-1 (Wilson) is" in card and "datasets" not in check_card(card)
+    settings.update(epochs=30.0, dataset=["/home/alice/ward-7"], model="/home/alice/vit")
+    record.update(command="evit train --dataset /home/alice/ward-7", dataset_id="org/wards")
+    (run / "arguments.yaml").write_text(yaml.safe_dump(settings))
+    (run / "run.json").write_text(json.dumps(record))
+    card = render_run_card(run, REPO)
+    assert "3 epochs (of 30 planned)" in card and "It started from vit." in card
+    assert "alice" not in card and "evit train --dataset ward-7\n" in card
+    assert check_card(card)["datasets"] == ["org/wards"] and "base_model" not in check_card(card)
+    assert 'from_pretrained("run/model"' in render_run_card(run, None)
+
+
+@pytest.mark.parametrize("name", ["None", "nan", "TODO", "null", "no", "1e3", "007", "", "{{ x }}", "a: b", "- a"])
+def test_classes_and_data_may_have_any_name(name, pushed, model_folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(pushed, run)
+    (run / "README.md").unlink()
+    report = json.loads((run / "class_report.json").read_text())
+    report["label_names"][0] = name
+    (run / "class_report.json").write_text(json.dumps(report))
+    settings = yaml.safe_load((run / "arguments.yaml").read_text())
+    settings.update(dataset=[name], eval_split=name or None)
+    (run / "arguments.yaml").write_text(yaml.safe_dump(settings))
+    card = render_run_card(run, "org/None")
+    assert check_card(card)["model-index"][0]["name"] == "None"
+    assert html.unescape(card).count(f"| {name or chr(34) * 2} |") >= 1
+    config = json.loads((model_folder / "config.json").read_text())
+    config["id2label"] = {"0": name, **{str(i): str(i) for i in range(1, 5)}}
+    config["label2id"] = {label: int(i) for i, label in config["id2label"].items()}
+    (model_folder / "config.json").write_text(json.dumps(config))
+    assert "Classes (5): " in card_to_push(model_folder, model_folder, "org/x", None)[0]
+
+
+def test_text_of_people_is_kept_whatever_they_write(pushed, tmp_path):
+    card = (pushed / "README.md").read_text()
+    theirs = card.replace("\n", "\r\n") + "\r\nTODO: None of {{ this }} is done.\r\n"
+    text, words = card_to_push(pushed, pushed / "model", REPO, theirs.encode())
+    assert words is None and "TODO: None of {{ this }} is done." in text and text.count("evit:begin") == 1
 
 
 def test_names_from_outside_mean_nothing_to_markdown_html_or_tables():

@@ -16,6 +16,7 @@ from evit_hf import EViTForImageClassification, EViTLVConfig, EViTLVForImageClas
 from evit_hf.presets import PRESETS
 from evit_hf.profiling import num_macs
 from evit_training.commands.convert import parser
+from evit_training.data.images import decoded
 from evit_training.sharing.hub import check_card, render_card
 
 
@@ -78,13 +79,21 @@ def test_code_of_the_cards_runs(family, tmp_path, monkeypatch, capsys):
     else:
         small = {"image_size": 32, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
         model = EViTLVForImageClassification(EViTLVConfig(**small, patch_size=8, num_hidden_layers=4, num_labels=5))
-    Image.effect_noise((40, 40), 60).convert("RGB").save("cat.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held sideways
+    Image.effect_noise((40, 24), 60).convert("RGB").save("cat.jpg", exif=exif)
+    with open("cat.jpg", "rb") as file:
+        picture = decoded({"bytes": file.read(), "path": None}, "cat")
     cards = [card for card in CARDS if family in card.stem]
     assert len(cards) > 3
     for card in cards:
         model.save_pretrained(card.stem)
-        ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(card.stem)
-        exec(compile(code(card, "python"), str(card), "exec"), {})
+        processor = ViTImageProcessor(size={"height": 32, "width": 32})
+        processor.save_pretrained(card.stem)
+        names = {}
+        exec(compile(code(card, "python"), str(card), "exec"), names)
+        in_training = processor(picture, return_tensors="pt").pixel_values
+        assert torch.equal(names["inputs"].pixel_values, in_training)
     assert capsys.readouterr().out.count("LABEL_") == len(cards)
 
 
@@ -103,7 +112,7 @@ def test_a_missing_value_is_an_error_not_a_blank():
         (("22.1 M", "None M"), "has a blank in the line: .*None M"),
         (("79.5 | 94.8", " | 94.8"), "has a blank in the line"),
         (("license: apache-2.0\n", ""), r"metadata lacks \['license'\]"),
-        (("license: apache-2.0", "license: [apache"), "metadata is no YAML"),
+        (("license: apache-2.0", "license: [apache"), "metadata is not valid YAML"),
         (("---\n", "--\n"), "has no front matter"),
     ],
 )

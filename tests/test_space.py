@@ -84,7 +84,10 @@ import app
 from PIL import Image
 image = Image.effect_noise((60, 40), 90)
 answer, gallery, cost = app.classify(image, 0.5)
-print(json.dumps([app.evit_hf.__file__, answer, [text for _, text in gallery], gallery[0][0].size, cost]))
+see_through = Image.fromarray(__import__("numpy").full((40, 40, 4), 90, "uint8"))
+assert app.classify(see_through, 0.5)[0] == app.classify(app.as_rgb(see_through), 0.5)[0]
+assert app.classify(see_through, 0.5)[0] != app.classify(see_through.convert("RGB"), 0.5)[0]
+print(json.dumps([sys.modules['evit_hf'].__file__, answer, [text for _, text in gallery], gallery[0][0].size, cost]))
 try:
     app.classify(None, 0.5)
 except app.gr.Error as error:
@@ -96,7 +99,7 @@ except app.gr.Error as error:
     file, answer, captions, size, cost = json.loads(line)
     assert file.startswith(str(space)) and "Upload a picture first" in error
     assert sum(answer.values()) == pytest.approx(1, abs=1e-4) and len(answer) == 5
-    expected = ["all 16 patches", "behind layer 1: 8 of 16"]
+    expected = ["all 16 patches", "after layer 1: 8 of 16"]
     assert captions[:2] == expected and len(captions) == 4 and size == [224, 224]
     gmacs = num_macs(tiny_config_with(), 0.5) / 1e9
     assert f"{gmacs:.3f} GMACs, " in cost and " ms on this machine" in cost
@@ -146,13 +149,13 @@ def test_in_a_browser_a_picture_is_classified_and_labels_stay_text(space, tmp_pa
         wait.until(lambda b: "onerror" in text_of("answer") and len(b.find_elements(By.CSS_SELECTOR, "#patches img")))
         assert EVIL in text_of("answer")  # as text
         patches = browser.find_element(By.ID, "patches")
-        wait.until(lambda b: "behind layer 1: 12 of 16" in patches.text)  # at the keep rate 0.7
+        wait.until(lambda b: "after layer 1: 12 of 16" in patches.text)  # at the keep rate 0.7
 
         number = browser.find_element(By.CSS_SELECTOR, "#rate input[type=number]")
         number.send_keys(Keys.CONTROL, "a")
         number.send_keys("0.5", Keys.TAB)
         browser.find_element(By.ID, "classify").click()
-        wait.until(lambda b: "behind layer 1: 8 of 16" in b.find_element(By.ID, "patches").text)
+        wait.until(lambda b: "after layer 1: 8 of 16" in b.find_element(By.ID, "patches").text)
         cost = browser.find_element(By.CSS_SELECTOR, "#cost textarea").get_attribute("value")
         assert "GMACs" in cost and "ms on this machine" in cost
         title = browser.find_element(By.CSS_SELECTOR, "#title textarea, #title input").get_attribute("value")

@@ -1,6 +1,7 @@
 """The command `evit push FOLDER ORG/NAME`: a model or a run on the Hub."""
 
 import shlex
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,13 @@ class PushArguments:
     private: bool = setting(False, "Make a new repository private.")
     revision: str | None = setting(None, "Branch to push to; made if there is none.")
     message: str = setting("Upload EViT", "Commit message.")
-    timeout: float = setting(30.0, "Seconds without an answer after which a try has failed.", POSITIVE)
-    attempts: int = setting(5, "How often to try what may pass.", AT_LEAST_ONE)
+    timeout: float = setting(30.0, "Seconds without an answer after which a request has failed.", POSITIVE)
+    attempts: int = setting(
+        5,
+        "How often to try what may pass; the Hub may ask to wait `--timeout` times `--attempts` seconds in all.",
+        AT_LEAST_ONE,
+    )
+    check: bool = setting(False, "Only make sure that a push will be allowed; FOLDER is not read.")
 
 
 @command("push")
@@ -28,7 +34,7 @@ def main(argv: list[str]) -> None:
         [PushArguments],
         usage="evit push FOLDER ORG/NAME [--flag value ...]",
         description="Push a model folder or a run folder to the Hugging Face Hub: weights, configuration, image "
-        "processor, code for trust_remote_code, card and results, and nothing else that lies there.",
+        "processor, code for trust_remote_code, card and results, and nothing else that is there.",
     )
     parser.add_argument("folder", type=Path, help="Model folder, or run folder with `model/` in it.")
     parser.add_argument("repo_id", help="ORG/NAME on the Hub; made if there is none.")
@@ -39,23 +45,29 @@ def main(argv: list[str]) -> None:
         raise ValueError(
             f"The repository must be named ORG/NAME, where ORG may be your user name: got `{rest.repo_id}`."
         )
-    from ..sharing.hub import PushError, export_folder, push_folder
-    from ..sharing.push import write_card
+    from ..sharing.card import card_to_push
+    from ..sharing.hub import HubRepo, PushError, export_folder
+
+    repo = HubRepo(rest.repo_id, arguments.private or None, arguments.revision, arguments.attempts)
+    said = None
+
+    def card(there: bytes | None) -> str | None:
+        nonlocal said
+        text, said = card_to_push(rest.folder, export, repo.repo_id, there)
+        return text
 
     with tempfile.TemporaryDirectory() as folder:
         export = Path(folder) / "export"
-        export_folder(rest.folder, export)
+        if not arguments.check:
+            export_folder(rest.folder, export)
+        repo.limit_waiting(arguments.timeout)
         try:
-            write_card(rest.folder, export, rest.repo_id, arguments.revision, arguments.timeout)
-            url = push_folder(
-                export,
-                rest.repo_id,
-                private=arguments.private or None,
-                revision=arguments.revision,
-                message=arguments.message,
-                timeout=arguments.timeout,
-                attempts=arguments.attempts,
-            )
+            if arguments.check:
+                repo.check_write_access()
+                return
+            url = repo.push(export, arguments.message, card)
         except PushError as error:
             raise PushError(f"{error}. To try again: evit push {shlex.join(argv)}") from None
+    if said:
+        sys.stderr.write(f"{said}\n")
     print(f"Pushed to {url}")

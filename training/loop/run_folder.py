@@ -1,8 +1,6 @@
 """The folder of a run: who may write into it, what is left in it, and how an earlier run in it goes on."""
 
-import shlex
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +18,7 @@ from ..arguments import TrainArguments
 from ..data.augmentation import ProcessorTransform
 from ..data.images import EvaluationImages, ImageSplits
 from ..measuring.machine import package_versions
+from ..sharing.command import command_of_run
 from .checkpoints import CheckpointError, newest_checkpoint, read_checkpoint, settings_that_differ
 from .interruption import lock
 from .parts import Parts
@@ -171,5 +170,4 @@ def draw_kept_patches(
 
 def run_record(**values: Any) -> dict[str, Any]:
     """What a card needs and no other file of a run tells: command, versions, hardware and the values given."""
-    words = ["evit", "train", *sys.argv[2:]] if Path(sys.argv[0]).name.startswith(("evit", "__main__")) else sys.argv
-    return {"command": shlex.join([Path(words[0]).name, *words[1:]]), "versions": package_versions(PACKAGES), **values}
+    return {"command": command_of_run(), "versions": package_versions(PACKAGES), **values}

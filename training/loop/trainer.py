@@ -35,7 +35,8 @@ from ..measuring.evaluation import (
 )
 from ..measuring.machine import device_name, memory_gib
 from ..sharing.card import render_run_card
-from ..sharing.hub import PushError, check_write_access
+from ..sharing.datasets import hub_id_of, licence_of
+from ..sharing.hub import PushError
 from ..sharing.push import BackgroundPush
 from .checkpoints import CheckpointError, NoCheckpointError, Progress, checkpoint_path, read_checkpoint
 from .interruption import Interruption, TrainingInterrupted, await_deaths_of_loaders
@@ -314,7 +315,7 @@ def finish(parts: Parts, state: TrainingState, eval_loader: DataLoader) -> list[
         (output_dir / "class_report.json").write_text(json.dumps(report) + "\n")
         if arguments.run.num_pictures and not isinstance(parts.splits.evaluation, datasets.IterableDataset):
             draw_kept_patches(timed_model, parts.processor, parts.splits, arguments.run.num_pictures, output_dir)
-        write_card(output_dir, arguments.hub.push_to_hub or output_dir.resolve().name)
+        write_card(output_dir, arguments.hub.push_to_hub)
     accelerator.print(comparison_table(results))
     saved = ", ".join(name for name in RUN_FILES if (output_dir / name).exists())
     accelerator.print(f"Saved in {output_dir}: {saved}. The model has the {which}.")
@@ -333,10 +334,10 @@ def micro_batches_from(parts: Parts, first_step: int) -> Iterator[Batch]:
     )
 
 
-def write_card(output_dir: Path, repo_id: str) -> None:
+def write_card(output_dir: Path, repo_id: str | None) -> None:
     """Write the model card; one that would have blanks is left out, and said so, rather than losing the run's end."""
     try:
-        (output_dir / "README.md").write_text(render_run_card(output_dir, repo_id))
+        (output_dir / "README.md").write_text(render_run_card(output_dir, repo_id), "utf-8")
     except ValueError as error:
         sys.stderr.write(f"No model card was written: {error}\n")
 
@@ -348,11 +349,13 @@ def record_of(parts: Parts, state: TrainingState) -> dict[str, Any]:
     return run_record(
         num_parameters=sum(parameter.numel() for parameter in parts.network.parameters()),
         num_train_images="streamed" if is_streamed else len(train),
-        num_steps=parts.num_steps,
+        num_steps=state.progress.step,
+        num_epochs=None if is_streamed else state.progress.step / parts.plan.steps_per_epoch,
         learning_rate=parts.arguments.learning_rate,
         seconds=state.progress.seconds,
         hardware=f"{accelerator.num_processes} x {device_name(accelerator.device)}",
-        dataset_licence=getattr(train.info, "license", None),
+        dataset_licence=getattr(train.info, "license", None) or licence_of(parts.arguments.data.dataset),
+        dataset_id=hub_id_of(parts.arguments.data.dataset),
     )
 
 
@@ -362,18 +365,23 @@ def check_hub(arguments: TrainArguments) -> None:
     Raises: ValueError with the reason.
     """
     try:
-        check_write_access(arguments.hub.push_to_hub, arguments.hub.push_private, arguments.hub.push_revision)
+        pusher_of(arguments).check()
     except PushError as error:
         raise ValueError(f"`--push-to-hub` cannot work: {error}.") from None
 
 
+def pusher_of(arguments: TrainArguments) -> BackgroundPush:
+    """What pushes the run."""
+    hub = arguments.hub
+    log = Path(arguments.run.output_dir) / "push.log"
+    return BackgroundPush(hub.push_to_hub, hub.push_private, hub.push_revision, 60 * hub.push_minutes, log)
+
+
 def background_push(parts: Parts) -> BackgroundPush | None:
     """Pushes of the main process, if the run has any."""
-    hub = parts.arguments.hub
-    if not hub.push_to_hub or not parts.accelerator.is_main_process:
+    if not parts.arguments.hub.push_to_hub or not parts.accelerator.is_main_process:
         return None
-    log = Path(parts.arguments.run.output_dir) / "push.log"
-    return BackgroundPush(hub.push_to_hub, hub.push_private, hub.push_revision, 60 * hub.push_minutes, log)
+    return pusher_of(parts.arguments)
 
 
 def push_epoch(parts: Parts, state: TrainingState, pusher: BackgroundPush | None) -> None:

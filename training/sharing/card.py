@@ -1,137 +1,211 @@
-"""The model card of a run, rendered from what the run wrote down and from nothing else."""
+"""The model card of a run or of a model folder, rendered from its files and from nothing else."""
 
 import json
 import math
 import re
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
-from transformers import AutoConfig
 
-from evit_hf import EViTConfig
-from evit_hf.profiling import num_macs
-
-from .hub import check_card, render_card
+from .command import public_command, without_paths
+from .hub import CARD, check_card, render_card, split_card
 
 
-TEMPLATE = Path(__file__).with_name("run_card_template.md")
-FOLDER_TEMPLATE = Path(__file__).with_name("folder_card_template.md")
 BEGIN, END = "<!-- evit:begin -->", "<!-- evit:end -->"
 MAX_CLASS_ROWS = 50
+FIGURES = {
+    "tradeoff.png": "Accuracy against operations, one point for each keep rate",
+    "kept_patches.png": "Evaluation images and the patches that are left of them at each layer",
+}
 
 
-def render_run_card(run: Path, repo_id: str) -> str:
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run wrote down, and what its card says of that.
+
+    Args:
+        folder: of the run.
+        config: `model/config.json`.
+        results: `results.json`, one entry for each keep rate, the dense model first.
+        report: `class_report.json`.
+        record: `run.json`.
+        settings: `arguments.yaml`, without paths of this machine.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    results: list[dict[str, Any]]
+    report: dict[str, Any]
+    record: dict[str, Any]
+    settings: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> "FinishedRun":
+        """Read the files of a run.
+
+        Raises: ValueError naming the file that is missing or damaged.
+        """
+        name = ""
+        try:
+            values = []
+            for name in ("model/config.json", "results.json", "class_report.json", "run.json", "arguments.yaml"):
+                text = (folder / name).read_text("utf-8")
+                values.append(yaml.safe_load(text) if name.endswith(".yaml") else json.loads(text))
+        except FileNotFoundError:
+            raise ValueError(f"`{folder}` is not a finished run: {name} is missing.") from None
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"`{folder / name}` cannot be read: {' '.join(str(error).split())}") from None
+        return cls(folder, *values[:-1], settings=without_paths(values[-1]))
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the classes, by number."""
+        return self.report["label_names"]
+
+    @property
+    def keep_rate(self) -> float | list[float]:
+        """Keep rate of the model."""
+        return self.report["keep_rate"]
+
+    @cached_property
+    def target(self) -> dict[str, Any]:
+        """Result at the model's own keep rate."""
+        return next(result for result in self.results if result["keep_rate"] == self.keep_rate)
+
+    @property
+    def metric(self) -> str:
+        """Key of the main score in a result."""
+        return "top1" if "top1" in self.target else "micro_f1"
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Headings of the scores in the table of results."""
+        return {"top1": "top-1 %", "top5": "top-5 %"} if self.metric == "top1" else {"micro_f1": "micro F1 %"}
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Wilson's 95 % interval of the accuracy, in percent; None for an F1 score, which is not a proportion."""
+        return wilson_interval(self.target["top1"], self.target["num_images"]) if self.metric == "top1" else None
+
+    @property
+    def by_class(self) -> list[tuple[str, dict[str, Any]]]:
+        """Names and scores of the classes, in ascending order of F1."""
+        return sorted(zip(self.label_names, self.report["by_class"], strict=True), key=lambda row: row[1]["f1"])
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set."""
+        return " ".join(self.settings["dataset"])
+
+    @property
+    def architecture(self) -> str:
+        """Class and size of the model."""
+        name, config = self.config["architectures"][0], self.config
+        return f"{name} of {config['num_hidden_layers']} layers, {config['hidden_size']} wide"
+
+    @property
+    def figures(self) -> list[tuple[str, str]]:
+        """Pictures of the run with what they show."""
+        return [(name, text) for name, text in FIGURES.items() if (self.folder / name).exists()]
+
+    @property
+    def command(self) -> str:
+        """Command line of the run."""
+        return public_command(self.record["command"]).replace("`", "'").replace("\n", " ")
+
+    @property
+    def duration(self) -> str:
+        """Epochs that were trained, and those that were planned if the run ended earlier."""
+        planned, done = self.settings["epochs"], self.record.get("num_epochs")
+        if done is None:  # streamed data has no epochs
+            return f"{self.record['num_steps']} steps"
+        unit = "epoch" if done == 1 else "epochs"
+        return f"{done:.4g} {unit}" if done == planned else f"{done:.4g} {unit} (of {planned:g} planned)"
+
+    @property
+    def start(self) -> str:
+        """What the training started from."""
+        return self.settings["model"] or "random weights"
+
+    @property
+    def versions(self) -> str:
+        """Versions of the packages."""
+        return ", ".join(f"{name} {number}" for name, number in self.record["versions"].items())
+
+    def metadata(self, model_name: str) -> str:
+        """Return the metadata of the card as YAML."""
+        from huggingface_hub import EvalResult, ModelCardData
+
+        kind = "accuracy" if self.metric == "top1" else "f1"
+        dataset_id, model = self.record.get("dataset_id"), self.settings["model"]
+        data = ModelCardData(
+            license=self.settings["model_license"],
+            library_name="transformers",
+            pipeline_tag="image-classification",
+            tags=["evit", "vision", "token-reduction", "image-classification"],
+            datasets=[dataset_id] if dataset_id else None,
+            model_name=model_name,
+            metrics=[kind],
+            base_model=model if model and "/" in model else None,
+            eval_results=[
+                EvalResult(
+                    task_type="image-classification",
+                    dataset_type=dataset_id or re.sub(r"[^\w./-]", "-", self.dataset),
+                    dataset_name=self.dataset,
+                    metric_type=kind,
+                    metric_name=f"{self.columns[self.metric].removesuffix(' %')} at keep rate {self.keep_rate}",
+                    metric_value=round(100 * self.target[self.metric], 2),
+                )
+            ],
+        )
+        return data.to_yaml().strip()
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion, in percent.
+
+    Args:
+        share: what was observed, in [0, 1].
+        count: number of observations.
+
+    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
+    """
+    z = 1.959964
+    centre = share + z**2 / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    low, high = ((centre + sign * half) / (1 + z**2 / count) for sign in (-1, 1))
+    return 100 * max(0.0, low), 100 * min(1.0, high)
+
+
+def render_run_card(run: Path, repo_id: str | None) -> str:
     """Card of a finished run.
 
     Args:
         run: its folder, with `model/config.json`, `arguments.yaml`, `results.json`, `class_report.json`, `run.json`.
-        repo_id: name of the model on the Hub, for the code to paste.
+        repo_id: name of the model on the Hub, for the code to paste; None for a run that is only here.
 
     Returns: the card; what a person had added to `README.md` outside of the rendered part is kept, and so is metadata
         that is not rendered.
 
-    Raises: ValueError if something is missing or blank.
+    Raises: ValueError if something is missing or blank, or if `README.md` there cannot be read.
     """
-    try:
-        config, results, report, record = (
-            json.loads((run / name).read_text())
-            for name in ("model/config.json", "results.json", "class_report.json", "run.json")
-        )
-        settings = yaml.safe_load((run / "arguments.yaml").read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"`{run}` is no finished run: {error.filename} is missing.") from None
-    names = report["label_names"]
-    # Of local data the name alone: where it lay is nobody's business.
-    dataset = " ".join(Path(name).name if Path(name).exists() else name for name in settings["dataset"])
-    target = next(result for result in results if result["keep_rate"] == report["keep_rate"])
-    metric = "top1" if "top1" in target else "micro_f1"
-    columns = {"top1": "top-1 %", "top5": "top-5 %"} if metric == "top1" else {"micro_f1": "micro F1 %"}
-    header = f"| keep rate | {' | '.join(columns.values())} | GMACs | images/s |"
-    rows = [
-        f"| {result['keep_rate']}{' (dense)' if result['keep_rate'] == 1.0 else ''} | "
-        f"{' | '.join(f'{100 * result[column]:.2f}' for column in columns)} | {result['gmacs']:.4f} | "
-        f"{result['images_per_second']:.0f} |"
-        for result in sorted(results, key=lambda result: -result["gmacs"])
-    ]
-    by_class = sorted(zip(names, report["by_class"], strict=True), key=lambda row: row[1]["f1"])
-    score, count = target[metric], target["num_images"]
-    model_name = repo_id.split("/")[-1]
-    metadata = ModelCardData(
-        license=settings["model_license"],
-        library_name="transformers",
-        pipeline_tag="image-classification",
-        tags=["evit", "vision", "token-reduction", "image-classification"],
-        model_name=model_name,
-        metrics=["accuracy" if metric == "top1" else "f1"],
-        base_model=settings["model"] if settings["model"] and not Path(settings["model"]).exists() else None,
-        eval_results=[
-            EvalResult(
-                task_type="image-classification",
-                dataset_type=re.sub(r"[^\w./-]", "-", dataset),
-                dataset_name=dataset,
-                metric_type="accuracy" if metric == "top1" else "f1",
-                metric_name=f"{columns[metric].removesuffix(' %')} at keep rate {report['keep_rate']}",
-                metric_value=round(100 * score, 2),
-            )
-        ],
-    )
-    architecture = config["architectures"][0]
+    name = repo_id.split("/")[-1] if repo_id else run.resolve().name
+    finished = FinishedRun.read(run)
     text = render_card(
-        TEMPLATE,
-        metadata=metadata.to_yaml().strip(),
-        title=model_name,
-        repo_id=repo_id,
-        label_names=names,
-        architecture=f"{architecture} of {config['num_hidden_layers']} layers, {config['hidden_size']} wide",
-        layers=config["reorganization_layers"],
-        num_layers=config["num_hidden_layers"],
-        keep_rate=report["keep_rate"],
-        fuse=config["fuse_inattentive_tokens"],
-        gmacs=target["gmacs"],
-        dense_gmacs=results[0]["gmacs"],
-        image_size=config["image_size"],
-        millions_of_parameters=record["num_parameters"] / 1e6,
-        num_images=count,
-        dataset=dataset,
-        eval_split=settings["eval_split"] or "evaluation split",
-        header=header,
-        rule="|---" * (3 + len(columns)) + "|",
-        rows=rows,
-        speed_note=f"Speed: {target['device']}, {target['dtype']}, batches of {target['batch_size']} images, medians.",
-        figures=[
-            (name, text)
-            for name, text in (
-                ("tradeoff.png", "Accuracy against operations, one point for each keep rate"),
-                ("kept_patches.png", "Evaluation images and the patches that are left of them at each layer"),
-            )
-            if (run / name).exists()
-        ],
-        class_rows=by_class[:MAX_CLASS_ROWS],
-        num_hidden_classes=max(0, len(by_class) - MAX_CLASS_ROWS),
-        command=record["command"].replace("`", "'").replace("\n", " "),
-        recipe=(
-            f"{settings['epochs']} epochs in batches of {settings['batch_size']}, AdamW, peak learning rate "
-            f"{record['learning_rate']:g}, weight decay {settings['weight_decay']:g}; keep rate 1.0 for "
-            f"{settings['keep_rate_dense_epochs']:g} epochs, then down to the target over "
-            f"{settings['keep_rate_shrink_epochs']:g}."
-        ),
-        start=f"It started from {settings['model']}." if settings["model"] else "It started from random weights.",
-        num_train_images=record["num_train_images"],
-        dataset_licence=record["dataset_licence"] or "not stated by the data set",
-        hardware=record["hardware"],
-        hours=record["seconds"] / 3600,
-        num_steps=record["num_steps"],
-        seed=settings["seed"],
-        versions=", ".join(f"{name} {number}" for name, number in record["versions"].items()),
-        main_metric=columns[metric].removesuffix(" %"),
-        error_points=200 * math.sqrt(max(score * (1 - score), 1e-9) / count),
+        "run_card_template.md",
+        metadata=finished.metadata(name),
+        title=name,
+        location=repo_id or f"{name}/model",
+        run=finished,
+        max_class_rows=MAX_CLASS_ROWS,
     )
-    card = run / "README.md"
-    text = keep_what_was_added(card.read_text(), text) if card.exists() else text
     check_card(text)
-    return text
+    card = run / CARD
+    return keep_what_was_added(read_card(card.read_bytes()), text) if card.exists() else text
 
 
 def render_folder_card(folder: Path, repo_id: str) -> str:
@@ -143,36 +217,89 @@ def render_folder_card(folder: Path, repo_id: str) -> str:
 
     Returns: the card.
 
-    Raises: ValueError if something is missing or blank.
+    Raises: ValueError if something is missing or blank, or if the model is not an EViT.
     """
-    config = AutoConfig.from_pretrained(folder)
+    from huggingface_hub import ModelCardData
+    from transformers import AutoConfig
+
+    from evit_hf import EViTConfig
+    from evit_hf.profiling import num_macs
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # of many kinds, for a model of another library or a damaged file
+        raise ValueError(f"config.json is not that of an EViT: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(config, EViTConfig):
-        raise ValueError(f"`{folder}` holds a model of type '{config.model_type}', not an EViT.")
-    report = {}
-    if (folder / "evaluation.json").exists():
-        report = json.loads((folder / "evaluation.json").read_text())
+        raise ValueError(f"config.json is of a model of type '{config.model_type}', not an EViT.")
+    report = json.loads((folder / "evaluation.json").read_text()) if (folder / "evaluation.json").exists() else {}
+    name = repo_id.split("/")[-1]
     metadata = ModelCardData(
         library_name="transformers",
         license="other",
         pipeline_tag="image-classification",
         tags=["evit", "vision", "token-reduction", "image-classification"],
-        model_name=repo_id.split("/")[-1],
+        model_name=name,
     )
     text = render_card(
-        FOLDER_TEMPLATE,
+        "folder_card_template.md",
         metadata=metadata.to_yaml().strip(),
-        title=repo_id.split("/")[-1],
-        repo_id=repo_id,
+        title=name,
+        location=repo_id,
         config=config,
         architecture=(config.architectures or ["EViT"])[0],
-        gmacs=num_macs(config) / 1e9,
         costs=[(rate, num_macs(config, rate) / 1e9) for rate in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)],
         label_names=[str(name) for _, name in sorted(config.id2label.items())][:MAX_CLASS_ROWS],
-        dataset=" ".join(Path(name).name for name in report.get("dataset", [])),
+        dataset=" ".join(without_paths(report.get("dataset", []))),
         results=[result for result in report.get("results", []) if "top1" in result],
         version=version("evit-hf"),
     )
     check_card(text)
+    return text
+
+
+def card_to_push(source: Path, export: Path, repo_id: str, there: bytes | None) -> tuple[str | None, str | None]:
+    """Card for a push, which names this repository and keeps what people wrote into the one that is there.
+
+    A run's card is rendered again, for this name. A model folder without card gets one of what its files tell.
+
+    Args:
+        source: the run or model folder; the run's own README.md is renewed too.
+        export: see `export_folder`; with the folder's own README.md, if it has one.
+        repo_id: where it goes.
+        there: the card on the Hub, None if it has none.
+
+    Returns: the card, None to leave the one on the Hub as it is; and what there is to say, None if nothing.
+    """
+    where = f"The card in {source}"
+    try:
+        if (source / "run.json").exists():
+            here = render_run_card(source, repo_id)
+            (source / CARD).write_text(here, "utf-8")
+        elif (source / CARD).exists():
+            here = read_card((source / CARD).read_bytes())
+        else:
+            here = render_folder_card(export, repo_id)
+        where = f"The card of `{repo_id}` on the Hub"
+        there_text = None if there is None else read_card(there)
+        if there_text is None or written_by_hand(there_text) == written_by_hand(here):
+            return here, None
+        if not written_by_hand(here):
+            return keep_what_was_added(there_text, here), None
+        return here, "The card on the Hub had text of its own: it stays in the repository's history."
+    except ValueError as error:
+        return None, f"{where} was left as it is: {error}"
+
+
+def read_card(content: bytes) -> str:
+    """Text of a card that can be merged.
+
+    Raises: ValueError if it is not UTF-8, or if its metadata is not a YAML mapping.
+    """
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 (byte {error.start})") from None
+    split_card(text)
     return text
 
 
@@ -185,28 +312,34 @@ def keep_what_was_added(old: str, new: str) -> str:
 
     Returns: the old card with its rendered part replaced and with the new metadata laid over its own; the new card
         with the whole old text below it, if the old one has no marks.
+
+    Raises: ValueError if the old metadata is not a YAML mapping.
     """
-    split = re.compile(r"---\n(.*?)\n---\n(.*)", re.DOTALL)
-    (new_metadata, new_body) = split.match(new).groups()
-    match = split.match(old)
-    old_metadata, old_body = match.groups() if match else ("", old)
-    merged = {**(yaml.safe_load(old_metadata) or {}), **yaml.safe_load(new_metadata)}
-    part = new_body[new_body.index(BEGIN) : new_body.index(END) + len(END)]
-    if BEGIN in old_body and END in old_body[old_body.index(BEGIN) :]:
-        start = old_body.index(BEGIN)
-        body = old_body[:start] + part + old_body[old_body.index(END, start) + len(END) :]
+    metadata, body = split_card(new)
+    old_metadata, old_body = split_card(old)
+    before, rendered, after = split_at_marks(old_body)
+    if rendered:
+        body = before + split_at_marks(body)[1] + after
     else:
-        body = f"{new_body.rstrip()}\n\n{old_body.lstrip()}"
+        body = f"{body.rstrip()}\n\n{old_body.lstrip()}"
+    merged = {**(old_metadata or {}), **(metadata or {})}
     return f"---\n{yaml.safe_dump(merged, sort_keys=False, allow_unicode=True).strip()}\n---\n{body}"
 
 
 def written_by_hand(card: str) -> str:
     """What a person wrote into a card outside of the rendered part; all of it, if there is no rendered part."""
-    match = re.match(r"---\n.*?\n---\n(.*)", card, re.DOTALL)
-    body = match.group(1) if match else card
-    if BEGIN in body and END in body:
-        body = body[: body.index(BEGIN)] + body[body.index(END) + len(END) :]
-    return re.sub(r"<!-- What stands between these marks .*? -->", "", body).strip()
+    before, _, after = split_at_marks(split_card(card)[1])
+    return re.sub(r"<!-- (The text|What stands) between these marks .*? -->", "", before + after).strip()
 
 
-__all__ = ["keep_what_was_added", "render_folder_card", "render_run_card", "written_by_hand"]
+def split_at_marks(body: str) -> tuple[str, str, str]:
+    """Text before, inside and after the marks; all of it before, if there are none."""
+    start = body.find(BEGIN)
+    end = body.find(END, start)
+    if start < 0 or end < 0:
+        return body, "", ""
+    end += len(END)
+    return body[:start], body[start:end], body[end:]
+
+
+__all__ = ["card_to_push", "keep_what_was_added", "render_folder_card", "render_run_card", "written_by_hand"]

@@ -1,4 +1,4 @@
-"""Pushes to the Hub: the card that goes with a model, and pushes in the background of a training run."""
+"""Pushes of a run to the Hub: each is a process of its own, `evit push`, so that the Hub never holds up training."""
 
 import shlex
 import subprocess
@@ -6,52 +6,11 @@ import sys
 import time
 from pathlib import Path
 
-from ..sharing.card import keep_what_was_added, render_folder_card, render_run_card, written_by_hand
-from ..sharing.hub import card_on_the_hub, check_card
-
-
-def write_card(source: Path, export: Path, repo_id: str, revision: str | None, timeout: float) -> None:
-    """Put a card into an exported folder that names this repository, and keeps what a person wrote there.
-
-    A run's card is rendered again, for this name. A model folder without card gets one of what its files tell.
-
-    Args:
-        source: the run or model folder; the run's own README.md is renewed too.
-        export: see `export_folder`.
-        repo_id: where it goes.
-        revision: branch.
-        timeout: seconds without an answer after which a request has failed.
-    """
-    card = export / "README.md"
-    try:
-        if (source / "run.json").exists():
-            text = render_run_card(source, repo_id)
-            (source / "README.md").write_text(text)
-        else:
-            text = card.read_text() if card.exists() else render_folder_card(export, repo_id)
-        there = card_on_the_hub(repo_id, revision, timeout)
-        if there is not None and written_by_hand(there) != written_by_hand(text):
-            merged = text if written_by_hand(text) else keep_what_was_added(there, text)
-            try:
-                check_card(merged)
-            except ValueError:
-                merged = text
-            if written_by_hand(there) not in merged:
-                sys.stderr.write("The card on the Hub had text of its own: it stays in the repository's history.\n")
-            text = merged
-        card.write_text(text)
-    except ValueError as error:
-        sys.stderr.write(f"The card was left as it is: {error}\n")
-
-
-class PushFailed(RuntimeError):
-    """The run is done and saved, but its last push failed."""
-
-    status = 5
+from .hub import FinalPushError, PushError
 
 
 class BackgroundPush:
-    """Pushes of a run, one process at a time, so that a failing or hanging Hub never holds up training.
+    """Pushes of a run, one process at a time: a process can be killed for certain, whatever the Hub does.
 
     Args:
         repo_id: where to.
@@ -62,68 +21,84 @@ class BackgroundPush:
     """
 
     def __init__(self, repo_id: str, private: bool, revision: str | None, deadline: float, log: Path) -> None:
-        self.repo_id = repo_id
-        self.flags = [*(["--private"] if private else []), *(["--revision", revision] if revision else [])]
+        self.target = [repo_id, *(["--private"] if private else []), *(["--revision", revision] if revision else [])]
         self.deadline = deadline
         self.log = log
         self.process: subprocess.Popen | None = None
         self.started = 0.0
-        self.num_failures = 0
+
+    def check(self) -> None:
+        """Find out before training whether the Hub will take the model; makes the repository if there is none.
+
+        Raises: PushError with the reason.
+        """
+        command = [sys.executable, "-m", "evit_training", "push", "--check", ".", *self.target]
+        try:
+            process = subprocess.run(
+                command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=self.deadline
+            )
+        except subprocess.TimeoutExpired:
+            raise PushError(f"The Hub gave no answer in {self.deadline:.0f} s") from None
+        if process.returncode:
+            lines = process.stderr.strip().splitlines() or [f"status {process.returncode}"]
+            raise PushError(lines[-1].removeprefix("evit push: error: ").split(" To try again: ")[0].rstrip("."))
 
     def start(self, folder: Path, message: str) -> bool:
-        """Push a folder, unless the push before is still at it; returns whether it was started."""
+        """Push a folder, unless the push before is still under way; returns whether it was started."""
         if self.is_running():
             return False
-        command = [sys.executable, "-m", "evit_training", "push", str(folder), self.repo_id, *self.flags]
+        command = [sys.executable, "-m", "evit_training", "push", str(folder), *self.target, "--message", message]
         with self.log.open("a") as log:
             # A session of its own: signals of the terminal end the training, which then ends the push.
             self.process = subprocess.Popen(
-                [*command, "--message", message],
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
             )
         self.started = time.monotonic()
         return True
 
     def is_running(self) -> bool:
-        """Whether a push is under way; one beyond its deadline is ended, a failure is reported once."""
-        if self.process is None:
-            return False
-        status = self.process.poll()
-        if status is None and time.monotonic() - self.started > self.deadline:
-            self.process.kill()
-            status = self.process.wait()
-        if status is None:
-            return True
-        self.process = None
-        if status != 0:
-            self.num_failures += 1
-            sys.stderr.write(
-                f"A push to `{self.repo_id}` failed (status {status}, see {self.log}); training goes on.\n"
-            )
-        return False
+        """Whether a push is under way; one beyond its deadline is killed, and a failure reported."""
+        return self._status() is None
 
     def finish(self, folder: Path, message: str) -> None:
         """Push the end of a run and wait for it.
 
-        Raises: PushFailed with the command that tries again.
+        Raises: FinalPushError with the command that tries again.
         """
-        while self.is_running():
-            time.sleep(0.1)
-        failures = self.num_failures
+        self._wait()
         self.start(folder, message)
-        while self.is_running():
-            time.sleep(0.1)
-        if self.num_failures > failures:
-            retry = shlex.join(["evit", "push", str(folder), self.repo_id, *self.flags])
-            raise PushFailed(
+        if self._wait():
+            retry = shlex.join(["evit", "push", str(folder), *self.target])
+            raise FinalPushError(
                 f"The run is saved, but the Hub did not take it (see {self.log}). To finish the job: {retry}"
             )
 
     def close(self) -> None:
-        """End a push that is still under way."""
-        if self.process is not None and self.process.poll() is None:
+        """Kill a push that is still under way."""
+        if self.process is not None:
             self.process.kill()
             self.process.wait()
+            self.process = None
+
+    def _wait(self) -> int:
+        """Exit status of the push, when it has ended; 0 if there is none."""
+        while (status := self._status()) is None:
+            time.sleep(0.1)
+        return status
+
+    def _status(self) -> int | None:
+        """Exit status of the push, told once; 0 if there is none, None while it is under way."""
+        if self.process is None:
+            return 0
+        status = self.process.poll()
+        if status is None and time.monotonic() - self.started > self.deadline:
+            self.process.kill()
+            status = self.process.wait()
+        if status is not None:
+            self.process = None
+        if status:
+            sys.stderr.write(f"A push to `{self.target[0]}` failed (status {status}, see {self.log}).\n")
+        return status
+
+
+__all__ = ["BackgroundPush"]

@@ -1,6 +1,6 @@
-"""Upload a picture, move the keep rate, and see what the model answers, what it looks at and what that costs.
+"""Demo of an EViT: upload a picture, move the keep rate, and see the answer, the kept patches and the cost.
 
-Written by `evit space`. Runs here too: pip install gradio -r requirements.txt && python app.py
+Written by `evit space`. It also runs locally: pip install gradio -r requirements.txt && python app.py
 """
 
 import json
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-import evit_hf  # noqa: F401 (makes EViT known to the Auto classes)
+from evit_hf import as_rgb  # the import also makes EViT known to the Auto classes
 from evit_hf.configuration_evit import height_and_width
 from evit_hf.profiling import num_macs
 from evit_hf.visualization import blank_inattentive_patches
@@ -21,7 +21,7 @@ from evit_hf.visualization import blank_inattentive_patches
 HERE = Path(__file__).parent
 SETTINGS = json.loads((HERE / "space.json").read_text())
 SOURCE = str(HERE / "model") if (HERE / "model").is_dir() else SETTINGS["model"]
-BLANK = (0.45, 0.62, 0.85)  # of patches that were given up
+BLANK = (0.45, 0.62, 0.85)  # colour of dropped patches
 MIN_PIXELS = 224  # smaller pictures are shown enlarged
 
 torch.set_grad_enabled(False)
@@ -31,10 +31,10 @@ model(torch.zeros(1, model.config.num_channels, *height_and_width(model.config.i
 
 
 def classify(image: Image.Image | None, keep_rate: float) -> tuple[dict[str, float], list, str]:
-    """Probabilities by class, pictures of the patches that are left behind each layer, and the cost in words."""
+    """Probabilities by class, pictures of the patches that are left after each layer, and the cost in words."""
     if image is None:
         raise gr.Error("Upload a picture first.")
-    pixel_values = torch.as_tensor(processor(image.convert("RGB"), return_tensors="pt").pixel_values)
+    pixel_values = torch.as_tensor(processor(as_rgb(image), return_tensors="pt").pixel_values)
     start = time.perf_counter()
     outputs = model(pixel_values, keep_rate=float(keep_rate))
     milliseconds = 1000 * (time.perf_counter() - start)
@@ -50,7 +50,7 @@ def classify(image: Image.Image | None, keep_rate: float) -> tuple[dict[str, flo
 
 
 def kept_patches(pixel_values: torch.Tensor, attentive_index: tuple[torch.Tensor, ...]) -> list:
-    """The picture as the model sees it, and what is left of it behind each reorganization layer, with captions."""
+    """The picture as the model sees it, and what is left of it after each reorganization layer, with captions."""
     mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (processor.image_mean, processor.image_std))
     images = (pixel_values * std + mean).clamp(0, 1)
     height, width = height_and_width(model.config.patch_size)
@@ -59,7 +59,7 @@ def kept_patches(pixel_values: torch.Tensor, attentive_index: tuple[torch.Tensor
     for layer, index in zip(model.config.reorganization_layers, attentive_index, strict=True):
         left = (index >= 0).sum().item()
         blanked = blank_inattentive_patches(images, index, (height, width), BLANK)
-        gallery.append((as_picture(blanked), f"behind layer {layer}: {left} of {num_patches}"))
+        gallery.append((as_picture(blanked), f"after layer {layer}: {left} of {num_patches}"))
     return gallery
 
 
@@ -76,7 +76,7 @@ with gr.Blocks(title=SETTINGS["title"], analytics_enabled=False) as demo:
     gr.Textbox(SETTINGS["title"], show_label=False, container=False, interactive=False, elem_id="title")
     with gr.Row():
         with gr.Column(scale=1):
-            picture = gr.Image(type="pil", label="Picture", elem_id="picture")
+            picture = gr.Image(type="pil", image_mode=None, label="Picture", elem_id="picture")  # as it was uploaded
             rate = gr.Slider(
                 0.1, 1.0, value=0.7, step=0.05, label="Keep rate (1.0 is the dense model)", elem_id="rate"
             )
