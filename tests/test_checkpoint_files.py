@@ -12,6 +12,7 @@ import timm
 import torch
 from conftest import tiny_config_with
 from safetensors.torch import save_file
+from timm.models._hub import save_for_hf
 
 from evit_hf import EViTForImageClassification, EViTModel, convert_checkpoint
 from evit_hf.checkpoint_files import ConversionError
@@ -387,9 +388,11 @@ def sources(tmp_path):
     torch.save(vit, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     for file in ("vit.safetensors", "vit.pth", "old.pth"):
         yield tmp_path / file, convert(tmp_path / file, **HEADS)
-    timm.models.save_for_hf(
-        timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2),
+    small = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
+    save_for_hf(
+        timm.create_model("vit_tiny_patch16_224", **small),
         tmp_path / "timm",
+        model_args=small,
         safe_serialization=True,
     )
     yield tmp_path / "timm" / "model.safetensors", load(tmp_path / "timm")

@@ -13,6 +13,7 @@ import torch
 from conftest import DATA, tiny_config_with
 from golden import official_cases, official_tensors
 from safetensors.torch import load_file, save_file
+from timm.models._hub import save_for_hf
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -468,7 +469,7 @@ def test_command_converts_a_timm_folder(tmp_path, capsys):
     vit = timm.create_model(
         "vit_tiny_patch16_224", img_size=(64, 32), patch_size=8, embed_dim=64, depth=2, num_heads=4
     )
-    timm.models.save_for_hf(vit, tmp_path / "timm", safe_serialization=True)
+    save_for_hf(vit, tmp_path / "timm", safe_serialization=True)
     main([str(tmp_path / "timm"), str(tmp_path / "evit"), "--image-size", "32", "48", "--keep-rate", "0.7"])
     out = capsys.readouterr().out
     assert "timm: timm\n" in out and "note: position embeddings were resized bicubically to [32, 48] pixels" in out
