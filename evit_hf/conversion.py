@@ -195,6 +195,8 @@ def _timm_weights(
     description = describe_config(config, names, source)
     found = weights_in(content, files[0] if len(files) == 1 else source, wanted)
     found.description = description
+    if config.get("label_descriptions"):
+        found.unused["label_descriptions"] = "classes are called by their `label_names`"
     return found
 
 

@@ -212,8 +212,10 @@ def test_heads_that_contradict_the_source_are_refused(tmp_path):
 
 def test_labels_are_taken_from_the_folder(tmp_path):
     vit = build()
-    save(vit, tmp_path, label_names={"0": "ant", "4": "elk"})
-    model = convert_checkpoint(tmp_path).model
+    save(vit, tmp_path, label_names={"0": "ant", "4": "elk"}, label_descriptions={"ant": "an insect"})
+    converted = convert_checkpoint(tmp_path)
+    model = converted.model
+    assert converted.unused == {"label_descriptions": "classes are called by their `label_names`"}
     assert model.config.id2label == {0: "ant", 1: "LABEL_1", 2: "LABEL_2", 3: "LABEL_3", 4: "elk"}
     assert convert_checkpoint(tmp_path, labels=list("abcde")).model.config.id2label[0] == "a"
     for names, sentence in (
