@@ -81,7 +81,7 @@ def result_rows(preset: str, config: EViTConfig, published: dict[str, Any]) -> l
 
 
 def obtain(preset: str, folder: str, config: EViTConfig, in_zoo: bool) -> tuple[str, str]:
-    """Where the weights come from, and the command that makes an EViT of them."""
+    """Where the weights come from, and the command that makes an EViT from them."""
     if in_zoo:
         text = (
             "The weights are those of the official repository, https://github.com/youweiliang/evit: download the "
@@ -133,7 +133,7 @@ def card(preset: str, folder: str, published: dict[str, Any], in_zoo: bool = Fal
     state = (
         "trained by the authors of EViT"
         if in_zoo
-        else "to be fine-tuned: converted weights have seen no reorganization"
+        else "to be fine-tuned: converted weights were trained without reorganization"
     )
     tokens = num_tokens_by_layer(config)
     values = {
@@ -142,7 +142,7 @@ def card(preset: str, folder: str, published: dict[str, Any], in_zoo: bool = Fal
         + ("" if config.fuse_inattentive_tokens else ", without fusion"),
         "summary": (
             f"An EViT (Liang et al., ICLR 2022) on {backbone}, {state}. It classifies images like the dense model, "
-            "and gives up the patches that its class token hardly looks at along the way."
+            "and on the way drops the patches that its class token pays little attention to."
         ),
         "architecture": f"{backbone}, `{model_class.__name__}`",
         "millions_of_parameters": sum(parameter.numel() for parameter in model.parameters()) / 1e6,

@@ -585,6 +585,16 @@ def test_a_card_tells_what_was_done(pushed, tmp_path):
     assert 'from_pretrained("run/model"' in render_run_card(run, None)
 
 
+@pytest.mark.parametrize("file", ["run.json", "results.json", "class_report.json", "arguments.yaml"])
+def test_half_written_files_of_a_run_cost_its_card_and_no_traceback(file, pushed, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(pushed, run)
+    for content in ("{", "[]", "{}", ""):
+        (run / file).write_text(content)
+        text, words = card_to_push(run, run / "model", REPO, None)
+        assert text is None and "was left as it is" in words and len(words.splitlines()) == 1
+
+
 @pytest.mark.parametrize("name", ["None", "nan", "TODO", "null", "no", "1e3", "007", "", "{{ x }}", "a: b", "- a"])
 def test_classes_and_data_may_have_any_name(name, pushed, model_folder, tmp_path):
     run = tmp_path / "run"

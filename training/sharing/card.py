@@ -3,6 +3,8 @@
 import json
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -195,14 +197,15 @@ def render_run_card(run: Path, repo_id: str | None) -> str:
     """
     name = repo_id.split("/")[-1] if repo_id else run.resolve().name
     finished = FinishedRun.read(run)
-    text = render_card(
-        "run_card_template.md",
-        metadata=finished.metadata(name),
-        title=name,
-        location=repo_id or f"{name}/model",
-        run=finished,
-        max_class_rows=MAX_CLASS_ROWS,
-    )
+    with _values_of(run):
+        text = render_card(
+            "run_card_template.md",
+            metadata=finished.metadata(name),
+            title=name,
+            location=repo_id or f"{name}/model",
+            run=finished,
+            max_class_rows=MAX_CLASS_ROWS,
+        )
     check_card(text)
     card = run / CARD
     return keep_what_was_added(read_card(card.read_bytes()), text) if card.exists() else text
@@ -240,21 +243,37 @@ def render_folder_card(folder: Path, repo_id: str) -> str:
         tags=["evit", "vision", "token-reduction", "image-classification"],
         model_name=name,
     )
-    text = render_card(
-        "folder_card_template.md",
-        metadata=metadata.to_yaml().strip(),
-        title=name,
-        location=repo_id,
-        config=config,
-        architecture=(config.architectures or ["EViT"])[0],
-        costs=[(rate, num_macs(config, rate) / 1e9) for rate in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)],
-        label_names=[str(name) for _, name in sorted(config.id2label.items())][:MAX_CLASS_ROWS],
-        dataset=" ".join(without_paths(report.get("dataset", []))),
-        results=[result for result in report.get("results", []) if "top1" in result],
-        version=version("evit-hf"),
-    )
+    with _values_of(folder):
+        text = render_card(
+            "folder_card_template.md",
+            metadata=metadata.to_yaml().strip(),
+            title=name,
+            location=repo_id,
+            config=config,
+            architecture=(config.architectures or ["EViT"])[0],
+            costs=[(rate, num_macs(config, rate) / 1e9) for rate in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)],
+            label_names=[str(name) for _, name in sorted(config.id2label.items())][:MAX_CLASS_ROWS],
+            dataset=" ".join(without_paths(report.get("dataset", []))),
+            results=[result for result in report.get("results", []) if "top1" in result],
+            version=version("evit-hf"),
+        )
     check_card(text)
     return text
+
+
+@contextmanager
+def _values_of(folder: Path) -> Iterator[None]:
+    """Name the folder whose files lack a value that its card needs.
+
+    Raises: ValueError.
+    """
+    from jinja2 import UndefinedError
+
+    try:
+        yield
+    except (AttributeError, LookupError, StopIteration, TypeError, ZeroDivisionError, UndefinedError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"the files in `{folder}` lack a value ({reason})") from None
 
 
 def card_to_push(source: Path, export: Path, repo_id: str, there: bytes | None) -> tuple[str | None, str | None]:

@@ -32,7 +32,7 @@ class BackgroundPush:
 
         Raises: PushError with the reason.
         """
-        command = [sys.executable, "-m", "evit_training", "push", "--check", ".", *self.target]
+        command = [sys.executable, "-m", "evit_training", "push", ".", *self.target, "--check"]
         try:
             process = subprocess.run(
                 command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=self.deadline

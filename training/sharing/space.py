@@ -24,7 +24,7 @@ def write_space(model: str, dest: Path, title: str | None = None, licence: str =
         title: by default the model's name.
         licence: of the Space.
 
-    Raises: ValueError if the folder is in use or holds no model, or if the Hub id is none.
+    Raises: ValueError if the folder is in use or holds no model, or if the Hub id is not valid.
     """
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
