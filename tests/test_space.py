@@ -67,7 +67,7 @@ def test_a_space_can_name_a_model_of_the_hub_instead(tmp_path, capsys):
     assert yaml.safe_load((tmp_path / "space" / "README.md").read_text().split("---")[1])["models"] == ["org/name"]
     for model, dest, sentence in (
         ("org/name", tmp_path / "space", "exists already"),
-        ("not/a/name", tmp_path / "new", "is neither a folder nor a Hub id"),
+        ("not/a/name", tmp_path / "new", "must be a model folder, a run folder or a Hub id"),
         (str(tmp_path / "space"), tmp_path / "other", "holds no model"),
     ):
         with pytest.raises(SystemExit, match="2"):
