@@ -14,7 +14,7 @@ INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box"
 
 
 def processor_for_size(processor: Any, image_size: int | Sequence[int]) -> tuple[Any, list[str]]:
-    """An image processor that gives images of another size, and is otherwise the same.
+    """An image processor that gives images of a different size, and is otherwise the same.
 
     The crop becomes the new size, and what is resized before cropping keeps its proportion to the crop: 256 pixels
     before a crop of 224 become 438 before one of 384.

@@ -106,7 +106,7 @@ class ReorganizingLayer:
     """A layer that reorganizes its tokens between its two halves; in front of the layer's own class.
 
     The halves come from a dialect: `attend(hidden_states, attention_mask, **kwargs)` returns the hidden states after
-    attention and residual and what the attention returned beside them, `feed_forward(hidden_states)` returns the
+    attention and residual and whatever else the attention returned, `feed_forward(hidden_states)` returns the
     layer's output.
     """
 

@@ -187,7 +187,7 @@ class TokenChoice(NamedTuple):
         weights: (batch_size, num_image_tokens), see `inattentive_weights`; None drops the inattentive tokens.
     """
 
-    index: torch.Tensor
+    index: torch.Tensor  # type: ignore[assignment] # hides tuple.index, which nobody asks of three tensors
     rows: torch.Tensor
     weights: torch.Tensor | None
 

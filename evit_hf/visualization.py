@@ -18,7 +18,7 @@ def attentive_patch_mask(attentive_index: torch.Tensor, num_patches: int) -> tor
             `attentive_index` of a model's output.
         num_patches: patches of the original grid.
 
-    Returns: (batch_size, num_patches), bool. A fused token is no patch and marks none.
+    Returns: (batch_size, num_patches), bool. A fused token is not a patch and marks none.
     """
     mask = torch.zeros(attentive_index.shape[0], num_patches + 1, dtype=torch.bool, device=attentive_index.device)
     # Position -1 lands in one more column, which is cut off again.

@@ -73,7 +73,7 @@ def test_a_rate_beyond_the_peak_of_the_machine_is_refused():
         MeasurementError, match="`stale` seems to run at 160 GFLOP/s, but this machine .* at 20 at most"
     ):
         timing.check_rate(variant, 8, seconds=0.1, peak=20.0)
-    variant.is_exact = False  # 8-bit products have another peak
+    variant.is_exact = False  # 8-bit products have a different peak
     assert timing.check_rate(variant, 8, seconds=0.1, peak=20.0) == 160.0
 
 
@@ -256,7 +256,7 @@ def test_tuned_models_are_saved_with_their_layers_and_rates(tmp_path, capsys):
 
 
 def test_compiled_layers_take_every_keep_rate_without_being_compiled_again(images):
-    """Counted with the compiler's front end alone; the slow test runs the real backend."""
+    """Counted with only the compiler's front end; the slow test runs the real backend."""
     frames = []
 
     def backend(graph, inputs):

@@ -1,4 +1,4 @@
-"""The kernel behind linear layers gives the layers' answers, and steps aside where someone would notice."""
+"""The kernel of linear layers gives the layers' answers, and steps aside where someone would notice."""
 
 import copy
 
@@ -92,7 +92,7 @@ class Wrapped(nn.Module):
 
 
 class OtherWeight(torch.Tensor):
-    """Stands for quantized and distributed weights, which are tensors of another class."""
+    """In place of quantized and distributed weights, which are tensors of a different class."""
 
 
 def small(layer):
@@ -212,7 +212,7 @@ def test_counted_operations_of_a_model_do_not_depend_on_gradients(model, images)
 
 @pytest.mark.parametrize("keep_rate", [1.0, 0.6])
 def test_a_model_whose_weights_are_offloaded_answers_alike(keep_rate, model, images):
-    """Accelerate brings weights in for a layer's call alone: whoever reads them otherwise finds the meta device."""
+    """Accelerate brings weights in only for a layer's call: whoever reads them otherwise finds the meta device."""
     with torch.no_grad():
         expected = model(images, keep_rate=keep_rate).logits
         cpu_offload(model, execution_device=torch.device("cpu"))

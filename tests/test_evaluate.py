@@ -33,7 +33,7 @@ def evaluate(*argv):
 
 
 def test_a_model_is_measured_at_each_keep_rate_with_its_own_classes(model_folder, tmp_path, capsys):
-    """The data numbers its classes in another order, and lacks one."""
+    """The data numbers its classes in a different order, and lacks one."""
     data = write_parquet(tmp_path / "test.parquet", list("abcabcabca"))
     evaluate(model_folder, "--dataset", data, "--keep-rates", "1.0", "0.5", "--batch-size", "4")
     report = json.loads((model_folder / "evaluation.json").read_text())

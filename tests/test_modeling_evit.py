@@ -111,7 +111,7 @@ def test_keep_rate_one_equals_plain_vit(attention_implementation, images):
     ).eval()
     vit = plain_vit_like(model)
     vit.set_attn_implementation(attention_implementation)
-    # To the last bit where the last layer computes all tokens as ViT does; the class token alone is rounded otherwise.
+    # To the last bit where the last layer computes all tokens, as ViT does; only the class token is rounded differently.
     assert torch.equal(model(images, output_hidden_states=True).logits, vit(images).logits)
     torch.testing.assert_close(model(images).logits, vit(images).logits, rtol=1e-5, atol=1e-5)
     reorganized = EViTForImageClassification(
@@ -455,7 +455,7 @@ def test_low_precision_runs_and_stays_close(dtype, tiny_model, images):
     expected = tiny_model(images).logits
     low = copy.deepcopy(tiny_model).to(dtype)(images)
     assert low.logits.dtype == dtype
-    # A flipped choice among nearly equal scores is allowed for; another function is not.
+    # A flipped choice among nearly equal scores is allowed for; a different function is not.
     assert (low.logits.float() - expected).abs().mean() < 0.1 * expected.abs().mean()
 
 
@@ -521,7 +521,7 @@ def test_other_attention_backends_choose_the_same_tokens(implementation, images)
 @pytest.mark.parametrize("attention_implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", official_cases())
 def test_logits_and_gradients_without_hidden_states_are_the_official_ones(name, attention_implementation):
-    """The last layer then computes the class token alone."""
+    """The last layer then computes only the class token."""
     case, golden = official_cases()[name], official_tensors()
     model = official_model(case, attention_implementation)
     pixel_values = golden[f"{name}.pixel_values"].clone()
@@ -634,7 +634,7 @@ def test_drop_path_acts_on_both_branches(tiny_model, images):
 
 
 def test_prefix_tokens_are_never_candidates(images):
-    """The official distilled model may prune its distillation token and then reads another token in its place."""
+    """The official distilled model may prune its distillation token and then reads a different token in its place."""
     config = tiny_config_with(use_distillation_token=True, keep_rate=0.05, attn_implementation="eager")
     model = EViTForImageClassificationWithTeacher(config).eval()
     outputs = model(images, output_hidden_states=True, output_attentions=True)

@@ -1,4 +1,4 @@
-"""Real training runs in real processes that can be killed: forked, so that nothing is imported anew."""
+"""Real training runs in real processes that can be killed: forked, so that nothing is imported again."""
 
 import contextlib
 import hashlib
@@ -141,7 +141,7 @@ def read_log(output_dir):
     path = Path(output_dir) / "metrics.jsonl"
     entries = []
     for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):  # half a line of a run that goes on
+        with contextlib.suppress(ValueError):  # half a line of a run that continues
             entries.append(json.loads(line))
     return entries
 

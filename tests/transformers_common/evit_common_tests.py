@@ -1,4 +1,4 @@
-"""EViT under the common model tests of Transformers, which `run.py` puts beside a copy of this file."""
+"""EViT under the common model tests of Transformers, which `run.py` puts next to a copy of this file."""
 
 import tempfile
 import unittest
@@ -104,7 +104,7 @@ class EViTModelTest(ModelTesterMixin, unittest.TestCase):
             self.assertIsNone(model.get_output_embeddings())
 
     def test_can_load_ignoring_mismatched_shapes(self):
-        """Another number of classes renews the head without being asked to; tests/test_checkpoints.py shows it."""
+        """A different number of classes renews the head without being asked to; tests/test_checkpoints.py shows it."""
         config, model_class = self.model_tester.get_config(), self.all_model_classes[-1]
         with tempfile.TemporaryDirectory() as folder:
             model_class(config).save_pretrained(folder)

@@ -2,7 +2,7 @@
 
     pip install parameterized && python tests/transformers_common/run.py
 
-The tests are no part of the installed package: they are taken from its source distribution on the package index, for
+The tests are not part of the installed package: they are taken from its source distribution on the package index, for
 exactly the installed version.
 """
 

@@ -34,8 +34,8 @@ def freeze(model: nn.Module, trainable: str, num_frozen_layers: int) -> None:
 
     Args:
         model: an EViT classifier.
-        trainable: "all", or "head" for the classifiers alone.
-        num_frozen_layers: so many of the first layers, and the embeddings below them, stay as they are.
+        trainable: "all", or "head" for only the classifiers.
+        num_frozen_layers: this many of the first layers, and the embeddings below them, stay as they are.
 
     Raises: ValueError if there are not as many layers.
     """
@@ -76,7 +76,7 @@ def build_optimizer(model: nn.Module, arguments: OptimizationArguments, learning
 def learning_rate_schedule(
     optimizer: torch.optim.Optimizer, arguments: OptimizationArguments, steps_per_epoch: int, num_steps: int, step: int
 ) -> LambdaLR:
-    """Linear warm-up and cosine, at optimizer step `step`: a function of the step alone, so nothing of it is saved."""
+    """Linear warm-up and cosine, at optimizer step `step`: a function of only the step, so nothing of it is saved."""
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     peak = optimizer.defaults["lr"]

@@ -17,7 +17,7 @@ PACKAGES = ("torch", "transformers", "timm", "onnxruntime", "openvino", "evit-hf
 
 def best_device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def device_name(device: torch.device) -> str:

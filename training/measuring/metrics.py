@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import nn
 
 
-# Beyond so many classes the table of who was taken for whom would not fit.
+# Above this many classes no confusion matrix is kept.
 MAX_CONFUSION_CLASSES = 2000
 
 

@@ -59,7 +59,7 @@ def synchronize(device: torch.device) -> None:
 def clock(name: str) -> Callable[[], float]:
     """Seconds of the wall, or of this process on all of its threads, which other work on the machine does not add to.
 
-    Raises: ValueError for another name.
+    Raises: ValueError for an unknown name.
     """
     clocks = {"wall": time.perf_counter, "cpu": time.process_time}
     if name not in clocks:

@@ -1,9 +1,9 @@
-"""Write the digits data set, train.parquet and test.parquet, beside this script.
+"""Write the digits data set, train.parquet and test.parquet, next to this script.
 
     pip install scikit-learn datasets[vision] && python training/datasets/digits/make_digits.py
 
 The 1,797 images are the handwritten digits of the UCI set that scikit-learn ships. The split is random and stratified:
-the set does not say who wrote which digit, so writers stand on both sides.
+the set does not say who wrote which digit, so writers are on both sides.
 """
 
 from pathlib import Path
