@@ -67,7 +67,8 @@ def test_words_of_a_recipe_are_read_as_the_file_spells_them(text, tmp_path):
     """YAML takes `no` for False and 007 for 7."""
     (tmp_path / "mine.yaml").write_text(f"{text}\neval_split: 007\ndrop_last: no\n")
     arguments = parse_train_arguments([str(tmp_path / "mine.yaml")])
-    assert arguments.run.mixed_precision == "no" and arguments.data.eval_split == "007"
+    assert arguments.run.mixed_precision == "no"
+    assert arguments.data.eval_split == "007"
     assert arguments.optimization.drop_last is False
 
 
@@ -142,6 +143,8 @@ def test_help_is_grouped_names_each_flag_once_and_lists_the_recipes(capsys):
     text = capsys.readouterr().out
     flags = re.findall(r"^  (--[\w-]+)", text, re.MULTILINE)
     assert flags == [f"--{name.replace('_', '-')}" for name in SETTINGS]
-    assert "--no-" not in text and text.count("evit train") == 1 and "paper_lvvit" in text
+    assert "--no-" not in text
+    assert text.count("evit train") == 1
+    assert "paper_lvvit" in text
     for title in ("Which images to train and to evaluate on:", "How long and how fast to train:"):
         assert title in text

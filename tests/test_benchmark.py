@@ -46,7 +46,8 @@ def test_variants_take_turns_in_random_order():
     variants = [Variant(name, lambda name=name: order.append(name), 1, 1) for name in "abc"]
     seconds = timing.alternate(variants, CPU, rounds=20, warmup_rounds=2)
     rounds = ["".join(order[i : i + 3]) for i in range(0, 66, 3)]
-    assert all(sorted(one) == ["a", "b", "c"] for one in rounds) and len(set(rounds)) > 3
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert len(set(rounds)) > 3
     assert [len(times) for times in seconds] == [20, 20, 20]
 
 
@@ -101,9 +102,12 @@ def test_ratios_are_taken_within_a_round_and_efficiency_weighs_them_by_operation
     rows = summarize(variants, seconds, 8, ["timm", "transformers"])
     assert [row.is_baseline for row in rows] == [True, False, False, False]
     assert [row.speed_up for row in rows] == [1.0, 0.8, 1.0, 2.0]
-    assert rows[3].efficiency == 1.0 and rows[3].images_per_second == 4.0
-    assert rows[3].like_for_like == 2.0 and rows[3].like_for_like_efficiency == 1.0
-    assert "like_for_like" not in rows[0].as_json() and rows[3].as_json()["like_for_like"] == 2.0
+    assert rows[3].efficiency == 1.0
+    assert rows[3].images_per_second == 4.0
+    assert rows[3].like_for_like == 2.0
+    assert rows[3].like_for_like_efficiency == 1.0
+    assert "like_for_like" not in rows[0].as_json()
+    assert rows[3].as_json()["like_for_like"] == 2.0
 
 
 # Variants
@@ -136,13 +140,15 @@ def test_benchmark_writes_table_json_and_plot(saved, tmp_path, capsys):
     report = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     (setting,) = report["settings"]
     rows = {row["name"]: row for row in setting["rows"]}
-    assert len(rows) == 4 + 2 * 6 and sum(row.is_baseline for row in rows.values()) == 1
+    assert len(rows) == 4 + 2 * 6
+    assert sum(row.is_baseline for row in rows.values()) == 1
     config = EViTConfig.from_pretrained(saved)
     row = rows["EViT 0.5 onnx"]
     assert row["gmacs"] == num_macs(config, 0.5) / 1e9
     assert row["executed_gmacs"] == num_macs(config, 0.5, executed=True) / 1e9
     assert row["relative_error"] < 1e-4 < rows["EViT 0.5 onnx-int8"]["relative_error"]
-    assert row["like_for_like"] > 0 and torch.__version__.startswith(report["versions"]["torch"])
+    assert row["like_for_like"] > 0
+    assert torch.__version__.startswith(report["versions"]["torch"])
     assert (tmp_path / "out" / "benchmark.png").stat().st_size > 10_000
 
 
@@ -297,5 +303,6 @@ def test_schedules_are_compared_by_graphs_and_speed(monkeypatch, saved, tmp_path
     main(["benchmark", saved, *flags])
     eager, layers = json.loads((tmp_path / "schedule.json").read_text())["rows"]
     assert (eager["graphs"], eager["num_keep_rates"]) == (0, 3)
-    assert 0 < layers["graphs"] <= 6 and layers["graphs_in_steady_state"] == 0
+    assert 0 < layers["graphs"] <= 6
+    assert layers["graphs_in_steady_state"] == 0
     assert "| layers | 4 |" in capsys.readouterr().out

@@ -115,7 +115,8 @@ def test_several_labels_for_an_image(names, tmp_path):
     data.to_parquet(tmp_path / "train.parquet")
     data.to_parquet(tmp_path / "test.parquet")
     splits = load_splits(DataArguments(dataset=[str(tmp_path / "*.parquet")]), seed=0)
-    assert splits.multi_label and splits.label_names == ["cat", "dog", "fox"]
+    assert splits.multi_label
+    assert splits.label_names == ["cat", "dog", "fox"]
     images = LabelledImages(splits, "train", as_rgb)
     assert images.label(0).tolist() == [1, 0, 1]
     assert images.label(1).tolist() == [0, 0, 0]
@@ -237,7 +238,8 @@ def test_a_bad_image_gives_its_place_to_the_next_one(tmp_path):
     loader = DataLoader(TrainingImages(splits, to_red, seed=0), batch_sampler=[[(0, 3, 3)]], num_workers=1)
     with pytest.raises(BadImageError) as error:
         next(iter(loader))
-    assert str(error.value).startswith("Image 3 of") and "Traceback" not in str(error.value)
+    assert str(error.value).startswith("Image 3 of")
+    assert "Traceback" not in str(error.value)
 
 
 def test_a_missing_image_is_named():

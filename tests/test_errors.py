@@ -35,7 +35,9 @@ def one_line(capsys, argv, status=2):
     assert exit_.value.code == status
     text = capsys.readouterr().err
     own = [line for line in text.splitlines() if line.startswith("evit")]
-    assert len(own) == 1 and "Traceback" not in text and text.endswith(f"{own[0]}\n")
+    assert len(own) == 1
+    assert "Traceback" not in text
+    assert text.endswith(f"{own[0]}\n")
     return own[0]
 
 
@@ -90,7 +92,8 @@ def test_a_model_that_is_not_there_is_refused_in_one_line(name, workplace, capsy
 @pytest.mark.parametrize("model", ["bert", "weightless", "broken", "garbled", "listed", "impossible"])
 def test_a_model_that_cannot_be_loaded_is_refused_in_one_line(name, model, workplace, capsys):
     text = one_line(capsys, call(name, model))
-    assert "Class validation error" not in text and len(text) < 700
+    assert "Class validation error" not in text
+    assert len(text) < 700
     assert not (workplace / "out").exists()
 
 
@@ -200,6 +203,8 @@ def test_the_version_is_printed_without_heavy_imports(capsys):
 def test_presets_are_listed_with_parameters_and_operations(capsys):
     main(["presets"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[0] == "preset" and len(lines) > 18
+    assert lines[0].split()[0] == "preset"
+    assert len(lines) > 18
     (row,) = [line.split() for line in lines if line.startswith("evit-deit-s ")]
-    assert row[:3] == ["evit-deit-s", "224", "22.05"] and float(row[5]) < float(row[3])
+    assert row[:3] == ["evit-deit-s", "224", "22.05"]
+    assert float(row[5]) < float(row[3])

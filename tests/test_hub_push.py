@@ -92,7 +92,8 @@ def test_what_was_pushed_is_the_model_and_nothing_else(hub, pushed):
     assert files["model.safetensors"] == (pushed / "model" / "model.safetensors").read_bytes()
     assert f'__version__ = "{evit_hf.__version__}"' in files["configuration_evit.py"].decode()
     messages = [commit.message for commit in hub.repos[f"models/{REPO}"].branches["main"]]
-    assert messages[0] == "initial commit" and messages[-1] == "EViT after 18 optimizer steps"
+    assert messages[0] == "initial commit"
+    assert messages[-1] == "EViT after 18 optimizer steps"
     assert any(re.fullmatch(r"EViT after \d+ of 18 optimizer steps", message) for message in messages)
 
 
@@ -105,7 +106,8 @@ def test_the_card_tells_the_results_of_the_run(hub, pushed):
     (metric,) = metadata["model-index"][0]["results"][0]["metrics"]
     assert metric["value"] == round(100 * results[1]["top1"], 2)
     assert f'from_pretrained("{REPO}", trust_remote_code=True)' in card
-    assert "evit train digits" in card and "(kept_patches.png)" in card
+    assert "evit train digits" in card
+    assert "(kept_patches.png)" in card
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
     compile(code, "card", "exec")
 
@@ -117,7 +119,8 @@ def test_the_code_of_the_card_runs_as_pasted(hub, pushed, tmp_path):
     output = run_python(code, tmp_path, without_package=True, **hub.environment(tmp_path / "home", token=""))
     assert output.strip() in json.loads((pushed / "class_report.json").read_text())["label_names"]
     (result,) = model_index_to_eval_results(check_card(card)["model-index"])[1]
-    assert result.task_type == "image-classification" and 0 <= result.metric_value <= 100
+    assert result.task_type == "image-classification"
+    assert 0 <= result.metric_value <= 100
 
 
 def test_nothing_secret_is_pushed(tmp_path, model_folder):
@@ -244,7 +247,8 @@ def test_a_pushed_card_names_its_repository_and_keeps_what_people_wrote_here_and
     evit("push", run, "org/renamed", env=env)
     card = hub.files("org/renamed")["README.md"].decode()
     assert 'from_pretrained("org/renamed", trust_remote_code=True)' in card
-    assert f'from_pretrained("{REPO}"' not in card and "# evit-digits" not in card
+    assert f'from_pretrained("{REPO}"' not in card
+    assert "# evit-digits" not in card
     # Somebody edits the card on the Hub; the next push keeps that, and one more changes nothing.
     repo = hub.repos["models/org/renamed"]
     repo.commit("main").files["README.md"] = (card.rstrip() + "\n\n## Thanks\n\nTo the digits.\n").encode()
@@ -265,15 +269,18 @@ def test_a_folder_without_card_gets_one_that_claims_nothing(hub, model_folder, t
     evit("push", model_folder, "org/bare", env=env)
     card = hub.files("org/bare")["README.md"].decode()
     metadata = check_card(card)
-    assert "model-index" not in metadata and "Its accuracy was not measured" in card
-    assert "| 0.7 | 0.00" in card and 'from_pretrained("org/bare", trust_remote_code=True)' in card
+    assert "model-index" not in metadata
+    assert "Its accuracy was not measured" in card
+    assert "| 0.7 | 0.00" in card
+    assert 'from_pretrained("org/bare", trust_remote_code=True)' in card
     row = {"keep_rate": 0.6, "top1": 0.5, "top5": 1.0, "gmacs": 0.1, "images_per_second": 7.0, "num_images": 9}
     report = {"dataset": ["/secret/place/beans"], "results": [{**row, "device": "cpu", "dtype": "float32"}]}
     report["results"][0]["batch_size"] = 4
     (model_folder / "evaluation.json").write_text(json.dumps(report))
     evit("push", model_folder, "org/measured", env=env)
     card = hub.files("org/measured")["README.md"].decode()
-    assert "| 0.6 | 50.00 | 100.00 | 0.1000 | 7 |" in card and "secret" not in card
+    assert "| 0.6 | 50.00 | 100.00 | 0.1000 | 7 |" in card
+    assert "secret" not in card
 
 
 def test_models_push_themselves_with_their_code(hub, model_folder, tmp_path):
@@ -287,7 +294,8 @@ AutoImageProcessor.from_pretrained(r"{model_folder}").push_to_hub("org/itself", 
     env = hub.environment(tmp_path / "home")
     run_python(code, tmp_path, **env)
     repo = hub.repos["models/org/itself"]
-    assert repo.private and {"modeling_evit.py", "preprocessor_config.json"} <= set(hub.files("org/itself", "dev"))
+    assert repo.private
+    assert {"modeling_evit.py", "preprocessor_config.json"} <= set(hub.files("org/itself", "dev"))
     load = """
 from transformers import AutoModelForImageClassification
 model = AutoModelForImageClassification.from_pretrained("org/itself", revision="dev", trust_remote_code=True)
@@ -295,14 +303,16 @@ print(type(model).__module__, model.config.keep_rate)
 """
     (tmp_path / "other").mkdir()
     module, keep_rate = run_python(load, tmp_path / "other", without_package=True, **env).split()
-    assert module.startswith("transformers_modules") and keep_rate == "0.6"
+    assert module.startswith("transformers_modules")
+    assert keep_rate == "0.6"
 
 
 def test_private_repositories_branches_and_pinned_revisions(hub, model_folder, tmp_path):
     env = hub.environment(tmp_path / "home")
     evit("push", model_folder, "org/secret", "--private", "--revision", "v1", "--message", "first", env=env)
     repo = hub.repos["models/org/secret"]
-    assert repo.private and repo.branches["v1"][-1].message == "first"
+    assert repo.private
+    assert repo.branches["v1"][-1].message == "first"
     assert "model.safetensors" not in repo.commit("main").files
     sha = repo.commit("v1").sha
     code = """
@@ -322,7 +332,8 @@ for revision in ("v1", "SHA"):
 def test_missing_rights_are_found_before_training(token, words, hub, tmp_path):
     flags = ["train", *SMALL, "--push_to_hub", "org/never", "--output_dir", tmp_path / "run"]
     text = evit(*flags, env=hub.environment(tmp_path / "home", token=token), status=2)
-    assert "`--push-to-hub` cannot work" in text and words in text
+    assert "`--push-to-hub` cannot work" in text
+    assert words in text
     assert not (tmp_path / "run").exists()
     assert "models/org/never" not in hub.repos
 
@@ -643,7 +654,8 @@ def test_evil_labels_stay_in_their_cells(pushed, tmp_path):
     assert check_card(card)["license"] == "apache-2.0"
     assert card.count("<!-- evit:end -->") == 1
     rows = [line for line in card.splitlines() if "license: evil" in line]
-    assert len(rows) == 1 and rows[0].count("|") == 6
+    assert len(rows) == 1
+    assert rows[0].count("|") == 6
 
 
 def test_rendering_again_keeps_what_a_person_added(pushed, tmp_path):
@@ -653,13 +665,16 @@ def test_rendering_again_keeps_what_a_person_added(pushed, tmp_path):
     )
     mine = mine.replace("license: apache-2.0", "license: mit\nthumbnail: mine.png").replace("| 0.7 | ", "| 0.7 | old ")
     merged = keep_what_was_added(mine, card)
-    assert "My introduction." in merged and "## My notes" in merged
+    assert "My introduction." in merged
+    assert "## My notes" in merged
     assert "old " not in merged.split("evit:begin")[1].split("## Training")[0]
     metadata = check_card(merged)
-    assert metadata["thumbnail"] == "mine.png" and metadata["license"] == "apache-2.0"
+    assert metadata["thumbnail"] == "mine.png"
+    assert metadata["license"] == "apache-2.0"
     assert keep_what_was_added(merged, card) == merged
     unmarked = keep_what_was_added("# My own card\n", card)
-    assert "# My own card" in unmarked and "evit:begin" in unmarked
+    assert "# My own card" in unmarked
+    assert "evit:begin" in unmarked
 
 
 # Other ways there and back
@@ -676,9 +691,11 @@ def test_weights_go_through_xet_and_back(xet_hub, model_folder, tmp_path):
     """hf_xet as it is installed, with chunks, shards and deduplication; only its storage is a folder."""
     env = xet_hub.environment(tmp_path / "home")
     evit("push", model_folder, "org/xet", env=env)
-    assert xet_hub.count("xet-write-token") and not xet_hub.count("/lfs/")
+    assert xet_hub.count("xet-write-token")
+    assert not xet_hub.count("/lfs/")
     weights = xet_hub.files("org/xet")["model.safetensors"]
-    assert weights == b"" and weights.size == (model_folder / "model.safetensors").stat().st_size
+    assert weights == b""
+    assert weights.size == (model_folder / "model.safetensors").stat().st_size
     commits = len(xet_hub.repos["models/org/xet"].branches["main"])
     evit("push", model_folder, "org/xet", env=env)
     assert len(xet_hub.repos["models/org/xet"].branches["main"]) == commits
@@ -724,7 +741,8 @@ print("equal")
     assert {"config.json", "model.safetensors", "modeling_evit.py"} <= files
     checkpoints = {path.split("/")[0] for path in files if "checkpoint" in path}
     if strategy == "all_checkpoints":  # the Trainer leaves one out while the push before it is under way
-        assert checkpoints and checkpoints <= {"checkpoint-2", "checkpoint-4"}
+        assert checkpoints
+        assert checkpoints <= {"checkpoint-2", "checkpoint-4"}
     else:
         assert checkpoints == ({"last-checkpoint"} if strategy == "checkpoint" else set())
 

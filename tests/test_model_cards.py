@@ -51,7 +51,8 @@ def test_there_is_a_card_for_every_official_checkpoint_and_every_preset():
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.stem)
 def test_card_has_no_blank_and_valid_metadata(card):
     metadata = check_card(card.read_text())
-    assert metadata["license"] == "apache-2.0" and metadata["pipeline_tag"] == "image-classification"
+    assert metadata["license"] == "apache-2.0"
+    assert metadata["pipeline_tag"] == "image-classification"
     assert ModelCard(card.read_text()).data.library_name == "transformers"
     assert parser().parse_args(code(card, "bash").split()[2:]).dest == card.stem
 

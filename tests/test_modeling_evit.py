@@ -111,7 +111,7 @@ def test_keep_rate_one_equals_plain_vit(attention_implementation, images):
     ).eval()
     vit = plain_vit_like(model)
     vit.set_attn_implementation(attention_implementation)
-    # To the last bit where the last layer computes all tokens, as ViT does; only the class token is rounded differently.
+    # To the last bit where the last layer computes all tokens, as ViT does; only the class token is rounded otherwise.
     assert torch.equal(model(images, output_hidden_states=True).logits, vit(images).logits)
     torch.testing.assert_close(model(images).logits, vit(images).logits, rtol=1e-5, atol=1e-5)
     reorganized = EViTForImageClassification(
@@ -685,7 +685,8 @@ def test_distilled_model_interpolates_its_positions():
 
 def test_a_distillation_token_starts_at_random_like_the_class_token():
     embeddings = EViTForImageClassification(tiny_config_with(use_distillation_token=True)).vit.embeddings
-    assert embeddings.distillation_token.std() > 0.05 and embeddings.position_embeddings.std() > 0.05
+    assert embeddings.distillation_token.std() > 0.05
+    assert embeddings.position_embeddings.std() > 0.05
 
 
 def test_two_classifiers_need_a_distillation_token(tiny_config):

@@ -184,7 +184,8 @@ def test_parameters_classes_and_model_type_are_untouched():
     dense = build("dinov2")
     model = reorganize(copy.deepcopy(dense), 0.7)
     assert list(model.state_dict()) == list(dense.state_dict())
-    assert type(model) is type(dense) and model.config.model_type == "dinov2"
+    assert type(model) is type(dense)
+    assert model.config.model_type == "dinov2"
     assert {type(layer).__name__ for layer in layers_of(model)} == {"Dinov2Layer"}
 
 
@@ -192,7 +193,8 @@ def test_another_model_of_the_same_configuration_keeps_its_own():
     config = ViTConfig(**{"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 48})
     models = [transformers.ViTModel(config) for _ in range(2)]
     reorganize(models[0], 0.7)
-    assert not hasattr(models[1].config, "keep_rate") and models[1].config._attn_implementation == "sdpa"
+    assert not hasattr(models[1].config, "keep_rate")
+    assert models[1].config._attn_implementation == "sdpa"
     assert models[1](torch.zeros(1, 3, 48, 48)).last_hidden_state.shape[1] == 10
 
 
@@ -295,7 +297,9 @@ def test_callback_schedules_foreign_models(tmp_path):
     )
     trainer = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[KeepRateCallback(1, 2)])
     trainer.train()
-    assert rates[:2] == [1.0, 1.0] and rates[-1] == 0.5 and rates == sorted(rates, reverse=True)
+    assert rates[:2] == [1.0, 1.0]
+    assert rates[-1] == 0.5
+    assert rates == sorted(rates, reverse=True)
     # Its checkpoints are found again, whole: upstream leaves an encoder at random here.
     fresh = reorganized("dinov2", keep_rate=0.5)
     trainer = transformers.Trainer(fresh, arguments, train_dataset=rows, callbacks=[KeepRateCallback(1, 2)])
@@ -396,9 +400,8 @@ def test_attention_dropout_never_chooses_tokens():
 
 def test_families_are_listed():
     listed = families()
-    assert listed["dinov2"].startswith("works: Dinov2Model") and listed["siglip"].startswith(
-        "refused: it has no class"
-    )
+    assert listed["dinov2"].startswith("works: Dinov2Model")
+    assert listed["siglip"].startswith("refused: it has no class")
     assert set(FAMILIES) < set(listed)
 
 

@@ -52,7 +52,9 @@ def test_random_boxes_lie_in_the_grid_and_cover_about_half_of_it_at_most():
     areas = []
     for _ in range(2000):
         top, left, height, width = random_mix_box((8, 12))
-        assert min(top, left, height, width) >= 0 and top + height <= 8 and left + width <= 12
+        assert min(top, left, height, width) >= 0
+        assert top + height <= 8
+        assert left + width <= 12
         areas.append(height * width / 96)
     # Uniform shares have mean 1/2; boxes are cut at the border and rounded down, so less is left.
     assert 0.2 < sum(areas) / len(areas) < 0.5

@@ -15,12 +15,14 @@ def test_inattentive_patches_are_blank_and_the_others_untouched():
     blanked = blank_inattentive_patches(images, torch.tensor([[1, 3]]), (2, 3), blank=(-1.0, -2.0))
     assert torch.equal(blanked[:, :, :2, 3:], images[:, :, :2, 3:])
     assert torch.equal(blanked[:, :, 2:, 3:], images[:, :, 2:, 3:])
-    assert (blanked[:, 0, :, :3] == -1).all() and (blanked[:, 1, :, :3] == -2).all()
+    assert (blanked[:, 0, :, :3] == -1).all()
+    assert (blanked[:, 1, :, :3] == -2).all()
 
 
 def test_margins_without_a_whole_patch_are_blank():
     blanked = blank_inattentive_patches(torch.zeros(1, 3, 9, 11), torch.arange(20).view(1, -1), 2)
-    assert (blanked[:, :, 8:] == 1).all() and (blanked[..., 10:] == 1).all()
+    assert (blanked[:, :, 8:] == 1).all()
+    assert (blanked[..., 10:] == 1).all()
     assert (blanked[:, :, :8, :10] == 0).all()
 
 

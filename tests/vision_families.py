@@ -94,6 +94,15 @@ def inputs(case, batch_size=2):
     return {"pixel_values": torch.randn(batch_size, 3, 48, 48, generator=generator)}
 
 
+def rotated(x, num_prefix, patches, cos, sin):
+    """Queries or keys, (sequence_length, num_heads, head_dim), each turned by the position of its patch."""
+    x, half = x.clone(), x.shape[-1] // 2
+    for i, patch in enumerate(patches, start=num_prefix):
+        if patch is not None:
+            x[i] = x[i] * cos[patch] + torch.cat((-x[i][:, half:], x[i][:, :half]), dim=-1) * sin[patch]
+    return x
+
+
 def reference(layer, tokens, num_prefix, num_scoring, keep_rate, fuse, patches, rotary=None, bias=None):
     """One layer for one image in float64, with loops over heads and tokens; reads weights, calls no attention.
 
@@ -114,13 +123,7 @@ def reference(layer, tokens, num_prefix, num_scoring, keep_rate, fuse, patches, 
     if hasattr(attention, "q_norm"):
         q, k = attention.q_norm(q), attention.k_norm(k)
     if rotary is not None:
-        q, k = q.clone(), k.clone()
-        for i in range(num_prefix, length):
-            patch = patches[i - num_prefix]
-            if patch is not None:
-                for x in (q, k):
-                    half = torch.cat((-x[i][:, dim // 2 :], x[i][:, : dim // 2]), dim=-1)
-                    x[i] = x[i] * rotary[0][patch] + half * rotary[1][patch]
+        q, k = (rotated(x, num_prefix, patches, *rotary) for x in (q, k))
     position = list(range(num_prefix)) + [None if p is None else p + num_prefix for p in patches]
     output, scores = torch.zeros(length, heads, dim, dtype=tokens.dtype), torch.zeros(length, dtype=tokens.dtype)
     for head in range(heads):
