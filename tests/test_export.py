@@ -1,4 +1,6 @@
+import copy
 import json
+import math
 import subprocess
 import sys
 
@@ -6,16 +8,19 @@ import pytest
 import torch
 from conftest import tiny_config_with
 from PIL import Image
-from transformers import ViTImageProcessor, pipeline
+from transformers import DeiTImageProcessor, ViTImageProcessor, pipeline
 
 from evit_hf import (
     EViTForImageClassification,
     EViTForImageClassificationWithTeacher,
     EViTLVConfig,
     EViTLVForImageClassification,
+    EViTModel,
 )
 from evit_hf.export import ExportError, check_parity, example_code, export_model, load_exported
+from evit_hf.pixels import processed_pixels, robust_keep_rates
 from evit_training.cli import main
+from evit_training.data.images import decoded
 
 
 ENGINES = ["torch-export", "onnx", "openvino"]
@@ -64,7 +69,7 @@ def test_ahead_of_time_compiled_models_answer_as_the_model_whatever_the_memory_l
     model = tiny("evit")
     export_model(model, tmp_path, "aoti", keep_rate_is_input)
     images = torch.randn(3, 3, 32, 32).to(memory_format=torch.channels_last)
-    answer = load_exported(tmp_path)(images, 0.5)
+    answer = load_exported(tmp_path)(images, 0.5 if keep_rate_is_input else None)
     expected = model(images, keep_rate=0.5 if keep_rate_is_input else None).logits.detach()
     torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-4)
 
@@ -85,6 +90,117 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(tmp_path):
         export_model(tiny("evit", reorganization_layers=[]), tmp_path, "onnx", keep_rate_is_input=True)
     with pytest.raises(ExportError, match="There is no format `tflite`: take one of onnx, openvino"):
         export_model(tiny("evit"), tmp_path, "tflite")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_exports_keep_as_many_tokens_as_the_model(engine, tmp_path):
+    """At 0.28, 0.56 and 0.6 of 25 patches a product in float32 keeps one more."""
+    torch.manual_seed(0)
+    config = tiny_config_with(image_size=40, num_hidden_layers=2, reorganization_layers=[0])
+    model = EViTModel(config).eval()
+    export_model(model, tmp_path, engine, keep_rate_is_input=True)
+    exported, images = load_exported(tmp_path, num_threads=1), torch.randn(1, 3, 40, 40)
+    for rate in [i / 50 for i in range(1, 51)]:
+        with torch.no_grad():
+            expected = model(images, keep_rate=rate).last_hidden_state
+        torch.testing.assert_close(exported(images, rate), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_robust_keep_rates_keep_the_same_tokens_in_float32():
+    for num_tokens in (25, 49, 64, 100, 196, 576):
+        for rate in [i / 200 for i in range(1, 201)]:
+            expected, left = [], num_tokens
+            for _ in range(3):
+                expected.append(math.ceil(rate * left))
+                left = expected[-1] + int(expected[-1] < left)
+            left = num_tokens
+            for robust, count in zip(robust_keep_rates([rate] * 3, num_tokens, True), expected, strict=True):
+                assert (torch.tensor(robust, dtype=torch.float32) * left).ceil().item() == count
+                left = count + int(count < left)
+
+
+def test_keep_rates_are_answered_as_the_model_answers_them(tmp_path):
+    model, images = tiny("evit"), torch.randn(2, 3, 32, 32)
+    export_model(model, tmp_path / "input", "torch-export", keep_rate_is_input=True)
+    export_model(model, tmp_path / "fixed", "torch-export")
+    exported, fixed = (load_exported(str(tmp_path / name)) for name in ("input", "fixed"))
+    for rate in (None, 1, (0.5, 0.6, 1)):
+        expected = model(images, keep_rate=rate).logits.detach()
+        torch.testing.assert_close(exported(images, rate), expected, rtol=1e-4, atol=1e-4)
+    for rate in (0.0, 1.5, float("nan"), [0.5], "0.5"):
+        with pytest.raises(Exception, match="`keep_rate`") as error:
+            model(images, keep_rate=rate)
+        with pytest.raises(error.type, match="`keep_rate`"):
+            exported(images, rate)
+    with pytest.raises(ValueError, match="`keep_rate` is 0.6 in this export, got 0.5"):
+        fixed(images, 0.5)
+    torch.testing.assert_close(fixed(images, 0.6), fixed(images))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_low_precision_is_exported_or_made_float32(engine, dtype, tmp_path, caplog):
+    model = tiny("evit").to(dtype)
+    record = export_model(model, tmp_path, engine)
+    has_dtype = engine == "torch-export" or dtype == torch.float16
+    assert record["dtype"] == (str(dtype) if has_dtype else "torch.float32").removeprefix("torch.")
+    images = torch.randn(2, 3, 32, 32)
+    answer = load_exported(tmp_path)(images)
+    reference = (model if has_dtype else copy.deepcopy(model).float())(images).logits.detach().float()
+    assert answer.dtype == torch.float32
+    assert (answer - reference).abs().max() < (0.1 if has_dtype else 1e-3) * reference.abs().max()
+
+
+def test_a_bare_model_exports_features(tmp_path):
+    torch.manual_seed(0)
+    model = EViTModel(tiny_config_with()).eval()
+    model.save_pretrained(tmp_path / "model")
+    PROCESSOR.save_pretrained(tmp_path / "model")
+    main(["export", str(tmp_path / "model"), str(tmp_path / "out"), "--format", "torch-export"])
+    images = torch.randn(3, 3, 32, 32)
+    expected = model(images).last_hidden_state.detach()
+    torch.testing.assert_close(load_exported(tmp_path / "out")(images), expected, rtol=1e-4, atol=1e-4)
+    picture().save(tmp_path / "it.png")
+    command = [sys.executable, tmp_path / "out" / "example.py", tmp_path / "it.png"]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert f"features {tuple(expected.shape[1:])}" in process.stdout, process.stderr
+
+
+def test_what_cannot_work_is_said_before_the_work_starts(tmp_path, monkeypatch):
+    model = EViTForImageClassification(tiny_config_with(id2label={i: f"class {i}" for i in range(1, 6)}))
+    monkeypatch.setattr("evit_hf.export.exported_program", lambda *_: pytest.fail("the work has started"))
+    with pytest.raises(ExportError, match="`id2label` must number the 5 classes from 0"):
+        export_model(model, tmp_path / "out", "torch-export")
+    (tmp_path / "file").touch()
+    with pytest.raises(ExportError, match="is a file: name a folder"):
+        export_model(tiny("evit"), tmp_path / "file", "torch-export")
+    with pytest.raises(ExportError, match="holds no export.json"):
+        load_exported(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_failed_export_leaves_nothing_and_no_half_over_an_old_one(tmp_path, monkeypatch):
+    export_model(tiny("evit"), tmp_path / "old", "torch-export", processor=PROCESSOR)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+    monkeypatch.setattr("evit_hf.export.check_parity", lambda *_: (_ for _ in ()).throw(ExportError("differs")))
+    for name in ("old", "new/deep"):
+        with pytest.raises(ExportError, match="differs"):
+            export_model(tiny("evit", keep_rate=0.3), tmp_path / name, "torch-export", processor=PROCESSOR)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_onnx_has_the_layout_that_optimum_and_transformers_js_load(tmp_path):
+    import onnx
+
+    export_model(tiny("evit"), tmp_path, "onnx", processor=PROCESSOR)
+    assert {path.name for path in tmp_path.iterdir()} >= {"onnx", "config.json", "preprocessor_config.json"}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == "vit" and len(config["id2label"]) == 5 and "auto_map" not in config
+    graph = onnx.load(tmp_path / "onnx" / "model.onnx").graph
+    assert [entry.name for entry in (*graph.input, *graph.output)] == ["pixel_values", "logits"]
+    axes = [entry.type.tensor_type.shape.dim[0].dim_param for entry in (*graph.input, *graph.output)]
+    assert axes == ["batch_size", "batch_size"]
 
 
 # The command
@@ -114,32 +230,81 @@ def test_the_example_beside_the_model_needs_no_part_of_this_package(engine, flag
     assert process.returncode == 0, process.stderr
     classify = pipeline("image-classification", model=str(saved))
     classify.model.set_keep_rate(0.7 if flags else 0.6)
-    assert process.stdout.strip().endswith(classify(image, top_k=1)[0]["label"])
-    lines = (tmp_path / "out" / "example.py").read_text().splitlines()
-    assert len([line for line in lines if line and not line.startswith(('"""', "import", "from"))]) <= 15
+    path, *answers = process.stdout.splitlines()
+    expected = classify(image, top_k=5)
+    assert path == f"{tmp_path / 'noise.png'} {expected[0]['label']}" and [
+        line.split(maxsplit=1)[1] for line in answers
+    ] == [answer["label"] for answer in expected]
+    probabilities = [float(line.split()[0]) for line in answers]
+    assert probabilities == pytest.approx([answer["score"] for answer in expected], abs=0.02)
+    process = subprocess.run(
+        [sys.executable, command[3], tmp_path / "nowhere.png", tmp_path / "noise.png"], capture_output=True, text=True
+    )
+    assert process.returncode == 1 and "noise.png" in process.stdout
+    assert process.stderr.startswith(f"{tmp_path / 'nowhere.png'} is not a picture that can be read")
 
 
-def test_the_example_crops_as_the_processor_does(tmp_path):
-    processor = ViTImageProcessor(
-        size={"shortest_edge": 40}, do_center_crop=True, crop_size={"height": 32, "width": 32}, resample=3
-    )
-    image = Image.effect_noise((90, 50), 90).convert("RGB").resize((180, 100))
-    image.save(tmp_path / "noise.png")
-    record = {"format": "onnx", "image_size": [32, 32], "keep_rate": 0.6, "num_keep_rates": 0}
-    code = example_code(record, processor)
-    code = code.replace("import onnxruntime\n", "").replace(
-        'onnxruntime.InferenceSession(HERE / "model.onnx")', "None"
-    )
-    code = code[: code.index("    logits =")].replace("Path(__file__)", "Path('.')")
-    namespace = {}
-    sys.argv, before = ["example.py", str(tmp_path / "noise.png")], sys.argv
-    try:
-        exec(code, namespace)
-    finally:
-        sys.argv = before
+def picture(mode="RGB", size=(180, 100)):
+    channels = [Image.effect_noise((9, 5), 90).resize(size, 3) for _ in range(4)]
+    return Image.merge("RGBA", channels).convert(mode)
+
+
+SQUARE = {"height": 32, "width": 32}
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        ViTImageProcessor(size={"shortest_edge": 40}, do_center_crop=True, crop_size=SQUARE, resample=3),
+        ViTImageProcessor(size={"shortest_edge": 20}, do_center_crop=True, crop_size=SQUARE),
+        ViTImageProcessor(size=SQUARE, do_normalize=False),
+        ViTImageProcessor(size=SQUARE, do_normalize=False, do_rescale=False),
+        ViTImageProcessor(size=SQUARE, rescale_factor=1 / 127.5),
+        ViTImageProcessor(size=SQUARE, resample=0),
+        DeiTImageProcessor(),
+    ],
+)
+def test_the_example_sees_the_pixels_of_the_processor(processor):
+    settings = json.loads(processor.to_json_string())
+    scale = (settings["rescale_factor"] if settings["do_rescale"] else 1) / (0.5 if settings["do_normalize"] else 1)
+    for size in ((180, 100), (33, 57)):
+        image = picture(size=size)
+        expected = processor(image, return_tensors="np").pixel_values
+        # torchvision and Pillow round differently, by a level or two of 255.
+        assert abs(processed_pixels(image, settings) - expected).max() < 3 * scale
+
+
+@pytest.mark.parametrize(("num_channels", "mode"), [(1, "L"), (4, "RGBA")])
+def test_the_example_sees_the_pixels_of_models_with_one_or_four_channels(num_channels, mode):
+    processor = ViTImageProcessor(size=SQUARE, image_mean=[0.5] * num_channels, image_std=[0.5] * num_channels)
+    pixels = processed_pixels(picture(mode), json.loads(processor.to_json_string()), num_channels)
+    expected = processor(picture(mode), return_tensors="np").pixel_values
+    assert pixels.shape == expected.shape == (1, num_channels, 32, 32)
+    image = picture(mode)
     expected = processor(image, return_tensors="np").pixel_values
-    # torchvision and Pillow round differently, by a level or two of 255.
-    assert abs(namespace["pixels"] - expected).max() < 3 / 255 / 0.5
+    pixels = processed_pixels(image, json.loads(processor.to_json_string()), num_channels)
+    assert abs(pixels - expected).max() < 3 / 255 / 0.5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_example_decodes_pictures_as_training_does(tmp_path):
+    import numpy as np
+
+    record = {"format": "torch-export", "image_size": [32, 32], "keep_rate": 0.6, "num_keep_rates": 0}
+    namespace = {"__file__": str(tmp_path / "example.py"), "__name__": "example"}
+    exec(example_code(record, PROCESSOR), namespace)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture().save(tmp_path / "exif.jpg", exif=exif)
+    for mode in ("L", "RGBA", "LA", "P"):
+        picture(mode).save(tmp_path / f"{mode}.png")
+    sixteen = np.random.default_rng(0).integers(0, 65535, (40, 50)).astype(np.uint16)
+    Image.fromarray(sixteen).save(tmp_path / "sixteen.png")
+    plain = {"do_resize": False}
+    for path in sorted(tmp_path.iterdir()):
+        value = {"bytes": None, "path": str(path)}
+        expected = np.asarray(decoded(value, path.name)).transpose(2, 0, 1)[None]
+        assert np.array_equal(namespace["processed_pixels"](Image.open(path), plain), expected), path.name
 
 
 @pytest.fixture
@@ -166,7 +331,7 @@ def test_int8_is_smaller_and_its_accuracy_is_measured(kind, saved, color_files, 
     assert record["int8"] == kind and record["num_images"] == 30
     change = 100 * (record["int8_accuracy"] - record["accuracy"])
     assert record["accuracy_change"] == pytest.approx(change)
-    sizes = [(tmp_path / name / "model.onnx").stat().st_size for name in ("out", "float")]
+    sizes = [(tmp_path / name).stat().st_size for name in ("out/onnx/model_quantized.onnx", "float/onnx/model.onnx")]
     assert sizes[0] < sizes[1]
     images = torch.randn(4, 3, 32, 32)
     quantized, exact = (load_exported(tmp_path / name)(images) for name in ("out", "float"))

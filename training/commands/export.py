@@ -54,10 +54,11 @@ def main(argv: list[str]) -> None:
         "export",
         [ExportArguments, DataArguments],
         usage="evit export MODEL DEST [--format onnx] [--keep-rate 0.7] [--flag value ...]",
-        description="Export a classifier with a dynamic batch size and compare it with the original. DEST gets the "
-        "model, labels.json, export.json and example.py, which needs no part of this package.",
+        description="Export a model with a dynamic batch size and compare it with the original. DEST gets the model, "
+        "labels.json, export.json, config.json, preprocessor_config.json and example.py, which needs no part of this "
+        "package. A bare model is exported as a function that returns features.",
     )
-    parser.add_argument("model", help="Model folder, run folder or Hub id of a ViT, DeiT or EViT classifier.")
+    parser.add_argument("model", help="Model folder, run folder or Hub id of a ViT, DeiT or EViT.")
     parser.add_argument("dest", type=Path, help="Folder to write; it must not exist or be empty.")
     (arguments, data), rest, given = parser.parse(argv)
     if rest.dest.exists() and (not rest.dest.is_dir() or any(rest.dest.iterdir())):
@@ -88,14 +89,16 @@ def export(name: str, dest: Path, arguments: ExportArguments, data: DataArgument
         ValueError: for settings that cannot work.
         ExportError: if the result differs from the original.
     """
-    from evit_hf.export import export_model, write_record
+    from evit_hf.export import complete_folder, export_model, write_record
 
     from ..data.augmentation import image_processor
-    from ..learning.models import load_classifier, load_processor
+    from ..learning.models import load_processor
 
     if arguments.int8 != "no" and (arguments.format != "onnx" or data is None):
         raise ValueError("`--int8` needs `--format onnx`, and `--dataset` to measure what it does to the accuracy.")
-    model = load_classifier(name).eval()
+    if arguments.int8 == "static" and arguments.keep_rate_input:
+        raise ValueError("`--int8 static` calibrates one keep rate: leave out `--keep-rate-input`.")
+    model = load_model(name).eval()
     processor = load_processor(name)
     if arguments.keep_rate is not None:
         rates = arguments.keep_rate
@@ -103,12 +106,30 @@ def export(name: str, dest: Path, arguments: ExportArguments, data: DataArgument
     if arguments.image_size is not None:
         model.set_image_size(arguments.image_size)
         processor = image_processor(name, arguments.image_size)
-    record = export_model(model, dest, arguments.format, arguments.keep_rate_input, processor)
-    processor.save_pretrained(dest)
-    if arguments.int8 != "no":
-        record |= quantize(model, dest, arguments, data, processor)
-        write_record(dest, record)
+    with complete_folder(dest) as work:
+        record = export_model(model, work, arguments.format, arguments.keep_rate_input, processor)
+        if arguments.int8 != "no":
+            record |= quantize(model, work, arguments, data, processor)
+            write_record(work, record)
     return record
+
+
+def load_model(name: str) -> "EViTPreTrainedModel":
+    """Load a classifier, or the bare model where a folder holds no more than that.
+
+    Args:
+        name: folder or Hub id.
+    """
+    from transformers import PreTrainedConfig
+
+    from evit_hf import EViTLVModel, EViTModel
+
+    from ..learning.models import load_classifier
+
+    config, _ = PreTrainedConfig.get_config_dict(name)
+    bare = {"EViTModel": EViTModel, "ViTModel": EViTModel, "DeiTModel": EViTModel, "EViTLVModel": EViTLVModel}
+    architecture = (config.get("architectures") or [""])[0]
+    return bare[architecture].from_pretrained(name) if architecture in bare else load_classifier(name)
 
 
 def quantize(
@@ -116,7 +137,7 @@ def quantize(
 ) -> dict[str, Any]:
     """Put an ONNX model's matrix products into 8 bits, and measure the accuracy before and after.
 
-    Returns: {"int8", "accuracy", "int8_accuracy", "accuracy_change" (points), "num_images"}.
+    Returns: {"file", "int8", "accuracy", "int8_accuracy", "accuracy_change" (points), "num_images"}.
     """
     from onnxruntime.quantization import (
         CalibrationDataReader,
@@ -126,22 +147,23 @@ def quantize(
         quantize_static,
     )
 
-    from evit_hf.export import load_exported
+    from evit_hf.export import FORMATS, load_exported, write_record
 
     from ..data.loaders import batches
     from ..data.splits import load_evaluation_split, load_splits, with_classes_of
 
+    if not hasattr(model, "num_labels") or not hasattr(model, "vit"):
+        raise ValueError("`--int8` measures top-1 accuracy, and this model gives features: name a classifier.")
     if model.config.problem_type == "multi_label_classification":
         raise ValueError("`--int8` measures top-1 accuracy, and this model can give several labels.")
     splits = with_classes_of(model, load_evaluation_split(data))
-    path = str(dest / "model.onnx")
+    path = str(dest / FORMATS["onnx"])
+    quantized = "onnx/model_quantized.onnx"
     products = ["MatMul", "Gemm"]
     before = accuracy(load_exported(dest), splits, processor, arguments, model)
     if arguments.int8 == "dynamic":
-        quantize_dynamic(path, path, op_types_to_quantize=products, weight_type=QuantType.QInt8)
+        quantize_dynamic(path, dest / quantized, op_types_to_quantize=products, weight_type=QuantType.QInt8)
     else:
-        if arguments.keep_rate_input:
-            raise ValueError("`--int8 static` calibrates one keep rate: leave out `--keep-rate-input`.")
         train = load_splits(data, seed=0)
 
         class Images(CalibrationDataReader):
@@ -154,7 +176,7 @@ def quantize(
 
         quantize_static(
             path,
-            path,
+            str(dest / quantized),
             Images(),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=products,
@@ -162,8 +184,10 @@ def quantize(
             weight_type=QuantType.QInt8,
             activation_type=QuantType.QUInt8,
         )
+    write_record(dest, json.loads((dest / "export.json").read_text()) | {"file": quantized})
     after = accuracy(load_exported(dest), splits, processor, arguments, model)
     return {
+        "file": quantized,
         "int8": arguments.int8,
         "accuracy": before,
         "int8_accuracy": after,

@@ -277,7 +277,7 @@ def quantized_copy(folder: Path) -> Path:
     path = folder.with_name(f"{folder.name}-int8")
     if not path.exists():
         shutil.copytree(folder, path)
-        model = str(path / "model.onnx")
+        model = str(path / FORMATS["onnx"])
         quantize_dynamic(model, model, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8)
     return path
 
