@@ -13,7 +13,7 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as nn_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -81,7 +81,10 @@ def _is_watched(module: nn.Module) -> bool:
 def _operations_are_watched(inputs: torch.Tensor) -> bool:
     """Whether somebody in this process or thread follows modules or operations, whichever model they belong to."""
     return bool(
-        _has_any_global_hook()
+        nn_module._global_forward_pre_hooks
+        or nn_module._global_forward_hooks
+        or nn_module._global_backward_pre_hooks
+        or nn_module._global_backward_hooks
         or _get_current_dispatch_mode() is not None
         or any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
         or torch.autograd._profiler_enabled()
