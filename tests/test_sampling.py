@@ -61,6 +61,30 @@ def test_order_differs_between_epochs_and_seeds():
     assert all(sorted(order) == list(range(20)) for order in orders)
 
 
+@pytest.mark.parametrize("counts", [(9, 3, 1), (95, 5), (2, 2), (1, 1, 1, 7)])
+def test_balanced_sampling_draws_classes_equally_often(counts):
+    labels = [label for label, count in enumerate(counts) for _ in range(count)]
+    for epoch in range(3):
+        order = epoch_order(len(labels), 0, epoch, labels=labels).tolist()
+        by_class = [[i for i in order if labels[i] == label] for label in range(len(counts))]
+        assert len(order) == len(labels)
+        assert max(map(len, by_class)) - min(map(len, by_class)) <= 1
+        for label, drawn in enumerate(by_class):
+            members = [i for i, other in enumerate(labels) if other == label]
+            times = [drawn.count(i) for i in members]
+            assert max(times) - min(times) <= 1
+    seen = {i for epoch in range(99) for i in epoch_order(len(labels), 0, epoch, labels=labels).tolist()}
+    assert seen == set(range(len(labels)))
+
+
+def test_balanced_batches_start_at_any_step():
+    plan = StepPlan(23, 4)
+    labels = [0] * 20 + [1] * 3
+    everything = list(TrainingBatches(plan, 0, 0, 12, labels=labels))
+    assert list(TrainingBatches(plan, 0, 7, 12, labels=labels)) == everything[7:]
+    assert everything != list(TrainingBatches(plan, 0, 0, 12))
+
+
 def test_copies_of_repeated_augmentation_go_to_different_processes():
     plan = StepPlan(30, 6, num_processes=3)
     shares = [[key for batch in TrainingBatches(plan, 0, 0, 5, process, 3) for key in batch] for process in range(3)]

@@ -56,6 +56,12 @@ class DataArguments:
         "Column with the labels; by default label, labels, fine_label, class and the like, or columns of zeros and "
         "ones. Lists and `a|b` are several labels.",
     )
+    balanced_sampling: bool = setting(
+        False,
+        "Draw all classes equally often: images of rare classes several times in an epoch, those of frequent ones not "
+        "in every epoch.",
+        only_for_training=True,
+    )
     allow_missing_classes: bool = setting(
         False, "Accept classes that only the training or only the evaluation split has.", only_for_training=True
     )
@@ -384,6 +390,10 @@ class TrainArguments:
             (
                 self.data.streaming and has_repeats,
                 "`--repeated-augmentation` needs data with a known order: leave out `--streaming`.",
+            ),
+            (
+                self.data.streaming and self.data.balanced_sampling,
+                "`--balanced-sampling` needs data whose labels are known: leave out `--streaming`.",
             ),
         ):
             if is_contradiction:

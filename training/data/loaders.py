@@ -57,7 +57,8 @@ def training_loader(
         )
         return DataLoader(images, batch_size=None, **common)
     repeats = arguments.augmentation.repeated_augmentation
-    batches = TrainingBatches(plan, seed, first_step, num_steps, accelerator.process_index, repeats)
+    labels = splits.train[splits.label_column][:] if data.balanced_sampling else None
+    batches = TrainingBatches(plan, seed, first_step, num_steps, accelerator.process_index, repeats, labels)
     return DataLoader(TrainingImages(splits, augment, seed, data.on_bad_image), batch_sampler=batches, **common)
 
 

@@ -63,12 +63,12 @@ def class_numbers(names: Sequence[str], id2label: Mapping[int, str]) -> tuple[li
     """
     exact = {class_name(label): int(number) for number, label in id2label.items()}
     folded: dict[str, list[int]] = {}
-    for label, number in exact.items():
-        folded.setdefault(label.casefold(), []).append(number)
+    for label, its_number in exact.items():
+        folded.setdefault(label.casefold(), []).append(its_number)
     asked = [class_name(name).casefold() for name in names]
     numbers, unknown = [], []
     for name in names:
-        number = exact.get(class_name(name))
+        number: int | None = exact.get(class_name(name))
         if number is None:
             alike = folded.get(class_name(name).casefold(), [])
             number = alike[0] if len(alike) == 1 and asked.count(class_name(name).casefold()) == 1 else None

@@ -7,7 +7,7 @@ advance.
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +86,9 @@ class StepPlan:
         return [share[i : i + self.micro_batch_size] for i in range(0, len(share), self.micro_batch_size)]
 
 
-def epoch_order(num_images: int, seed: int, epoch: int, repeats: int = 1) -> torch.Tensor:
+def epoch_order(
+    num_images: int, seed: int, epoch: int, repeats: int = 1, labels: Sequence[int] | None = None
+) -> torch.Tensor:
     """Image numbers of an epoch in their random order.
 
     Args:
@@ -94,6 +96,7 @@ def epoch_order(num_images: int, seed: int, epoch: int, repeats: int = 1) -> tor
         seed: of the run.
         epoch: number of the epoch.
         repeats: copies of each image, side by side; the epoch then holds only a part of the images.
+        labels: class number of each image, to draw all classes equally often; by default each image is drawn once.
 
     Returns: (num_images,), image numbers.
 
@@ -101,14 +104,51 @@ def epoch_order(num_images: int, seed: int, epoch: int, repeats: int = 1) -> tor
         https://github.com/facebookresearch/deit/blob/7e160fe/samplers.py.
     """
     generator = torch.Generator().manual_seed(seed_for("order", seed, epoch))
-    return torch.randperm(num_images, generator=generator).repeat_interleave(repeats)[:num_images]
+    order = torch.randperm(num_images, generator=generator)
+    if labels is not None:
+        order = balanced_order(labels, generator)
+    return order.repeat_interleave(repeats)[:num_images]
+
+
+def balanced_order(labels: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """Image numbers in random order, as many of each class, or one more; as many as there are images.
+
+    Images of a rare class come several times, each as often as the others of its class, or once more.
+
+    Args:
+        labels: class number of each image.
+        generator: draws them.
+
+    Returns: (len(labels),), image numbers.
+    """
+    numbers = torch.tensor(labels)
+    present = torch.tensor(sorted(set(labels)))
+    classes = present[torch.randperm(len(present), generator=generator)]  # the first ones get one image more
+    drawn = []
+    for i, label in enumerate(classes):
+        members = (numbers == label).nonzero()[:, 0]
+        count = len(range(i, len(labels), len(classes)))
+        rounds = [torch.randperm(len(members), generator=generator) for _ in range(math.ceil(count / len(members)))]
+        drawn.append(members[torch.cat(rounds)[:count]])
+    order = torch.cat(drawn)
+    return order[torch.randperm(len(order), generator=generator)]
 
 
 class TrainingBatches(Sampler[list[tuple[int, int, int]]]):
-    """Micro-batches of one process, from any optimizer step on, as lists of (epoch, position, image number)."""
+    """Micro-batches of one process, from any optimizer step on, as lists of (epoch, position, image number).
+
+    `repeats` and `labels` are those of `epoch_order`.
+    """
 
     def __init__(
-        self, plan: StepPlan, seed: int, first_step: int, num_steps: int, process: int = 0, repeats: int = 1
+        self,
+        plan: StepPlan,
+        seed: int,
+        first_step: int,
+        num_steps: int,
+        process: int = 0,
+        repeats: int = 1,
+        labels: Sequence[int] | None = None,
     ) -> None:
         self.plan = plan
         self.seed = seed
@@ -116,6 +156,7 @@ class TrainingBatches(Sampler[list[tuple[int, int, int]]]):
         self.num_steps = num_steps
         self.process = process
         self.repeats = repeats
+        self.labels = labels
 
     def __len__(self) -> int:
         """Number of micro-batches."""
@@ -128,7 +169,7 @@ class TrainingBatches(Sampler[list[tuple[int, int, int]]]):
         for step in range(self.first_step, self.num_steps):
             epoch = step // self.plan.steps_per_epoch
             if epoch != order_epoch:
-                order = epoch_order(self.plan.num_images, self.seed, epoch, self.repeats).tolist()
+                order = epoch_order(self.plan.num_images, self.seed, epoch, self.repeats, self.labels).tolist()
                 order_epoch = epoch
             for positions in self.plan.micro_batches(step, self.process):
                 yield [(epoch, position, order[position]) for position in positions]

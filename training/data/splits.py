@@ -109,6 +109,8 @@ def load_splits(arguments: "DataArguments", seed: int) -> ImageSplits:
         evaluation, *_ = numbered(evaluation, label_column, "evaluation", names, multi_label)
         if not (is_declared or multi_label or arguments.allow_missing_classes):
             _refuse_missing_classes(evaluation, label_column, names)
+    if arguments.balanced_sampling and multi_label:
+        raise ValueError("`--balanced-sampling` needs one label for each image: leave it out.")
     train = _limited(train, arguments.max_train_samples, seed)
     evaluation = _limited(evaluation, arguments.max_eval_samples, seed)
     for name, split in (("training", train), ("evaluation", evaluation)):

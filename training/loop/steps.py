@@ -279,7 +279,8 @@ def images_of_step(parts: Parts, step: int) -> list[int]:
         return []
     arguments, plan = parts.arguments, parts.plan
     epoch, repeats = step // plan.steps_per_epoch, arguments.augmentation.repeated_augmentation
-    order = epoch_order(plan.num_images, arguments.run.seed, epoch, repeats).tolist()
+    labels = parts.splits.train[parts.splits.label_column][:] if arguments.data.balanced_sampling else None
+    order = epoch_order(plan.num_images, arguments.run.seed, epoch, repeats, labels).tolist()
     processes = range(plan.num_processes)
     return [order[i] for process in processes for part in plan.micro_batches(step, process) for i in part]
 
