@@ -11,8 +11,8 @@ from torch import nn
 MAX_CONFUSION_CLASSES = 2000
 
 
-class ClassificationCounts:
-    """Counts from which top-1, top-5, the report by class and the confusion matrix follow.
+class Counts:
+    """Counts that both kinds of classification have: images, right answers, predictions and labels of each class.
 
     Args:
         num_labels: number of classes.
@@ -21,43 +21,30 @@ class ClassificationCounts:
 
     def __init__(self, num_labels: int, device: torch.device | str = "cpu") -> None:
         self.num_labels = num_labels
-        has_confusion = num_labels <= MAX_CONFUSION_CLASSES
+        self.device = device
         self.counts = {
-            "num_images": torch.zeros((), dtype=torch.long, device=device),
-            "num_bad_images": torch.zeros((), dtype=torch.long, device=device),
-            "hits_at_1": torch.zeros(num_labels, dtype=torch.long, device=device),
-            "hits_at_5": torch.zeros((), dtype=torch.long, device=device),
-            "support": torch.zeros(num_labels, dtype=torch.long, device=device),
-            "predicted": torch.zeros(num_labels, dtype=torch.long, device=device),
-            "loss": torch.zeros((), dtype=_float64(device), device=device),
-            **(
-                {"confusion": torch.zeros(num_labels, num_labels, dtype=torch.long, device=device)}
-                if has_confusion
-                else {}
-            ),
+            **{name: self.zeros() for name in ("num_images", "num_bad_images")},
+            **{name: self.zeros(num_labels) for name in ("hits", "support", "predicted")},
+            # The longest floating-point type that the device has.
+            "loss": self.zeros(dtype=torch.float32 if torch.device(device).type == "mps" else torch.float64),
         }
+
+    def zeros(self, *shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
+        """A new count."""
+        return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor, is_counted: torch.Tensor | None = None) -> None:
         """Count a batch.
 
         Args:
             logits: (batch_size, num_labels).
-            labels: (batch_size,), class numbers.
+            labels: (batch_size,) class numbers, or (batch_size, num_labels) zeros and ones where there are several.
             is_counted: (batch_size,), False for images that are only there to fill up.
         """
         if is_counted is not None:
             logits, labels = logits[is_counted], labels[is_counted]
-        counts, logits = self.counts, logits.float()
-        best = logits.topk(min(5, self.num_labels), dim=1).indices
-        predictions, ones = best[:, 0], torch.ones_like(labels)
-        counts["num_images"] += len(labels)
-        counts["hits_at_1"].index_add_(0, labels, (predictions == labels).long())
-        counts["hits_at_5"] += (best == labels.unsqueeze(1)).sum()
-        counts["support"].index_add_(0, labels, ones)
-        counts["predicted"].index_add_(0, predictions, ones)
-        counts["loss"] += nn.functional.cross_entropy(logits, labels, reduction="sum")
-        if "confusion" in counts:
-            counts["confusion"].view(-1).index_add_(0, labels * self.num_labels + predictions, ones)
+        self.counts["num_images"] += len(labels)
+        self._add(logits.float(), labels)
 
     def summarize(self, accelerator: Accelerator | None = None) -> dict[str, Any]:
         """Add up over processes and divide.
@@ -65,35 +52,75 @@ class ClassificationCounts:
         Args:
             accelerator: connects the processes; None for one.
 
-        Returns: {"top1", "top5", "loss", "balanced_accuracy", "macro_f1", "num_images", "num_bad_images", "by_class",
-            "confusion_matrix"}. Fractions; top5 counts the best min(5, num_labels) classes; `by_class` is a list of
-            {"precision", "recall", "f1", "support"}, 0.0 where nothing was predicted or there, and means over classes
-            take only those that are there; `confusion_matrix[true][predicted]` counts images, None for many classes.
+        Returns: what `_summarize` of the kind returns, and {"macro_f1", "loss", "num_images", "num_bad_images",
+            "by_class", "confusion_matrix"}. Fractions; `by_class` is a list of {"precision", "recall", "f1",
+            "support"}, 0.0 where nothing was predicted or there, and means over classes take only those that are
+            there; `confusion_matrix[true][predicted]` counts images, None where it is not kept.
 
         Raises: ValueError if nothing was counted.
         """
         counts = {name: _summed(count, accelerator) for name, count in self.counts.items()}
-        num_images = counts["num_images"].item()
+        num_images = int(counts["num_images"].item())
         if num_images == 0:
             raise ValueError("No image was evaluated.")
-        hits, support, predicted = (counts[name].double() for name in ("hits_at_1", "support", "predicted"))
+        hits, support, predicted = (counts[name].double() for name in ("hits", "support", "predicted"))
         precision, recall = hits / predicted.clamp(min=1), hits / support.clamp(min=1)
         f1 = 2 * hits / (predicted + support).clamp(min=1)
         is_there = support > 0
         return {
-            "top1": hits.sum().item() / num_images,
-            "top5": counts["hits_at_5"].item() / num_images,
+            **self._summarize(counts, num_images),
+            "macro_f1": f1[is_there].mean().item() if is_there.any() else 0.0,
             "loss": counts["loss"].item() / num_images,
-            "balanced_accuracy": recall[is_there].mean().item(),
-            "macro_f1": f1[is_there].mean().item(),
             "num_images": num_images,
             "num_bad_images": counts["num_bad_images"].item(),
             "by_class": _by_class(precision, recall, f1, support),
             "confusion_matrix": counts["confusion"].tolist() if "confusion" in counts else None,
         }
 
+    def _add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        raise NotImplementedError
 
-class MultiLabelCounts:
+    def _summarize(self, counts: dict[str, torch.Tensor], num_images: int) -> dict[str, float]:
+        raise NotImplementedError
+
+
+class ClassificationCounts(Counts):
+    """Counts from which top-1, top-5, the report by class and the confusion matrix follow.
+
+    Args:
+        num_labels: number of classes.
+        device: where to count.
+    """
+
+    def __init__(self, num_labels: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(num_labels, device)
+        self.counts["hits_at_5"] = self.zeros()
+        if num_labels <= MAX_CONFUSION_CLASSES:
+            self.counts["confusion"] = self.zeros(num_labels, num_labels)
+
+    def _add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        counts = self.counts
+        best = logits.topk(min(5, self.num_labels), dim=1).indices
+        predictions, ones = best[:, 0], torch.ones_like(labels)
+        counts["hits"].index_add_(0, labels, (predictions == labels).long())
+        counts["hits_at_5"] += (best == labels.unsqueeze(1)).sum()
+        counts["support"].index_add_(0, labels, ones)
+        counts["predicted"].index_add_(0, predictions, ones)
+        counts["loss"] += nn.functional.cross_entropy(logits, labels, reduction="sum")
+        if "confusion" in counts:
+            counts["confusion"].view(-1).index_add_(0, labels * self.num_labels + predictions, ones)
+
+    def _summarize(self, counts: dict[str, torch.Tensor], num_images: int) -> dict[str, float]:
+        """{"top1", "top5", "balanced_accuracy"}; top5 counts the best min(5, num_labels) classes."""
+        hits, support = counts["hits"].double(), counts["support"].double()
+        return {
+            "top1": hits.sum().item() / num_images,
+            "top5": counts["hits_at_5"].item() / num_images,
+            "balanced_accuracy": (hits / support)[support > 0].mean().item(),
+        }
+
+
+class MultiLabelCounts(Counts):
     """Counts for images with several labels, each predicted where its probability is above one half.
 
     Args:
@@ -102,23 +129,11 @@ class MultiLabelCounts:
     """
 
     def __init__(self, num_labels: int, device: torch.device | str = "cpu") -> None:
-        self.counts = {
-            **{name: torch.zeros((), dtype=torch.long, device=device) for name in ("num_images", "num_bad_images")},
-            "exact": torch.zeros((), dtype=torch.long, device=device),
-            "loss": torch.zeros((), dtype=_float64(device), device=device),
-            **{
-                name: torch.zeros(num_labels, dtype=torch.long, device=device)
-                for name in ("hits", "support", "predicted")
-            },
-        }
+        super().__init__(num_labels, device)
+        self.counts["exact"] = self.zeros()
 
-    def add(self, logits: torch.Tensor, labels: torch.Tensor, is_counted: torch.Tensor | None = None) -> None:
-        """Count a batch: (batch_size, num_labels) logits and zeros and ones."""
-        if is_counted is not None:
-            logits, labels = logits[is_counted], labels[is_counted]
-        counts, logits = self.counts, logits.float()
-        predicted, there = logits > 0, labels > 0.5
-        counts["num_images"] += len(labels)
+    def _add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        counts, predicted, there = self.counts, logits > 0, labels > 0.5
         counts["exact"] += (predicted == there).all(dim=1).sum()
         counts["hits"] += (predicted & there).sum(dim=0)
         counts["support"] += there.sum(dim=0)
@@ -126,35 +141,13 @@ class MultiLabelCounts:
         losses = nn.functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
         counts["loss"] += losses.mean(dim=1).sum()
 
-    def summarize(self, accelerator: Accelerator | None = None) -> dict[str, Any]:
-        """Add up over processes and divide.
-
-        Returns: {"micro_f1", "macro_f1", "exact_match", "loss", "num_images", "num_bad_images", "by_class"}; see
-            `ClassificationCounts.summarize`. Exact match: all labels of an image right.
-        """
-        counts = {name: _summed(count, accelerator) for name, count in self.counts.items()}
-        num_images = counts["num_images"].item()
-        if num_images == 0:
-            raise ValueError("No image was evaluated.")
+    def _summarize(self, counts: dict[str, torch.Tensor], num_images: int) -> dict[str, float]:
+        """{"micro_f1", "exact_match"}; exact match: all labels of an image right."""
         hits, support, predicted = (counts[name].double() for name in ("hits", "support", "predicted"))
-        precision, recall = hits / predicted.clamp(min=1), hits / support.clamp(min=1)
-        f1 = 2 * hits / (predicted + support).clamp(min=1)
-        is_there = support > 0
         return {
             "micro_f1": (2 * hits.sum() / (predicted + support).sum().clamp(min=1)).item(),
-            "macro_f1": f1[is_there].mean().item() if is_there.any() else 0.0,
             "exact_match": counts["exact"].item() / num_images,
-            "loss": counts["loss"].item() / num_images,
-            "num_images": num_images,
-            "num_bad_images": counts["num_bad_images"].item(),
-            "by_class": _by_class(precision, recall, f1, support),
-            "confusion_matrix": None,
         }
-
-
-def _float64(device: torch.device | str) -> torch.dtype:
-    """The longest floating-point type that a device has."""
-    return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def _by_class(*columns: torch.Tensor) -> list[dict[str, float]]:
@@ -166,7 +159,7 @@ def _by_class(*columns: torch.Tensor) -> list[dict[str, float]]:
 
 
 def _summed(count: torch.Tensor, accelerator: Accelerator | None) -> torch.Tensor:
-    """Sum over processes; each of them has counted other images."""
+    """Sum over processes; each of them has counted different images."""
     if accelerator is None or accelerator.num_processes == 1:
         return count.cpu()
     count = count.clone()
