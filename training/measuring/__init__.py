@@ -1,1 +1,1 @@
-"""What a model is worth, and what it costs on this machine."""
+"""Accuracy of a model, and what it costs on this machine."""
