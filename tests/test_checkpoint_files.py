@@ -173,7 +173,7 @@ def test_dictionary_that_holds_itself_ends(tmp_path):
         ("norm.weight", torch.ones(16).to_sparse(), "holds tensors that cannot be read: `norm.weight`"),
         ("blocks.0.attn.qkv.weight", torch.ones(()), "Of another shape: .'vit.layers.0.attention.q_proj.weight"),
         ("blocks.0.attn.qkv.bias", torch.ones(2), "Of another shape: .'vit.layers.0.attention.q_proj.bias"),
-        ("head.weight", torch.ones(()), "head.weight|another shape"),
+        ("head.weight", torch.ones(()), "head.weight|different shape"),
     ],
     ids=str,
 )

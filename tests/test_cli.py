@@ -37,7 +37,7 @@ def test_help_starts_without_torch():
         ([], "a command is missing"),
         (["trian"], "`trian` is not a command: did you mean `train`?"),
         (["train", "--keep_rat", "1"], "did you mean `--keep-rate`?"),
-        (["train", "--dataset", "no/such/file.csv", "b.parquet"], "are no files"),
+        (["train", "--dataset", "no/such/file.csv", "b.parquet"], "are not files"),
         (["train", "--keep-rate", "1.5"], "`--keep-rate` must be in (0, 1], got 1.5"),
     ],
 )

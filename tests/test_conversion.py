@@ -106,10 +106,10 @@ def test_token_reduction_file_keeps_its_own_token_counts(tmp_path):
         assert converted.source_format == "TokenReduction"
         config = converted.model.config
         assert config.fuse_inattentive_tokens == fuse
-        behind = [num_tokens_by_layer(config)[layer][1] - 1 - fuse for layer in (3, 6, 9)]
-        assert behind == [int(0.7**i * 64) for i in (1, 2, 3)] == [44, 31, 21]
+        after = [num_tokens_by_layer(config)[layer][1] - 1 - fuse for layer in (3, 6, 9)]
+        assert after == [int(0.7**i * 64) for i in (1, 2, 3)] == [44, 31, 21]
         outputs = converted.model(official_tensors()["keep_1.0.pixel_values"])
-        assert [index.shape[1] for index in outputs.attentive_index] == behind
+        assert [index.shape[1] for index in outputs.attentive_index] == after
 
 
 def test_token_reduction_models_that_do_something_else_are_refused(tmp_path):
@@ -208,7 +208,8 @@ def test_timms_image_settings_go_into_the_processor(tmp_path):
     convert_checkpoint(vit).save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
     assert (settings["image_mean"], settings["image_std"], settings["resample"]) == ([0.5] * 3, [0.4] * 3, 2)
-    assert settings["size"] == {"shortest_edge": 248} and settings["crop_size"] == {"height": 224, "width": 224}
+    assert settings["size"] == {"shortest_edge": 248}
+    assert settings["crop_size"] == {"height": 224, "width": 224}
 
 
 @pytest.mark.parametrize("folder", ["vit", "deit", "deit_distilled", "vit_backbone"])
@@ -325,7 +326,8 @@ def test_labels_are_named_from_a_file(tmp_path):
     for file in ("labels.txt", "list.json", "object.json"):
         assert read_labels(tmp_path / file) == names
     model = convert_checkpoint(timm_vit(), labels=names).model
-    assert model.config.id2label[3] == "dog" and model.config.label2id["dog"] == 3
+    assert model.config.id2label[3] == "dog"
+    assert model.config.label2id["dog"] == 3
     with pytest.raises(ConversionError, match="There are 2 labels, but the classifier has 5 classes"):
         convert_checkpoint(timm_vit(), labels=names[:2])
     (tmp_path / "gap.json").write_text('{"0": "a", "2": "b"}')
@@ -381,9 +383,12 @@ def test_command_writes_a_folder_that_loads_everywhere(tmp_path):
     assert dict(AutoImageProcessor.from_pretrained(tmp_path / "evit").crop_size) == {"height": 96, "width": 96}
 
     status, _, err = run_convert(file, "evit", cwd=tmp_path)
-    assert status == 2 and "`evit` exists already" in err
+    assert status == 2
+    assert "`evit` exists already" in err
     status, _, err = run_convert(file, "other", cwd=tmp_path)
-    assert status == 2 and "give `num_attention_heads`" in err and "Traceback" not in err
+    assert status == 2
+    assert "give `num_attention_heads`" in err
+    assert "Traceback" not in err
     assert not (tmp_path / "other").exists()
 
 
@@ -392,10 +397,12 @@ def test_a_source_folders_own_processor_is_kept(tmp_path):
     ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.1] * 3).save_pretrained(tmp_path / "source")
     convert_checkpoint(tmp_path / "source").save_pretrained(tmp_path / "same")
     processor = AutoImageProcessor.from_pretrained(tmp_path / "same")
-    assert list(processor.image_mean) == [0.1] * 3 and dict(processor.size) == {"height": 32, "width": 32}
+    assert list(processor.image_mean) == [0.1] * 3
+    assert dict(processor.size) == {"height": 32, "width": 32}
     convert_checkpoint(tmp_path / "source", image_size=64).save_pretrained(tmp_path / "larger")
     processor = AutoImageProcessor.from_pretrained(tmp_path / "larger")
-    assert list(processor.image_mean) == [0.1] * 3 and dict(processor.size) == {"height": 64, "width": 64}
+    assert list(processor.image_mean) == [0.1] * 3
+    assert dict(processor.size) == {"height": 64, "width": 64}
     assert EViTForImageClassification.from_pretrained(tmp_path / "larger").config.keep_rate == 0.6
 
 
@@ -472,7 +479,8 @@ def test_command_converts_a_timm_folder(tmp_path, capsys):
     save_for_hf(vit, tmp_path / "timm", safe_serialization=True)
     main([str(tmp_path / "timm"), str(tmp_path / "evit"), "--image-size", "32", "48", "--keep-rate", "0.7"])
     out = capsys.readouterr().out
-    assert "timm: timm\n" in out and "note: position embeddings were resized bicubically to [32, 48] pixels" in out
+    assert "timm: timm\n" in out
+    assert "note: position embeddings were resized bicubically to [32, 48] pixels" in out
     model = EViTForImageClassification.from_pretrained(tmp_path / "evit")
     assert (model.config.image_size, model.config.num_attention_heads) == ([32, 48], 4)
     torch.save({"state_dict": vit.state_dict(), "state_dict_ema": vit.state_dict()}, tmp_path / "last.pth")

@@ -104,7 +104,8 @@ def test_classes_may_be_called_train_test_and_val(tmp_path):
         for label in ("train", "test", "val"):
             put(tmp_path / "both" / split / label, 4)
     splits = load(tmp_path / "both")
-    assert sizes(splits) == (12, 12) and splits.label_names == ["test", "train", "val"]
+    assert sizes(splits) == (12, 12)
+    assert splits.label_names == ["test", "train", "val"]
     for label in ("train", "test"):
         put(tmp_path / "neither" / label, 4)
     with pytest.raises(ValueError, match="`test`, `train` with pictures but without class folders. If"):
@@ -123,7 +124,8 @@ def test_two_spellings_of_unicode_are_one_class(tmp_path):
         put(tmp_path / ("train" if form == "NFC" else "test") / unicodedata.normalize(form, label), 4)
     put(tmp_path / "test" / "Hund", 4)
     splits = load(tmp_path)
-    assert splits.label_names == ["Hund", "Kätzchen"] and used(splits) == {"Hund": 8, "Kätzchen": 8}
+    assert splits.label_names == ["Hund", "Kätzchen"]
+    assert used(splits) == {"Hund": 8, "Kätzchen": 8}
 
 
 def test_linked_class_folders_count_and_circles_end(tmp_path):
@@ -180,7 +182,8 @@ def test_folders_with_odd_names_are_read(name, tmp_path):
         put(tmp_path / name / label, 4)
     splits = load(tmp_path / name)
     images = LabelledImages(splits, "train", as_rgb)
-    assert used(splits) == {"cat": 4, "dog": 4} and images.image(0).size == (4, 3)
+    assert used(splits) == {"cat": 4, "dog": 4}
+    assert images.image(0).size == (4, 3)
 
 
 def test_what_is_not_a_picture_is_counted(tmp_path):
@@ -317,7 +320,8 @@ def test_a_column_tells_the_split(tmp_path, pictures):
 def test_several_labels_in_text(tmp_path, pictures):
     rows = [(file, ("cat", "cat|dog", "fox | dog")[i % 3]) for i, (file, _) in enumerate(pictures)]
     splits = load(write(tmp_path / "a.csv", rows))
-    assert splits.multi_label and splits.label_names == ["cat", "dog", "fox"]
+    assert splits.multi_label
+    assert splits.label_names == ["cat", "dog", "fox"]
     assert used(splits) == {"cat": 11, "dog": 10, "fox": 5}
 
 
@@ -337,14 +341,16 @@ def test_zeros_and_ones_for_each_class(form, tmp_path, pictures):
         (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
         splits = load(tmp_path / "a.jsonl")
     names = ["cat", "dog", "fox"] if form == "columns" else ["0", "1", "2"]
-    assert splits.multi_label and splits.label_names == names
+    assert splits.multi_label
+    assert splits.label_names == names
     assert used(splits) == dict(zip(names, wanted, strict=True))
 
 
 def test_one_of_several_zeros_is_a_single_label(tmp_path, pictures):
     rows = [(file, i % 2, (i + 1) % 2) for i, (file, _) in enumerate(pictures)]
     splits = load(write(tmp_path / "a.csv", rows, "file_name,cat,dog"))
-    assert not splits.multi_label and used(splits) == {"cat": 8, "dog": 8}
+    assert not splits.multi_label
+    assert used(splits) == {"cat": 8, "dog": 8}
 
 
 @pytest.mark.parametrize("form", ["struct", "bytes", "paths", "path in struct"])
@@ -472,7 +478,8 @@ def test_labels_of_other_splits_may_be_single_where_several_are_allowed(tmp_path
     train = write(tmp_path / "train.csv", [(file, ("a", "a|b")[i % 2]) for i, (file, _) in enumerate(pictures)])
     test = write(tmp_path / "test.csv", [(file, "ab"[i % 2]) for i, (file, _) in enumerate(pictures)])
     splits = load(train, test)
-    assert splits.multi_label and splits.evaluation["label"][:2] == [[0], [1]]
+    assert splits.multi_label
+    assert splits.evaluation["label"][:2] == [[0], [1]]
     assert np.asarray(LabelledImages(splits, "evaluation", as_rgb).label(1)).tolist() == [0, 1]
 
 

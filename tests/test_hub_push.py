@@ -223,7 +223,7 @@ def test_models_load_in_a_fresh_process_with_and_without_the_package(how, hub, p
     environment["HF_HUB_OFFLINE"] = "1"
     output = run_python(code, again, without_package=how != "package", **environment)
     assert json.loads(output.splitlines()[-1])[1:] == [logits, answer]
-    assert hub.requests == []  # from the cache alone
+    assert hub.requests == []  # from the cache only
 
 
 def test_plain_vit_reads_the_same_repository_as_the_dense_model(hub, pushed, tmp_path):
@@ -497,8 +497,10 @@ def test_a_card_that_cannot_be_merged_is_left_alone_in_words(content, reason, he
         return text
 
     HubRepo("org/foreign").push(tmp_path / "export", card=card)
-    assert "on the Hub was left as it is" in said[0] and reason in said[0]
-    assert repo.commit("main").files["README.md"] == content and "model.safetensors" in repo.commit("main").files
+    assert "on the Hub was left as it is" in said[0]
+    assert reason in said[0]
+    assert repo.commit("main").files["README.md"] == content
+    assert "model.safetensors" in repo.commit("main").files
 
 
 def test_a_folder_of_another_library_is_pushed_without_a_card(model_folder, tmp_path):
@@ -506,7 +508,9 @@ def test_a_folder_of_another_library_is_pushed_without_a_card(model_folder, tmp_
         (model_folder / "config.json").write_text(config)
         export_folder(model_folder, tmp_path / "export")
         text, words = card_to_push(model_folder, tmp_path / "export", "org/x", None)
-        assert text is None and "config.json is" in words and len(words.splitlines()) == 1
+        assert text is None
+        assert "config.json is" in words
+        assert len(words.splitlines()) == 1
 
 
 @pytest.mark.parametrize("path", ["GET .*/README.md", "POST .*/commit/", "POST .*/objects/batch"])
@@ -536,7 +540,8 @@ def test_a_push_leaves_the_client_of_the_process_as_it_is(here, model_folder, tm
     client = get_session()
     export_folder(model_folder, tmp_path / "export")
     HubRepo("org/polite").push(tmp_path / "export")
-    assert get_session() is client and client.timeout.read is None
+    assert get_session() is client
+    assert client.timeout.read is None
 
 
 def test_what_the_library_repeats_is_not_repeated_again(here, model_folder, tmp_path, monkeypatch):
@@ -581,18 +586,25 @@ def test_a_card_tells_what_was_done(pushed, tmp_path):
     shutil.copytree(pushed, run)
     settings = yaml.safe_load((run / "arguments.yaml").read_text())
     record = json.loads((run / "run.json").read_text())
-    assert record["num_epochs"] == 3 and record["dataset_licence"] == "cc-by-4.0" and record["dataset_id"] is None
+    assert record["num_epochs"] == 3
+    assert record["dataset_licence"] == "cc-by-4.0"
+    assert record["dataset_id"] is None
     card = render_run_card(run, REPO)
-    assert "3 epochs in batches of 16" in card and "licence: cc-by-4.0" in card
-    assert "the 95 % interval of top-1 (Wilson) is" in card and "datasets" not in check_card(card)
+    assert "3 epochs in batches of 16" in card
+    assert "licence: cc-by-4.0" in card
+    assert "the 95 % interval of top-1 (Wilson) is" in card
+    assert "datasets" not in check_card(card)
     settings.update(epochs=30.0, dataset=["/home/alice/ward-7"], model="/home/alice/vit")
     record.update(command="evit train --dataset /home/alice/ward-7", dataset_id="org/wards")
     (run / "arguments.yaml").write_text(yaml.safe_dump(settings))
     (run / "run.json").write_text(json.dumps(record))
     card = render_run_card(run, REPO)
-    assert "3 epochs (of 30 planned)" in card and "It started from vit." in card
-    assert "alice" not in card and "evit train --dataset ward-7\n" in card
-    assert check_card(card)["datasets"] == ["org/wards"] and "base_model" not in check_card(card)
+    assert "3 epochs (of 30 planned)" in card
+    assert "It started from vit." in card
+    assert "alice" not in card
+    assert "evit train --dataset ward-7\n" in card
+    assert check_card(card)["datasets"] == ["org/wards"]
+    assert "base_model" not in check_card(card)
     assert 'from_pretrained("run/model"' in render_run_card(run, None)
 
 
@@ -603,7 +615,9 @@ def test_half_written_files_of_a_run_cost_its_card_and_no_traceback(file, pushed
     for content in ("{", "[]", "{}", ""):
         (run / file).write_text(content)
         text, words = card_to_push(run, run / "model", REPO, None)
-        assert text is None and "was left as it is" in words and len(words.splitlines()) == 1
+        assert text is None
+        assert "was left as it is" in words
+        assert len(words.splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", ["None", "nan", "TODO", "null", "no", "1e3", "007", "", "{{ x }}", "a: b", "- a"])
@@ -631,7 +645,9 @@ def test_text_of_people_is_kept_whatever_they_write(pushed, tmp_path):
     card = (pushed / "README.md").read_text()
     theirs = card.replace("\n", "\r\n") + "\r\nTODO: None of {{ this }} is done.\r\n"
     text, words = card_to_push(pushed, pushed / "model", REPO, theirs.encode())
-    assert words is None and "TODO: None of {{ this }} is done." in text and text.count("evit:begin") == 1
+    assert words is None
+    assert "TODO: None of {{ this }} is done." in text
+    assert text.count("evit:begin") == 1
 
 
 def test_names_from_outside_mean_nothing_to_markdown_html_or_tables():

@@ -62,7 +62,7 @@ PROCESSORS = {
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_only_the_size_of_the_sources_processor_changes(name, tmp_path):
-    """Also where it crops, does not normalize, rescales in another way or converts colours."""
+    """Also where it crops, does not normalize, rescales differently or converts colours."""
     source_folder(tmp_path / "vit", PROCESSORS[name](32))
     for size in (32, 64):
         convert_checkpoint(tmp_path / "vit", image_size=size).save_pretrained(tmp_path / str(size))
@@ -97,7 +97,8 @@ def test_proportion_of_resizing_to_crop_is_kept(tmp_path):
 
     crop = {"do_center_crop": True, "crop_size": {"height": 224, "width": 224}}
     processor, _ = processor_for_size(ViTImageProcessor(size={"shortest_edge": 256}, **crop), 384)
-    assert dict(processor.crop_size) == {"height": 384, "width": 384} and processor.size["shortest_edge"] == 438
+    assert dict(processor.crop_size) == {"height": 384, "width": 384}
+    assert processor.size["shortest_edge"] == 438
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])

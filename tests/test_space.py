@@ -47,8 +47,11 @@ def test_a_space_has_app_requirements_readme_model_and_code(space):
     }
     front_matter, body = (space / "README.md").read_text().removeprefix("---\n").split("\n---\n", 1)
     metadata = yaml.safe_load(front_matter)
-    assert metadata["sdk"] == "gradio" and metadata["app_file"] == "app.py" and metadata["license"] == "apache-2.0"
-    assert metadata["title"] == f"{EVIL}: demo\n---" and "onerror" not in body
+    assert metadata["sdk"] == "gradio"
+    assert metadata["app_file"] == "app.py"
+    assert metadata["license"] == "apache-2.0"
+    assert metadata["title"] == f"{EVIL}: demo\n---"
+    assert "onerror" not in body
     assert not (space / "model" / ".env").exists()
     # What the app imports is what the requirements, the Space's kind and its own folder bring.
     imported = {
@@ -97,12 +100,17 @@ except app.gr.Error as error:
     assert process.returncode == 0, process.stderr
     *_, line, error = process.stdout.strip().splitlines()
     file, answer, captions, size, cost = json.loads(line)
-    assert file.startswith(str(space)) and "Upload a picture first" in error
-    assert sum(answer.values()) == pytest.approx(1, abs=1e-4) and len(answer) == 5
+    assert file.startswith(str(space))
+    assert "Upload a picture first" in error
+    assert sum(answer.values()) == pytest.approx(1, abs=1e-4)
+    assert len(answer) == 5
     expected = ["all 16 patches", "after layer 1: 8 of 16"]
-    assert captions[:2] == expected and len(captions) == 4 and size == [224, 224]
+    assert captions[:2] == expected
+    assert len(captions) == 4
+    assert size == [224, 224]
     gmacs = num_macs(tiny_config_with(), 0.5) / 1e9
-    assert f"{gmacs:.3f} GMACs, " in cost and " ms on this machine" in cost
+    assert f"{gmacs:.3f} GMACs, " in cost
+    assert " ms on this machine" in cost
 
 
 @pytest.mark.slow  # needs Chromium and its driver, which .ci/run installs
@@ -113,7 +121,9 @@ def test_in_a_browser_a_picture_is_classified_and_labels_stay_text(space, tmp_pa
     from selenium.webdriver.support.ui import WebDriverWait
 
     browser_path, driver_path = shutil.which("chromium"), shutil.which("chromedriver")
-    assert None not in (browser_path, driver_path), "This test needs Chromium: apt-get install chromium chromium-driver"
+    assert None not in (browser_path, driver_path), (
+        "This test needs Chromium: apt-get install chromium chromium-driver"
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -157,7 +167,8 @@ def test_in_a_browser_a_picture_is_classified_and_labels_stay_text(space, tmp_pa
         browser.find_element(By.ID, "classify").click()
         wait.until(lambda b: "after layer 1: 8 of 16" in b.find_element(By.ID, "patches").text)
         cost = browser.find_element(By.CSS_SELECTOR, "#cost textarea").get_attribute("value")
-        assert "GMACs" in cost and "ms on this machine" in cost
+        assert "GMACs" in cost
+        assert "ms on this machine" in cost
         title = browser.find_element(By.CSS_SELECTOR, "#title textarea, #title input").get_attribute("value")
         assert title.startswith(EVIL)
         assert browser.execute_script("return window.owned === undefined && !document.querySelector('img[src=x]')")

@@ -64,14 +64,16 @@ def test_timm_folder_loads_in_one_line(weights, tmp_path, images):
     save(vit, tmp_path / "vit", weights, label_names=["ant", "bee", "cat", "dog", "elk"])
     model = EViTForImageClassification.from_pretrained(tmp_path / "vit", keep_rate=0.7)
     assert (model.config.keep_rate, model.config.num_attention_heads, model.config.image_size) == (0.7, 4, 32)
-    assert model.config.id2label[3] == "dog" and model.config.label2id["elk"] == 4
+    assert model.config.id2label[3] == "dog"
+    assert model.config.label2id["elk"] == 4
     assert not model.training
     with torch.no_grad():
         torch.testing.assert_close(model(images, keep_rate=1.0).logits, vit(images), rtol=1e-4, atol=1e-5)
         assert [x.shape[1] for x in model(images).attentive_index] == [12, 10, 8]
         converted = convert_checkpoint(tmp_path / "vit")
         torch.testing.assert_close(converted.model(images).logits, vit(images), rtol=1e-4, atol=1e-5)
-    assert converted.source_format == "timm" and converted.model.config.keep_rate == 1.0
+    assert converted.source_format == "timm"
+    assert converted.model.config.keep_rate == 1.0
     assert converted.notes == []  # all is known
     assert converted.model.config.id2label[3] == "dog"
     converted.save_pretrained(tmp_path / "evit")
@@ -85,8 +87,10 @@ def test_keywords_of_from_pretrained_reach_a_timm_folder(tmp_path, images):
     model, info = EViTForImageClassification.from_pretrained(
         tmp_path, num_labels=3, dtype=torch.float64, attn_implementation="eager", output_loading_info=True
     )
-    assert info["mismatched_keys"] and model.classifier.out_features == 3
-    assert model.dtype == torch.float64 and model.config._attn_implementation == "eager"
+    assert info["mismatched_keys"]
+    assert model.classifier.out_features == 3
+    assert model.dtype == torch.float64
+    assert model.config._attn_implementation == "eager"
     backbone = EViTModel.from_pretrained(tmp_path, keep_rate=1.0)
     assert backbone.pooler is None
     features = backbone(images).last_hidden_state
@@ -183,7 +187,8 @@ def test_architecture_without_recorded_arguments_tells_the_heads(tmp_path):
     del config["model_args"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     converted = convert_checkpoint(tmp_path)
-    assert converted.model.config.num_attention_heads == 3 and converted.model.config.image_size == 32
+    assert converted.model.config.num_attention_heads == 3
+    assert converted.model.config.image_size == 32
     narrow = build()  # 64 wide, which no vit_tiny is
     torch.save(narrow.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
@@ -364,7 +369,7 @@ def test_other_blocks_are_named(block):
     ],
 )
 def test_other_architectures_are_named(architecture, feature, tmp_path):
-    """Blocks in another order have the same tensors: the architecture tells."""
+    """Blocks in a different order have the same tensors: the architecture tells."""
     save(build(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["model_args"]
@@ -405,6 +410,8 @@ def test_timm_models_load_from_the_hub(tmp_path, images):
 def test_another_number_of_classes_replaces_the_names(tmp_path):
     save(build(), tmp_path, label_names=list("abcde"))
     model = EViTForImageClassification.from_pretrained(tmp_path, num_labels=2)
-    assert model.config.id2label == {0: "LABEL_0", 1: "LABEL_1"} and model.classifier.out_features == 2
+    assert model.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    assert model.classifier.out_features == 2
     model = EViTForImageClassification.from_pretrained(tmp_path, id2label={0: "x", 1: "y"}, label2id={"x": 0, "y": 1})
-    assert model.config.num_labels == 2 and model.classifier.out_features == 2
+    assert model.config.num_labels == 2
+    assert model.classifier.out_features == 2

@@ -35,7 +35,7 @@ def numbered(
         dataset: with labels as numbers, strings or `ClassLabel`, lists of them, or zeros and ones for each class.
         column: of the labels.
         split: name of the data for messages.
-        names: classes that numbers must follow: those of another split are matched by name, not by position.
+        names: classes that numbers must follow: those of a second split are matched by name, not by position.
         several: what the other split is.
 
     Raises: ValueError naming the labels that cannot be used.

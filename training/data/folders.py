@@ -173,20 +173,27 @@ def _by_split(
         if len(below) > 1 or deeper:  # a folder around the data, not its only class
             return _by_split(pictures, root, named, found, (*above, top))
     if deeper and len(nested) == len(tops) and all(split_of(name) for name in below):
-        by_split: dict[str, dict[str, list[Parts]]] = {}
-        for top, files in tops.items():
-            for parts in files:
-                if len(parts) > level + 2:
-                    by_split.setdefault(split_of(parts[level + 1]) or "", {}).setdefault(top, []).append(parts)
-                else:
-                    found.left_out["loose pictures without a split folder"] += 1
-        return by_split
+        return _splits_in_classes(tops, level, found)
     if deeper:
         raise ValueError(
             f"`{where}` has folders {_listed(deeper)} inside some class folders: put the splits first "
             "(`train/cat`, `test/cat`), or rename them."
         )
     return {"train": tops}
+
+
+def _splits_in_classes(
+    tops: dict[str, list[Parts]], level: int, found: PictureFolder
+) -> dict[str, dict[str, list[Parts]]]:
+    """Pictures by split and class, where each class folder holds a folder for each split."""
+    by_split: dict[str, dict[str, list[Parts]]] = {}
+    for top, files in tops.items():
+        for parts in files:
+            if len(parts) > level + 2:
+                by_split.setdefault(split_of(parts[level + 1]) or "", {}).setdefault(top, []).append(parts)
+            else:
+                found.left_out["loose pictures without a split folder"] += 1
+    return by_split
 
 
 def _split_folders(

@@ -72,18 +72,7 @@ def load_splits(arguments: "DataArguments", seed: int) -> ImageSplits:
         would be lost.
     """
     source = _load(arguments)
-    train_split = source.find(arguments.train_split)
-    if train_split is None:
-        raise ValueError(f"`--train-split` is `{arguments.train_split}`, but the data has {sorted(source.splits)}.")
-    eval_split = source.find_evaluation()
-    if arguments.eval_split is not None:
-        eval_split = source.find(arguments.eval_split)
-        if eval_split is None:
-            raise ValueError(f"`--eval-split` is `{arguments.eval_split}`, but the data has {sorted(source.splits)}.")
-    for name in source.splits.keys() - {train_split, eval_split}:
-        source.notes.append(f"The split `{name}` is not used.")
-    train = source.splits[train_split]
-    evaluation = source.splits[eval_split] if eval_split is not None else None
+    train, evaluation = _train_and_evaluation(source, arguments)
 
     image_column, train = _image_column(train, arguments.image_column)
     train, label_column, hot = _label_column(train, arguments.label_column, image_column)
@@ -130,6 +119,21 @@ def load_splits(arguments: "DataArguments", seed: int) -> ImageSplits:
         roots=None if arguments.allow_outside_files else source.roots,
         notes=_notes(source),
     )
+
+
+def _train_and_evaluation(source: Source, arguments: "DataArguments") -> tuple[DatasetLike, DatasetLike | None]:
+    """The split that is trained on, and the one that is evaluated on if there is one; the others are noted."""
+    train_split = source.find(arguments.train_split)
+    if train_split is None:
+        raise ValueError(f"`--train-split` is `{arguments.train_split}`, but the data has {sorted(source.splits)}.")
+    eval_split = source.find_evaluation()
+    if arguments.eval_split is not None:
+        eval_split = source.find(arguments.eval_split)
+        if eval_split is None:
+            raise ValueError(f"`--eval-split` is `{arguments.eval_split}`, but the data has {sorted(source.splits)}.")
+    for name in source.splits.keys() - {train_split, eval_split}:
+        source.notes.append(f"The split `{name}` is not used.")
+    return source.splits[train_split], source.splits[eval_split] if eval_split is not None else None
 
 
 def load_evaluation_split(arguments: "DataArguments") -> ImageSplits:
