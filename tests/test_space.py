@@ -121,9 +121,7 @@ def test_in_a_browser_a_picture_is_classified_and_labels_stay_text(space, tmp_pa
     from selenium.webdriver.support.ui import WebDriverWait
 
     browser_path, driver_path = shutil.which("chromium"), shutil.which("chromedriver")
-    assert None not in (browser_path, driver_path), (
-        "This test needs Chromium: apt-get install chromium chromium-driver"
-    )
+    assert None not in (browser_path, driver_path), "This test needs Chromium: apt-get install chromium{,-driver}"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
