@@ -106,7 +106,7 @@ def refuse_misspelt_names(names: Iterable[str], known: Iterable[str]) -> None:
 
     Raises: TypeError with the keyword that was probably meant.
     """
-    for name in names:
+    for name in set(names).difference(known):
         meant = OFFICIAL_NAMES.get(name) or next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), None)
         if meant is not None:
             raise TypeError(f"`{name}` is not a keyword of EViT: did you mean `{meant}`?")
@@ -173,7 +173,7 @@ VIT_RULES = {
 
 def takes_foreign_numbers(config_class: Class) -> Class:
     """Decorate a configuration whose fields take numbers of numpy and PyTorch, before `@strict` looks at types."""
-    set_attribute = config_class.__setattr__
+    set_attribute: Callable[[Any, str, Any], None] = config_class.__setattr__
 
     def __setattr__(self: Any, name: str, value: Any) -> None:  # noqa: N807
         set_attribute(self, name, python_value(value))
@@ -247,7 +247,14 @@ class EViTConfig(ViTConfig):
         self._check_what_transformers_reads(kwargs)
         if self.reorganization_layers is None:
             self.reorganization_layers = default_reorganization_layers(self.num_hidden_layers)
-        super().__post_init__(**kwargs)
+        try:
+            super().__post_init__(**kwargs)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            names = ", ".join(f"`{name}`" for name in (*kwargs, "id2label", "label2id", "problem_type"))
+            raise ValueError(
+                f"Transformers cannot read one of {names} ({type(error).__name__}: {error}): correct it or leave it "
+                "out."
+            ) from error
         self._is_complete = True
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -283,13 +290,26 @@ class EViTConfig(ViTConfig):
         for name, dtype in (("dtype", self.dtype), ("torch_dtype", others.get("torch_dtype"))):
             if dtype is not None and str(dtype).removeprefix("torch.") not in DTYPES:
                 raise ValueError(f"`{name}` must be one of {', '.join(DTYPES)}, got {shown(dtype)}: leave it out.")
-        if not all(str(number).isdecimal() for number in self.id2label or {}):
+        labels = {} if self.id2label is None else self.id2label
+        if not isinstance(labels, dict) or not all(str(number).isdecimal() for number in labels):
             raise ValueError(
                 f"`id2label` must have class numbers as keys, got {shown(self.id2label)}: count from 0, "
                 "{0: 'cat', 1: 'dog'}."
             )
         if (num_labels := others.get("num_labels")) is not None:
             NUM_LABELS.check("num_labels", num_labels)
+        if others.get("per_layer_config"):
+            raise ValueError(
+                f"`per_layer_config` must be left out, got {shown(others['per_layer_config'])}: the layers of an EViT "
+                "have the same sizes, and `keep_rate` can be a list with one for each reorganization layer."
+            )
+        quantization = others.get("quantization_config")
+        if quantization is not None and not hasattr(quantization, "to_dict"):
+            if not isinstance(quantization, dict) or not isinstance(quantization.get("quant_method"), str):
+                raise ValueError(
+                    f"`quantization_config` must be a dictionary with a `quant_method`, got {shown(quantization)}: "
+                    "leave it out."
+                )
         if "head_dim" in others:  # read by Transformers' attention
             _whole(1, 2**12, "leave it out for `hidden_size / num_attention_heads`").check(
                 "head_dim", others["head_dim"]
@@ -312,8 +332,10 @@ class EViTConfig(ViTConfig):
             )
         weights = 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
         height, width = height_and_width(self.patch_size)
-        inputs = rows * columns + height * width * self.num_channels + self.num_labels
-        num_parameters = self.num_hidden_layers * weights + self.hidden_size * (inputs + self.pooler_output_size)
+        inputs = rows * columns + height * width * self.num_channels + (self.num_labels or 0)
+        num_parameters = self.num_hidden_layers * weights + self.hidden_size * (
+            inputs + (self.pooler_output_size or 0)
+        )
         if num_parameters > MAX_PARAMETERS:
             raise ValueError(
                 f"`hidden_size` {self.hidden_size}, `intermediate_size` {self.intermediate_size}, `num_hidden_layers` "
@@ -375,7 +397,7 @@ class EViTConfig(ViTConfig):
     @classmethod
     def get_config_dict(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike,
+        pretrained_model_name_or_path: str | os.PathLike[str],
         **kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read a config.json of an EViT, or of a ViT or DeiT, which becomes one.
@@ -393,9 +415,9 @@ class EViTConfig(ViTConfig):
             raise ValueError(
                 f"`{source}` holds a model of type '{model_type}', but {cls.__name__} loads "
                 f"{', '.join(repr(name) for name in (cls.model_type, *cls.source_model_types))}: its weights have "
-                "different names or tokens."
+                "different names or tokens. Correct `model_type` if it is wrong."
             )
-        own = {"model_type": cls.model_type}
+        own: dict[str, Any] = {"model_type": cls.model_type}
         if model_type == "deit":  # Transformers' DeiT always has the token, also with a single classifier
             own["use_distillation_token"] = True
         return {**config_dict, **own}
@@ -410,7 +432,7 @@ class EViTConfig(ViTConfig):
 
         Raises: ValueError for other model types.
         """
-        if isinstance(config, cls) and not changes:
+        if isinstance(config, cls) and config.model_type == cls.model_type and not changes:
             return config
         entries = copy.deepcopy({**config.to_dict(), "model_type": config.model_type})
         own = cls.from_dict(cls._as_own(entries, type(config).__name__), **changes)
@@ -425,7 +447,7 @@ class EViTConfig(ViTConfig):
         Transformers sets the keywords one after the other on the finished object; a new `keep_rate` list would then be
         compared with the old `reorganization_layers`.
         """
-        refuse_misspelt_names((name for name in kwargs if name not in OWN_FIELDS), OWN_FIELDS)
+        refuse_misspelt_names(kwargs, OWN_FIELDS)
         names = (*OWN_FIELDS, *VIT_RULES)
         return super().from_dict(
             {**config_dict, **{name: kwargs.pop(name) for name in names if name in kwargs}}, **kwargs
@@ -441,6 +463,11 @@ class EViTConfig(ViTConfig):
         output = super().to_dict()
         output.pop("_is_complete", None)
         return output
+
+    def geometry(self) -> str:
+        """Fields that decide which parameters there are, in words for an error message."""
+        names = [name for name in GEOMETRY if hasattr(self, name)]
+        return ", ".join(f"`{name}` {shown(getattr(self, name))}" for name in names)
 
     def patch_grid(self, image_size: int | Sequence[int] | None = None) -> tuple[int, int]:
         """Rows and columns of patches of an image.
@@ -475,6 +502,22 @@ OWN_FIELDS = (
     "drop_path_rate",
     "use_distillation_token",
     "scoring_tokens",
+)
+
+GEOMETRY = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "head_dim",
+    "num_channels",
+    "patch_size",
+    "image_size",
+    "qkv_bias",
+    "pooler_output_size",
+    "hidden_act",
+    "use_distillation_token",
+    "stem_hidden_size",
 )
 
 EViTConfig.register_for_auto_class()

@@ -59,7 +59,7 @@ class EViTLVConfig(EViTConfig):
                 f"`aux_logits_weight` must be a number from -1000 to 1000, got {shown(self.aux_logits_weight)}: "
                 "LV-ViT has 0.5."
             )
-        if not is_whole_number(self.patch_size) or self.patch_size % 2:
+        if not isinstance(self.patch_size, int) or self.patch_size % 2:
             raise ValueError(
                 f"`patch_size` must be one even number, got {shown(self.patch_size)}: the stem halves the image "
                 "before the patches are cut."
@@ -75,7 +75,7 @@ class EViTLVConfig(EViTConfig):
             image_size: pixels, (height, width) or one number for both, instead of the field `image_size`.
         """
         height, width = height_and_width(self.image_size if image_size is None else image_size)
-        patch = self.patch_size // 2
+        patch = height_and_width(self.patch_size)[0] // 2
         return -(-height // 2) // patch, -(-width // 2) // patch
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
@@ -37,6 +38,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_evit import (
+    OWN_FIELDS,
     EViTConfig,
     height_and_width,
     is_whole_number,
@@ -450,7 +452,7 @@ class EViTLayer(ViTLayer):
 
         # MLP
         hidden_states = self.feed_forward(hidden_states, takes_short_cuts)
-        return hidden_states, None if choice is None else choice.index, attention[0] if attention else None
+        return hidden_states, None if choice is None else choice.attentive_index, attention[0] if attention else None
 
     def choose_tokens(
         self, attention: torch.Tensor, num_attentive: int, token_scores: torch.Tensor | None = None
@@ -643,7 +645,8 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
     ) -> "EViTPreTrainedModel | tuple[EViTPreTrainedModel, dict]":
         """Load an EViT, ViT or DeiT checkpoint of Transformers 4.x or 5.x, or a ViT or DeiT of timm.
 
-        Keywords such as `keep_rate=0.7` go to the configuration. A classifier for another number of classes, or for a
+        Keywords such as `keep_rate=0.7` go to the configuration, also to one that is passed as `config=` (which is not
+        changed; that of a ViT or DeiT becomes one of ours). A classifier for another number of classes, or for a
         backbone without one, is newly initialized, with a warning. A checkpoint without pooling layer loads into
         `EViTModel` without one.
 
@@ -660,6 +663,11 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
             RuntimeError: a file is damaged, a weight is NaN or infinite, or a parameter other than the classifier
                 would be left at its random initialization; the message names all of them.
         """
+        config = kwargs.get("config")
+        if isinstance(config, PreTrainedConfig):
+            refuse_misspelt_names(kwargs, OWN_FIELDS)
+            changes = {name: kwargs.pop(name) for name in cls.config_class.field_names() & kwargs.keys()}
+            kwargs["config"] = cls.config_class.from_config(config, **changes)
         model_class, source = cls, pretrained_model_name_or_path
         opener = EViTPreTrainedModel.checkpoint_opener
         if opener is not None and source is not None:
@@ -693,7 +701,8 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
                 f"`{source}` does not fill {len(lost)} of {len(self.state_dict())} parameters, which would be left at "
                 f"random values. Missing: {sorted(missing)}. Of another shape: {sorted(shapes)}. Unexpected in the "
                 f"checkpoint: {sorted(loading_info['unexpected_keys'])}. Load a ViT or EViT checkpoint of the same "
-                "geometry, or change the configuration to match it."
+                f"geometry, or correct what does not match it in the configuration: {self.config.geometry()}. To "
+                "change the image size, load without `image_size` and call `set_image_size`."
             )
         wrong = (
             []
@@ -839,14 +848,16 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
 
         Returns: `EViTModelOutput`.
 
-        Raises: ValueError for missing images, images of the wrong size, a keep rate out of range, scores or a mask of
-            the wrong shape. TypeError for a misspelt keyword.
+        Raises: ValueError for missing images, an empty batch, images of the wrong size, a keep rate out of range,
+            scores or a mask of the wrong shape. TypeError for a misspelt keyword.
         """
         refuse_misspelt_names(kwargs.keys() - TransformersKwargs.__annotations__.keys(), FORWARD_KEYWORDS)
         if kwargs.pop("bool_masked_pos", None) is not None:
             raise ValueError("`bool_masked_pos` is for masked image modeling, which needs all patches: take a ViT.")
         if pixel_values is None:
             raise ValueError("`pixel_values` is missing: pass a tensor (batch_size, num_channels, height, width).")
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and pixel_values.shape[0] == 0:
+            raise ValueError("`pixel_values` holds no images, got a batch of 0: leave out the call.")
         if takes_short_cuts is None:
             takes_short_cuts = not self._records(kwargs) and not self.plain_road_wanted(pixel_values)
         keep_rates = self.layer_keep_rates(keep_rate)

@@ -155,6 +155,8 @@ class EViTLVForImageClassification(EViTLVPreTrainedModel):
         if not learns_token_labels:
             is_fused = (outputs.patch_index < 0).unsqueeze(-1)
             best = aux_logits.masked_fill(is_fused, float("-inf")).amax(dim=1)
+            # Where only fused tokens are left, the class token answers.
+            best = best.masked_fill(is_fused.all(dim=1), 0.0)
             logits = cls_logits + self.config.aux_logits_weight * best
 
         loss = None

@@ -182,12 +182,12 @@ class TokenChoice(NamedTuple):
     """Which tokens a layer keeps, and what becomes of the others: all that `rearrange_tokens` needs.
 
     Args:
-        index: (batch_size, num_attentive), positions among the image tokens.
+        attentive_index: (batch_size, num_attentive), positions among the image tokens.
         rows: (batch_size, num_attentive), see `attentive_rows`.
         weights: (batch_size, num_image_tokens), see `inattentive_weights`; None drops the inattentive tokens.
     """
 
-    index: torch.Tensor  # type: ignore[assignment] # hides tuple.index, which nobody asks of three tensors
+    attentive_index: torch.Tensor
     rows: torch.Tensor
     weights: torch.Tensor | None
 

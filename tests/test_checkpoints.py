@@ -371,3 +371,27 @@ def test_remote_code_needs_no_package(model_folder, tmp_path, images):
         assert torch.equal(outputs["half"], model(images, keep_rate=0.5).logits)
         assert torch.equal(outputs["backbone"], model.vit(images).last_hidden_state)
     torch.testing.assert_close(outputs["old"], expected_old["output"], rtol=1e-5, atol=1e-5)
+
+
+# A configuration that is handed over
+
+
+def test_a_vits_configuration_loads_as_ours_and_takes_keywords(tmp_path):
+    size = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+    vit = ViTForImageClassification(ViTConfig(**size, image_size=32, patch_size=8, num_labels=3))
+    vit.save_pretrained(tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    for given in (AutoConfig.from_pretrained(tmp_path), EViTConfig.from_pretrained(tmp_path), str(tmp_path)):
+        before = given if isinstance(given, str) else given.to_dict()
+        model = EViTForImageClassification.from_pretrained(tmp_path, config=given, keep_rate=0.5).eval()
+        assert (model.config.model_type, model.config.keep_rate) == ("evit", 0.5)
+        assert model(images).attentive_index[0].shape == (2, 8)
+        torch.testing.assert_close(model(images, keep_rate=1.0).logits, vit.eval()(images).logits)
+        assert before == (given if isinstance(given, str) else given.to_dict())
+    with pytest.raises(TypeError, match="`keep_rat` is not a keyword of EViT: did you mean `keep_rate`"):
+        EViTForImageClassification.from_pretrained(tmp_path, config=AutoConfig.from_pretrained(tmp_path), keep_rat=0.5)
+    with pytest.raises(RuntimeError, match="load without `image_size` and call `set_image_size`"):
+        EViTForImageClassification.from_pretrained(tmp_path, image_size=64)
+    swin = AutoConfig.for_model("swin")
+    with pytest.raises(ValueError, match="`SwinConfig` holds a model of type 'swin', but EViTConfig loads 'evit'"):
+        EViTForImageClassification.from_pretrained(tmp_path, config=swin)

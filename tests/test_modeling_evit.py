@@ -1,5 +1,7 @@
 import copy
+import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_config_with
@@ -346,6 +348,80 @@ def test_bad_keep_rates_are_refused(tiny_model, images):
     assert tiny_model.config.keep_rate == 0.6
     with pytest.raises(TypeError, match="`keep_rat` is not a keyword of EViT: did you mean `keep_rate`"):
         tiny_model(images, keep_rat=0.5)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, torch.tensor, np.array])
+def test_numbers_of_numpy_and_tensors_are_numbers(kind, tiny_model, images):
+    expected = tiny_model(images, keep_rate=0.5).logits
+    assert torch.equal(tiny_model(images, keep_rate=kind(0.5)).logits, expected)
+    assert torch.equal(tiny_model(images, keep_rate=[kind(0.5)] * 3).logits, expected)
+    tiny_model.set_keep_rate(kind(0.5))
+    assert type(tiny_model.config.keep_rate) is float
+    assert torch.equal(tiny_model(images).logits, expected)
+    config = tiny_config_with(keep_rate=kind(0.5), drop_path_rate=kind(0.25), reorganization_layers=np.array([1, 2]))
+    assert json.loads(config.to_json_string())["reorganization_layers"] == [1, 2]
+    assert tiny_config_with(image_size=np.int64(48), hidden_size=np.int32(64)).patch_grid() == (6, 6)
+    tiny_model.set_image_size(np.int64(48))
+    tiny_model.set_image_size(torch.tensor(40))
+    assert tiny_model.config.image_size == 40
+
+
+@pytest.mark.parametrize("bad", [0.0, "0.5", 1.5, float("nan"), None, [0.5, 0.5], [0.5, None, 0.5]])
+def test_a_bad_keep_rate_that_reached_the_configuration_is_refused_by_the_forward(bad, tiny_model, images):
+    """By a different thread, or by code that writes into the object's dictionary."""
+    tiny_model.config.__dict__["keep_rate"] = bad
+    with pytest.raises(ValueError, match="`keep_rate` (must be in|has 2 entries)"):
+        tiny_model(images)
+    tiny_model.vit.training_keep_rate = bad
+    if bad is not None:
+        with pytest.raises(ValueError, match="`keep_rate` (must be in|has 2 entries)"):
+            tiny_model.train()(images)
+
+
+def test_an_empty_batch_is_refused(tiny_model, images):
+    for network in (tiny_model, tiny_model.vit):
+        with pytest.raises(ValueError, match="`pixel_values` holds no images, got a batch of 0: leave out the call"):
+            network(images[:0])
+
+
+# One model's settings are its own
+
+
+def test_models_of_one_configuration_do_not_change_each_other(tiny_config, images, tmp_path):
+    student, teacher = (EViTForImageClassification(tiny_config).eval() for _ in range(2))
+    teacher.set_keep_rate(1.0)
+    teacher.set_image_size(64)
+    teacher.set_attn_implementation("eager")
+    teacher.config.reorganization_layers = [1]
+    assert (student.config.keep_rate, student.config.image_size) == (0.6, 32)
+    assert student.config.reorganization_layers == tiny_config.reorganization_layers == [1, 2, 3]
+    assert student.config._attn_implementation == "sdpa"
+    assert tiny_config.keep_rate == 0.6
+    for name, model in (("student", student), ("teacher", teacher)):
+        assert all(part.config is model.config for part in model.modules() if hasattr(part, "config"))
+        model.save_pretrained(tmp_path / name)
+        again = EViTForImageClassification.from_pretrained(tmp_path / name, attn_implementation="sdpa")
+        assert again.config.image_size == model.config.image_size
+    assert teacher(torch.randn(1, 3, 64, 64)).attentive_index[0].shape == (1, 64)
+    copied = copy.deepcopy(student)
+    copied.set_keep_rate(0.1)
+    assert student(images).attentive_index[0].shape == (3, 10)
+
+
+def test_frozen_positions_stay_frozen_at_a_new_size(tiny_model):
+    tiny_model.requires_grad_(False).set_image_size(48)
+    assert not any(parameter.requires_grad for parameter in tiny_model.parameters())
+    tiny_model.requires_grad_(True).set_image_size(40)
+    assert all(parameter.requires_grad for parameter in tiny_model.parameters())
+
+
+@pytest.mark.parametrize("bad", [7, (48, 7), 0, -8, True, 48.5, "48", None, (48,), (48, 48, 48)])
+def test_impossible_image_sizes_are_refused_and_leave_no_trace(bad, tiny_model, images):
+    before = tiny_model.config.to_dict()
+    with pytest.raises(ValueError, match="`image_size`"):
+        tiny_model.set_image_size(bad)
+    assert tiny_model.config.to_dict() == before
+    tiny_model(images)
 
 
 # The choice from outside

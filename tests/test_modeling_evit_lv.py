@@ -4,6 +4,7 @@ from golden import lvvit_state_dict, lvvit_tensors
 
 from evit_hf import EViTLVConfig, EViTLVForImageClassification
 from evit_hf.modeling_evit_lv import EViTLVLayer
+from evit_hf.profiling import num_tokens_by_layer
 
 
 def golden_model(**changes):
@@ -79,6 +80,27 @@ def test_multi_label_problems_train_both_classifiers():
     outputs.loss.backward()
     assert model.aux_classifier.weight.grad.abs().sum() > 0
     assert not torch.equal(outputs.logits, outputs.cls_logits)
+
+
+@pytest.mark.parametrize("size", [15, 16, 17, 31, 32, 33, 47, (31, 48), (46, 31)])
+def test_every_image_size_has_the_patches_that_the_stem_makes(size):
+    """The stem halves the image, rounding up: one pixel less than three patches are three patches."""
+    geometry = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    config = EViTLVConfig(**geometry, image_size=size, stem_hidden_size=4, keep_rate=0.5)
+    model = EViTLVForImageClassification(config).eval()
+    height, width = (size, size) if isinstance(size, int) else size
+    images = torch.randn(2, 3, height, width)
+    patches = model.vit.embeddings.patch_embeddings(images)
+    rows, columns = config.patch_grid()
+    assert patches.shape[1] == rows * columns == (height + 1) // 16 * ((width + 1) // 16)
+    assert num_tokens_by_layer(config)[0][0] == 1 + rows * columns
+    expected = model(images).logits
+    assert expected.isfinite().all()
+    model.set_image_size(64)
+    model.set_image_size(size)
+    assert model(images).logits.shape == expected.shape
+    larger = torch.randn(1, 3, height + 15, width + 31)
+    assert model(larger, interpolate_pos_encoding=True, mix_box=(0, 0, 1, 1)).logits.isfinite().all()
 
 
 def test_residual_branches_are_scaled_in_evaluation_too():
