@@ -55,7 +55,8 @@ def test_exports_answer_as_the_model_for_batches_of_any_size(engine, name, tmp_p
 def test_each_request_can_have_its_own_keep_rates(engine, name, tmp_path):
     model = tiny("evit", fuse_inattentive_tokens=False) if name == "dropping" else tiny(name)
     record = export_model(model, tmp_path, engine, keep_rate_is_input=True)
-    assert record["keep_rate"] == "input" and record["largest_difference"] < 1e-5
+    assert record["keep_rate"] == "input"
+    assert record["largest_difference"] < 1e-5
     exported, images = load_exported(tmp_path), torch.randn(2, 3, 32, 32)
     for keep_rate in (1.0, 0.55, [0.9, 1.0, 0.2], [0.1, 0.1, 0.1]):
         expected = model(images, keep_rate=keep_rate).logits.detach()
@@ -196,7 +197,9 @@ def test_onnx_has_the_layout_that_optimum_and_transformers_js_load(tmp_path):
     export_model(tiny("evit"), tmp_path, "onnx", processor=PROCESSOR)
     assert {path.name for path in tmp_path.iterdir()} >= {"onnx", "config.json", "preprocessor_config.json"}
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["model_type"] == "vit" and len(config["id2label"]) == 5 and "auto_map" not in config
+    assert config["model_type"] == "vit"
+    assert len(config["id2label"]) == 5
+    assert "auto_map" not in config
     graph = onnx.load(tmp_path / "onnx" / "model.onnx").graph
     assert [entry.name for entry in (*graph.input, *graph.output)] == ["pixel_values", "logits"]
     axes = [entry.type.tensor_type.shape.dim[0].dim_param for entry in (*graph.input, *graph.output)]
@@ -232,15 +235,15 @@ def test_the_example_beside_the_model_needs_no_part_of_this_package(engine, flag
     classify.model.set_keep_rate(0.7 if flags else 0.6)
     path, *answers = process.stdout.splitlines()
     expected = classify(image, top_k=5)
-    assert path == f"{tmp_path / 'noise.png'} {expected[0]['label']}" and [
-        line.split(maxsplit=1)[1] for line in answers
-    ] == [answer["label"] for answer in expected]
+    assert path == f"{tmp_path / 'noise.png'} {expected[0]['label']}"
+    assert [line.split(maxsplit=1)[1] for line in answers] == [answer["label"] for answer in expected]
     probabilities = [float(line.split()[0]) for line in answers]
     assert probabilities == pytest.approx([answer["score"] for answer in expected], abs=0.02)
     process = subprocess.run(
         [sys.executable, command[3], tmp_path / "nowhere.png", tmp_path / "noise.png"], capture_output=True, text=True
     )
-    assert process.returncode == 1 and "noise.png" in process.stdout
+    assert process.returncode == 1
+    assert "noise.png" in process.stdout
     assert process.stderr.startswith(f"{tmp_path / 'nowhere.png'} is not a picture that can be read")
 
 
@@ -328,7 +331,8 @@ def test_int8_is_smaller_and_its_accuracy_is_measured(kind, saved, color_files, 
     main(["export", str(saved), str(tmp_path / "out"), *flags])
     main(["export", str(saved), str(tmp_path / "float")])
     record = json.loads((tmp_path / "out" / "export.json").read_text())
-    assert record["int8"] == kind and record["num_images"] == 30
+    assert record["int8"] == kind
+    assert record["num_images"] == 30
     change = 100 * (record["int8_accuracy"] - record["accuracy"])
     assert record["accuracy_change"] == pytest.approx(change)
     sizes = [(tmp_path / name).stat().st_size for name in ("out/onnx/model_quantized.onnx", "float/onnx/model.onnx")]
