@@ -185,7 +185,7 @@ def _by_split(
 def _splits_in_classes(
     tops: dict[str, list[Parts]], level: int, found: PictureFolder
 ) -> dict[str, dict[str, list[Parts]]]:
-    """Pictures by split and class, where each class folder holds a folder for each split."""
+    """Pictures of class folders that hold split folders: `cat/train`, `cat/test`."""
     by_split: dict[str, dict[str, list[Parts]]] = {}
     for top, files in tops.items():
         for parts in files:
