@@ -60,21 +60,21 @@ def modules_below(*modules: nn.Module) -> list[nn.Module]:
     while pending:
         module = pending.pop()
         found.append(module)
-        pending.extend(child for child in module._modules.values() if child is not None)
+        if module._modules:
+            pending.extend([child for child in module._modules.values() if child is not None])
     return found
 
 
 def _is_watched(module: nn.Module) -> bool:
     """Whether a module has hooks or a `forward` that its class does not have."""
-    if module._forward_hooks and any(
-        getattr(hook, "__module__", None) != _RECORDER for hook in module._forward_hooks.values()
-    ):
-        return True
+    state = module.__dict__  # read directly: this is asked of every module in every forward
+    hooks = state["_forward_hooks"]
     return bool(
-        module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+        or (hooks and any(getattr(hook, "__module__", None) != _RECORDER for hook in hooks.values()))
     )
 
 
