@@ -107,7 +107,7 @@ FORWARD_KEYWORDS = (
 
 
 class AttentiveIndexOutput(ModelOutput):
-    """An output whose `attentive_index` has one tensor for each layer, and can be cut by image all the same.
+    """An output whose `attentive_index` has one tensor for each layer and can still be cut by image.
 
     Pipelines of Transformers, Accelerate and `torch.jit.trace` go through the `items()` of an output and take them for
     tensors whose first dimension is the image. There, and only there, `attentive_index` is one tensor (batch_size,
@@ -557,7 +557,7 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
     def set_image_size(self, image_size: int | Sequence[int]) -> None:
         """Change the size of the images that the model expects, and resize its position embeddings bicubically.
 
-        For fine-tuning at another resolution; the keep rate then decides what it costs. To run other sizes without
+        For fine-tuning at a different resolution; the keep rate then decides what it costs. To run other sizes without
         changing the model, pass `interpolate_pos_encoding=True` to a forward.
 
         Args:
@@ -646,20 +646,20 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
         """Load an EViT, ViT or DeiT checkpoint of Transformers 4.x or 5.x, or a ViT or DeiT of timm.
 
         Keywords such as `keep_rate=0.7` go to the configuration, also to one that is passed as `config=` (which is not
-        changed; that of a ViT or DeiT becomes one of ours). A classifier for another number of classes, or for a
+        changed; that of a ViT or DeiT becomes one of ours). A classifier for a different number of classes, or for a
         backbone without one, is newly initialized, with a warning. A checkpoint without pooling layer loads into
         `EViTModel` without one.
 
         Args:
             pretrained_model_name_or_path: folder or Hub id.
             *model_args: handed to the model class.
-            ignore_mismatched_sizes: False makes another number of classes an error as well.
+            ignore_mismatched_sizes: False makes a different number of classes an error as well.
             output_loading_info: whether to return the lists of missing and unexpected keys too.
             allow_non_finite_weights: whether to accept NaN and infinite weights.
             **kwargs: see `transformers.PreTrainedModel.from_pretrained`.
 
         Raises:
-            ValueError: the folder holds another model type than 'evit', 'vit' or 'deit'.
+            ValueError: the folder holds a model type other than 'evit', 'vit' or 'deit'.
             RuntimeError: a file is damaged, a weight is NaN or infinite, or a parameter other than the classifier
                 would be left at its random initialization; the message names all of them.
         """

@@ -2,7 +2,7 @@
 
 Source: "All Tokens Matter: Token Labeling for Training Better Vision Transformers" (arXiv 2104.10858) and its official
 code, https://github.com/zihangJiang/TokenLabeling. With EViT the auxiliary classifier sees the tokens that are left at
-the end; the fused token stands for many patches and takes no part, which is the EViT author's own recipe
+the end; the fused token is made of many patches and takes no part, which is the EViT author's own recipe
 (https://github.com/youweiliang/evit/issues/13).
 """
 
