@@ -110,9 +110,9 @@ def sharded():
     trainer.build_accelerator = build
     original_describe = trainer.describe
 
-    def describe(parts, progress):
-        assert type(next(parts.model.parameters())).__name__ == "DTensor"
-        return original_describe(parts, progress)
+    def describe(parts, state):
+        assert type(next(state.model.parameters())).__name__ == "DTensor"
+        return original_describe(parts, state)
 
     trainer.describe = describe
 

@@ -18,11 +18,12 @@ def patch(name, wrapper):
     """Replace a function of the trainer in the process that will run: `wrapper(original)` is the new one."""
 
     def before():
+        from evit_hf.keep_rate_schedule import KeepRateSchedule
         from evit_training.loop import parts, steps, trainer
 
-        for module in (parts, steps, trainer):
-            if hasattr(module, name):
-                setattr(module, name, wrapper(getattr(module, name)))
+        for place in (parts, steps, trainer, steps.StepGradients, KeepRateSchedule):
+            if hasattr(place, name):
+                setattr(place, name, wrapper(getattr(place, name)))
 
     return before
 
@@ -31,9 +32,7 @@ def loss_with(change):
     """Change the loss of some micro-batches: `change(loss, progress, batch)`."""
     return patch(
         "micro_batch_loss",
-        lambda original: (
-            lambda parts, progress, batch, rate: change(original(parts, progress, batch, rate), progress, batch)
-        ),
+        lambda original: lambda self, batch, rate: change(original(self, batch, rate), self.state.progress, batch),
     )
 
 
@@ -49,15 +48,15 @@ def straight(tmp_path_factory):
 
 def limit_files_between(first, last, num_bytes=40_000):
     def wrapper(original):
-        def keep_rate(parts, progress):
+        def at(schedule, step):
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-            limit = num_bytes if first <= progress.step < last else hard
+            limit = num_bytes if first <= step < last else hard
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-            return original(parts, progress)
+            return original(schedule, step)
 
-        return keep_rate
+        return at
 
-    return patch("training_keep_rate", wrapper)
+    return patch("at", wrapper)
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(straight, tmp_path):
@@ -220,10 +219,10 @@ def test_memory_that_is_too_small_for_one_image_ends_with_status_4(tmp_path):
 
 def test_a_real_allocation_that_fails_is_understood(tmp_path):
     def wrapper(original):
-        def loss(parts, progress, batch, rate):
+        def loss(gradients, batch, rate):
             if len(batch["labels"]) > 8:
                 torch.empty(2**50)  # a petabyte or four
-            return original(parts, progress, batch, rate)
+            return original(gradients, batch, rate)
 
         return loss
 
@@ -316,22 +315,22 @@ def test_a_killed_loading_process_is_named_and_the_run_can_go_on(straight, tmp_p
     output_dir = tmp_path / "run"
 
     def sleep_at_step_8(original):
-        def slow(parts, progress):
-            if progress.step == 8:
+        def slow(schedule, step):
+            if step == 8:
                 (tmp_path / "asleep").touch()
                 time.sleep(2)
-            return original(parts, progress)
+            return original(schedule, step)
 
         return slow
 
-    forked = ForkedRun([*SMALL, "--num_workers", "1"], output_dir, before=patch("training_keep_rate", sleep_at_step_8))
+    forked = ForkedRun([*SMALL, "--num_workers", "1"], output_dir, before=patch("at", sleep_at_step_8))
     while not (tmp_path / "asleep").exists() and forked.process.is_alive():
         time.sleep(0.01)
     children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(forked.pid)], capture_output=True, text=True)
     for child in children.stdout.split():
         os.kill(int(child), signal.SIGKILL)
     assert forked.wait() == 1, forked.text()
-    assert "A process that loads images died" in forked.text() and "go on with `--resume auto`" in forked.text()
+    assert "A process that loads images died" in forked.text() and "resume with `--resume auto`" in forked.text()
     run([*SMALL, "--resume", "auto"], output_dir)
     assert state_hash(output_dir) == state_hash(straight)
 

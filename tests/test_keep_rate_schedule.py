@@ -6,7 +6,7 @@ from conftest import tiny_config_with
 from test_checkpoints import make_trainer
 
 from evit_hf import EViTForImageClassification
-from evit_hf.keep_rate_schedule import KeepRateCallback, rounded_keep_rate, scheduled_keep_rate
+from evit_hf.keep_rate_schedule import KeepRateCallback, KeepRateSchedule, rounded_keep_rate, scheduled_keep_rate
 
 
 def official_keep_rate(iteration, epoch, start_epoch, shrink_epochs, steps_per_epoch, base):
@@ -129,3 +129,23 @@ def test_rounded_keep_rates_are_levels_at_or_above_the_scheduled_ones():
     assert rounded_keep_rate(0.65, 0.6, 4) == pytest.approx(0.7)
     assert rounded_keep_rate([0.95, 0.65], [0.9, 0.5], 2) == pytest.approx([0.95, 0.75])
     assert rounded_keep_rate(1.0, [0.9, 1.0], 2) == [1.0, 1.0]
+
+
+def test_a_schedule_counts_its_phases_in_epochs():
+    schedule = KeepRateSchedule.in_epochs(0.7, 0.5, 1.25, steps_per_epoch=6)
+    assert [schedule.at(step) for step in range(20)] == [scheduled_keep_rate(step, 0.7, 3, 8) for step in range(20)]
+    assert schedule.highest_from(3) == schedule.at(3)
+    rounded = KeepRateSchedule.in_epochs(0.6, 0, 5, steps_per_epoch=10, levels=4)
+    assert rounded.at(20) == rounded_keep_rate(scheduled_keep_rate(20, 0.6, 0, 50), 0.6, 4)
+
+
+def test_rates_of_a_range_are_drawn_for_each_step_and_never_above_the_highest():
+    schedule = KeepRateSchedule(0.7, range=(0.5, 0.9), seed=1)
+    rates = [schedule.at(step) for step in range(200)]
+    assert rates == [KeepRateSchedule(0.7, range=(0.5, 0.9), seed=1).at(step) for step in range(200)]
+    assert rates != [KeepRateSchedule(0.7, range=(0.5, 0.9), seed=2).at(step) for step in range(200)]
+    assert 0.5 <= min(rates) < 0.51 and 0.89 < max(rates) <= 0.9 == schedule.highest_from(0)
+    assert sum(rates) / 200 == pytest.approx(0.7, abs=0.02)
+    shrinking = KeepRateSchedule(0.7, 3, 10, levels=4, range=(0.5, 0.9))
+    assert all(shrinking.at(step) <= shrinking.highest_from(step) for step in range(20))
+    assert {round(shrinking.at(step), 9) for step in range(13, 99)} == {0.5, 0.6, 0.7, 0.8, 0.9}

@@ -43,14 +43,14 @@ def spy_on_scores(path):
 
     def wrapper(original):
         def build(*args):
-            parts = original(*args)
+            parts, state = original(*args)
 
             def note(module, arguments, keywords):
                 with path.open("a") as file:
                     file.write(f"{int(module.training)}{int(keywords.get('patch_scores') is not None)} ")
 
-            parts.network.register_forward_pre_hook(note, with_kwargs=True)
-            return parts
+            state.network.register_forward_pre_hook(note, with_kwargs=True)
+            return parts, state
 
         return build
 

@@ -36,7 +36,7 @@ def test_resumed_run_equals_uninterrupted_run_after_kill(step, uninterrupted, tm
     os.killpg(killed.pid, signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
     text = run([*flags, "--resume", "auto"], output_dir)
-    assert "Going on from" in text or step == 2
+    assert "Resuming from" in text or step == 2
     assert state_hash(output_dir) == state_hash(uninterrupted)
     assert logged_steps(output_dir) == (list(range(1, 19)), [6, 12, 18])
     results = [json.loads((path / "results.json").read_text())[1]["loss"] for path in (output_dir, uninterrupted)]
@@ -110,18 +110,18 @@ def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(number, status, uni
 
 def test_a_second_signal_ends_the_run_at_once(tmp_path):
     def sleep_in_steps():
-        from evit_training.loop import trainer
+        from evit_hf.keep_rate_schedule import KeepRateSchedule
 
-        original = trainer.training_keep_rate
+        original = KeepRateSchedule.at
 
-        def slow(parts, progress):
-            if progress.step == 3:
+        def slow(schedule, step):
+            if step == 3:
                 Path(tmp_path / "asleep").touch()
                 for _ in range(600):
                     time.sleep(0.1)
-            return original(parts, progress)
+            return original(schedule, step)
 
-        trainer.training_keep_rate = slow
+        KeepRateSchedule.at = slow
 
     stopped = ForkedRun(SMALL, tmp_path / "run", before=sleep_in_steps)
     deadline = time.monotonic() + 60
@@ -222,7 +222,7 @@ def test_a_finished_run_can_be_resumed_without_harm_and_from_a_named_checkpoint(
     text = run([*SMALL, *RANDOM, "--resume", str(checkpoint)], tmp_path / "other", status=2)
     assert "holds a run already" in text  # another one than that of the checkpoint
     text = run([*SMALL, "--resume", str(tmp_path / "nothing")], tmp_path / "third", status=2)
-    assert "is no intact checkpoint: manifest.json is missing" in text
+    assert "is not an intact checkpoint: manifest.json is missing" in text
 
 
 @pytest.mark.parametrize("num_workers", ["0", "2"])
@@ -236,5 +236,5 @@ def test_streamed_runs_resume_exactly_too(num_workers, tmp_path):
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     text = run([*flags, "--resume", "auto"], tmp_path / "killed")
-    assert "Going on from" in text
+    assert "Resuming from" in text
     assert state_hash(tmp_path / "killed") == state_hash(tmp_path / "straight")

@@ -13,7 +13,8 @@ from evit_hf import (
 )
 from evit_training.arguments import TeacherArguments
 from evit_training.learning.models import load_classifier
-from evit_training.learning.teachers import Oracle, build_oracle, build_teacher, distillation_loss
+from evit_training.learning.objective import distillation_loss
+from evit_training.learning.teachers import Oracle, build_oracle, build_teacher
 
 
 @pytest.fixture
@@ -163,7 +164,7 @@ def test_a_teacher_of_other_classes_is_refused(tmp_path, processor):
     with pytest.raises(ValueError, match=r"knows 3 classes but not \['c'\] of the 3 of the data"):
         build_teacher(arguments, tiny(), processor, ["a", "b", "c"])
     with pytest.raises(ValueError, match="`--teacher` teaches one class for each image"):
-        build_teacher(arguments, tiny(), processor, ["a", "b"], multi_label=True)
+        build_teacher(arguments, tiny(problem_type="multi_label_classification"), processor, ["a", "b"])
 
 
 def test_a_teacher_without_names_is_matched_by_number(tmp_path, processor, images):

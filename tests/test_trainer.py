@@ -31,10 +31,10 @@ from evit_hf import (
 from evit_hf.keep_rate_schedule import scheduled_keep_rate
 from evit_hf.profiling import num_macs
 from evit_training.arguments import parse_train_arguments
+from evit_training.learning.objective import Objective
 from evit_training.loop import parts
-from evit_training.loop.steps import training_loss
 from evit_training.loop.trainer import train
-from evit_training.measuring.evaluation import comparison_table, evaluate, images_per_second
+from evit_training.measuring.evaluation import Measurement, comparison_table, evaluate, images_per_second
 
 
 SHORT = ["digits", "--max_train_samples", "128", "--max_eval_samples", "50", "--batch_size", "32", "--epochs", "2"]
@@ -106,7 +106,8 @@ def test_results_are_those_of_the_saved_model(finished_run):
         assert result["dtype"] == "float32" and result["device"].startswith("cpu")
     evaluations = [entry for entry in read_log(output_dir) if "eval_top1" in entry]
     assert evaluations[-1]["eval_top1"] == results[1]["top1"]
-    table = comparison_table(results)
+    sizes = ("keep_rate", "gmacs", "images_per_second", "device", "dtype", "batch_size", "image_size")
+    table = comparison_table([Measurement(metrics=x, **{name: x[name] for name in sizes}) for x in results])
     assert "1.0 (dense ViT)" in table and f"{100 * results[1]['top1']:.2f}" in table
 
 
@@ -209,9 +210,10 @@ def test_training_loss_of_mixed_images_is_that_of_mixed_labels():
     logits, labels = torch.randn(2, 4), torch.tensor([1, 3])
     cross_entropy = torch.nn.functional.cross_entropy
     outputs = EViTImageClassifierOutput(logits=logits)
-    plain = training_loss(outputs, labels, 0.1, None, (2, 2))
+    config = tiny_config_with(image_size=16, num_labels=4)
+    plain = Objective(config, label_smoothing=0.1).label_loss(outputs, labels)
     torch.testing.assert_close(plain, cross_entropy(logits, labels, label_smoothing=0.1))
-    mixed = training_loss(outputs, labels, 0.0, (0, 0, 1, 1), (2, 2))
+    mixed = Objective(config).label_loss(outputs, labels, (0, 0, 1, 1))
     expected = 0.75 * cross_entropy(logits, labels) + 0.25 * cross_entropy(logits, labels.flip(0))
     torch.testing.assert_close(mixed, expected)
 
@@ -236,10 +238,12 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "metrics.jsonl").write_text("precious")
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds a run already \(model, metrics.jsonl\): go on with `--resume auto`"):
+    with pytest.raises(
+        ValueError, match=r"holds a run already \(model, metrics.jsonl\): resume it with `--resume auto`"
+    ):
         short_run(tmp_path, "--max_steps", "1")
     assert (tmp_path / "metrics.jsonl").read_text() == "precious"
-    with pytest.raises(ValueError, match="`--overwrite` would delete what `--resume` goes on from"):
+    with pytest.raises(ValueError, match="`--overwrite` would delete what `--resume` continues from"):
         short_run(tmp_path, "--overwrite", "--resume", "auto")
     short_run(tmp_path, "--max_steps", "1", "--overwrite")
     assert "precious" not in (tmp_path / "metrics.jsonl").read_text()

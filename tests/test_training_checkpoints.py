@@ -11,8 +11,8 @@ from evit_training.arguments import FIELDS
 from evit_training.loop.checkpoints import (
     NoCheckpointError,
     Progress,
+    damage,
     newest_checkpoint,
-    problem,
     read_checkpoint,
     replace_durably,
     rotate_checkpoints,
@@ -63,7 +63,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(name, damage,
     assert "Skipped a damaged checkpoint" in said and "step-000000002" in said
     if name != "manifest.json":
         assert name in said
-    with pytest.raises(NoCheckpointError, match="is no intact checkpoint"):
+    with pytest.raises(NoCheckpointError, match="is not an intact checkpoint"):
         read_checkpoint(newest)
 
 
@@ -72,7 +72,7 @@ def test_a_manifest_that_leaves_files_out_is_not_trusted(tmp_path):
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["optimizer.pt"]
     (path / "manifest.json").write_text(json.dumps(manifest))
-    assert problem(path) == "manifest.json does not name ['optimizer.pt']"
+    assert damage(path) == "manifest.json does not name ['optimizer.pt']"
 
 
 def test_a_half_written_checkpoint_is_named_and_one_of_another_version_refused(tmp_path, capsys):
@@ -110,7 +110,7 @@ def test_an_intact_checkpoint_is_not_written_again_and_a_damaged_one_is(tmp_path
     before = (path / "progress.json").stat().st_mtime_ns
     assert (write(tmp_path, 1) / "progress.json").stat().st_mtime_ns == before
     (path / "model.safetensors").write_bytes(b"")
-    assert problem(write(tmp_path, 1)) is None
+    assert damage(write(tmp_path, 1)) is None
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):

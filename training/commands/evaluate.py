@@ -74,12 +74,14 @@ def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments
     splits = load_evaluation_split(data)
     accelerator.print(describe_splits(splits, ("evaluation",)))
     splits = with_classes_of(network, splits)
+    # The data knows; not every checkpoint says.
+    network.config.problem_type = f"{'multi' if splits.multi_label else 'single'}_label_classification"
     processor = load_processor(model)
     loader = evaluation_loader(
         splits, processor, arguments.batch_size, data.num_workers, accelerator, data.on_bad_image
     )
     prepared = accelerator.prepare_model(network, evaluation_mode=True)
-    results = compare_keep_rates(accelerator, prepared, loader, arguments.keep_rates, multi_label=splits.multi_label)
+    results = compare_keep_rates(accelerator, prepared, loader, arguments.keep_rates)
     accelerator.print(comparison_table(results))
     folder = Path(arguments.output_dir or model)
     if accelerator.is_main_process and (arguments.output_dir or folder.is_dir()):

@@ -24,23 +24,23 @@ from evit_hf import (
 from evit_hf.profiling import keep_rate_for_macs, num_macs
 
 from ..arguments import TrainArguments
+from ..data.images import ImageSplits
 from ..data.names import class_numbers
 
 
-def build_model(arguments: TrainArguments, label_names: list[str], multi_label: bool = False) -> EViTPreTrainedModel:
+def build_model(arguments: TrainArguments, splits: ImageSplits) -> EViTPreTrainedModel:
     """Build the network of a run.
 
     Args:
         arguments: which network, and how it reorganizes.
-        label_names: the classes, which go into the configuration.
-        multi_label: whether an image can have several of them.
+        splits: the data, whose classes go into the configuration, as does whether an image can have several of them.
 
     Raises: ValueError for a model that this trainer cannot train.
     """
     model = arguments.model
     settings: dict[str, Any] = {
-        **labels(label_names),
-        "problem_type": "multi_label_classification" if multi_label else "single_label_classification",
+        **label_maps(splits.label_names),
+        "problem_type": "multi_label_classification" if splits.multi_label else "single_label_classification",
         "keep_rate": arguments.keep_rate,
         "fuse_inattentive_tokens": model.inattentive_tokens == "fused",
         "drop_path_rate": model.drop_path_rate,
@@ -48,7 +48,7 @@ def build_model(arguments: TrainArguments, label_names: list[str], multi_label: 
     }
     if model.model is not None:
         network = load_classifier(model.model, **settings)
-        match_head(network, PreTrainedConfig.get_config_dict(model.model)[0], label_names)
+        match_head(network, PreTrainedConfig.get_config_dict(model.model)[0], splits.label_names)
         config = network.config
         if not isinstance(config.image_size, int) or not isinstance(config.patch_size, int):
             raise ValueError(
@@ -59,7 +59,9 @@ def build_model(arguments: TrainArguments, label_names: list[str], multi_label: 
             network.set_image_size(model.image_size)
     elif model.preset is not None:
         size = {} if model.image_size is None else {"image_size": model.image_size}
-        network = random_classifier(preset_config(model.preset, num_labels=len(label_names), **settings, **size))
+        network = random_classifier(
+            preset_config(model.preset, num_labels=len(splits.label_names), **settings, **size)
+        )
     else:
         network = random_classifier(
             EViTConfig(
@@ -103,7 +105,7 @@ def match_head(network: EViTPreTrainedModel, saved: dict[str, Any], label_names:
             layer.bias.copy_(layer.bias[numbers])
 
 
-def labels(label_names: list[str]) -> dict[str, dict]:
+def label_maps(label_names: list[str]) -> dict[str, dict]:
     """`id2label` and `label2id` of a configuration."""
     return {
         "id2label": dict(enumerate(label_names)),

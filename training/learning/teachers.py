@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torchvision.transforms.v2 import functional as F
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
-from transformers.utils import ModelOutput
 
 from evit_hf import EViTPreTrainedModel
 
@@ -165,7 +164,6 @@ def build_teacher(
     student: EViTPreTrainedModel,
     processor: BaseImageProcessor,
     label_names: list[str],
-    multi_label: bool = False,
 ) -> Teacher | None:
     """Build the teacher of a run, or None if it has none.
 
@@ -175,13 +173,12 @@ def build_teacher(
         processor: of the student.
         label_names: the student's classes, found in the teacher by name, or by number where the counts agree and the
             teacher has no names.
-        multi_label: whether images have several labels.
 
     Raises: ValueError if the teacher does not know the classes.
     """
     if arguments.teacher is None:
         return None
-    if multi_label:
+    if student.config.problem_type == "multi_label_classification":
         raise ValueError("`--teacher` teaches one class for each image; the data has several: leave it out.")
     own = (list(processor.image_mean), list(processor.image_std))
     if arguments.teacher == "initial":
@@ -202,33 +199,3 @@ def build_teacher(
     mean, std = getattr(its_processor, "image_mean", None), getattr(its_processor, "image_std", None)
     theirs = (list(mean), list(std)) if getattr(its_processor, "do_normalize", False) else ([0.0] * 3, [1.0] * 3)
     return Teacher(model, own, theirs, output_size(its_processor), numbers, student.config.patch_size)
-
-
-def distillation_loss(
-    outputs: ModelOutput, teacher_logits: torch.Tensor, base_loss: torch.Tensor, arguments: "TeacherArguments"
-) -> torch.Tensor:
-    """Loss of a student with a teacher.
-
-    Args:
-        outputs: of the student; of a model with distillation token, the logits of that token learn from the teacher.
-        teacher_logits: (batch_size, num_labels).
-        base_loss: loss against the labels, of the class token where there are two.
-        arguments: "hard" learns the teacher's first choice; "soft" its distribution at temperature T, as T^2 KL.
-
-    Returns: scalar, (1 - weight) * base_loss + weight * the teacher's part.
-
-    Source: https://github.com/facebookresearch/deit/blob/7e160fe/losses.py.
-    """
-    student_logits = outputs.get("distillation_logits")
-    student_logits = (outputs.logits if student_logits is None else student_logits).float()
-    if arguments.distillation == "hard":
-        loss = nn.functional.cross_entropy(student_logits, teacher_logits.argmax(dim=1))
-    else:
-        temperature = arguments.distillation_temperature
-        loss = temperature**2 * nn.functional.kl_div(
-            (student_logits / temperature).log_softmax(dim=1),
-            (teacher_logits / temperature).log_softmax(dim=1),
-            reduction="batchmean",
-            log_target=True,
-        )
-    return (1 - arguments.distillation_weight) * base_loss + arguments.distillation_weight * loss

@@ -1,12 +1,12 @@
-"""Checkpoints that survive whatever kills a run: written beside, hashed, synchronised, renamed; verified before use.
+"""Checkpoints that survive whatever kills a run: hashed, synchronised, renamed when complete, verified before use.
 
 A checkpoint is a folder `step-000000123`:
-    model.safetensors     raw weights, under the names that the modules have in memory
+    model.safetensors     raw weights, under the names of the modules in memory
     ema.safetensors       averaged weights, if there are any
     optimizer.pt          state of AdamW and of the gradient scaler, tensors and numbers only
     progress.json         everything else: optimizer step, counts, best result, settings of the run
     manifest.json         SHA-256 and size of each file above
-It appears under its name only when all of it is on the disk.
+It gets its name only when all of it is on the disk.
 """
 
 import hashlib
@@ -34,13 +34,13 @@ PARTIAL = ".partial-"
 
 @dataclass
 class Progress:
-    """Where a run stands: all that resuming needs beside the tensors.
+    """How far a run is: all that resuming needs apart from the tensors.
 
     Args:
-        step: optimizer steps done, skipped ones counted in; it says which images come next.
+        step: optimizer steps done, including skipped ones; it says which images come next.
         skipped_steps: of these, steps that changed nothing because the loss or a gradient was not finite. The
-            schedules stand at `step - skipped_steps`.
-        skipped_in_row: the last ones of these, without a good one between.
+            schedules are at `step - skipped_steps`.
+        skipped_in_row: the last ones of these, without a good one in between.
         evaluated_step: optimizer step of the last evaluation that was completed.
         bad_images: training images that could not be decoded and were replaced.
         accumulation_factor: into how many parts micro-batches are cut because memory ran out; 1 for not at all.
@@ -80,7 +80,7 @@ class NoCheckpointError(CheckpointError):
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of an optimizer step belongs."""
+    """Folder of the checkpoint of an optimizer step."""
     return folder / f"{PREFIX}{step:09d}"
 
 
@@ -91,22 +91,22 @@ def write_checkpoint(
     optimizer: dict[str, Any],
     ema: dict[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Write a checkpoint so that it is there as a whole or not at all.
+    """Write a checkpoint, all of it or nothing.
 
     Args:
         folder: of all checkpoints of the run.
-        progress: where the run stands.
+        progress: how far the run is.
         model: weights by name, on the CPU.
         optimizer: state of the optimizer and what belongs to it.
         ema: averaged weights by name.
 
     Returns: the folder of the checkpoint.
 
-    Raises: OSError if it cannot be written; what was there before is untouched and nothing partial stays.
+    Raises: OSError if it cannot be written; what was there before is untouched and nothing partial is left.
     """
     final = checkpoint_path(folder, progress.step)
-    if problem(final) is None:
-        return final  # a run is deterministic: it holds just this
+    if damage(final) is None:
+        return final  # a run is deterministic: it holds exactly this
     partial = folder / f"{PARTIAL}{final.name}"
     buffer = BytesIO()
     torch.save(optimizer, buffer)
@@ -141,7 +141,7 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def replace_durably(path: Path, data: bytes) -> None:
-    """Replace a file by new contents at once: whoever looks sees the old or the new ones."""
+    """Replace the contents of a file at once: a reader sees the old or the new ones."""
     partial = path.with_name(f"{PARTIAL}{path.name}")
     write_durably(partial, data)
     partial.replace(path)
@@ -157,8 +157,8 @@ def _synchronize_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def problem(path: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file, or None if every byte is as it was written."""
+def damage(path: Path) -> str | None:
+    """Damage of a checkpoint in words, naming the file, or None if every byte is as it was written."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         for name, expected in manifest.items():
@@ -185,16 +185,16 @@ def newest_checkpoint(folder: Path) -> Path | None:
     for path in folder.glob(f"{PARTIAL}*"):
         sys.stderr.write(f"Skipped a half-written checkpoint, {path}.\n")
     paths = sorted(folder.glob(f"{PREFIX}*"), reverse=True)
-    problems = []
+    damaged = []
     for path in paths:
-        found = problem(path)
+        found = damage(path)
         if found is None:
             return path
-        problems.append(f"{path}: {found}")
-        sys.stderr.write(f"Skipped a damaged checkpoint, {problems[-1]}.\n")
-    if problems:
+        damaged.append(f"{path}: {found}")
+        sys.stderr.write(f"Skipped a damaged checkpoint, {damaged[-1]}.\n")
+    if damaged:
         raise NoCheckpointError(
-            f"None of the {len(paths)} checkpoints in {folder} is intact ({'; '.join(problems)}): nothing was "
+            f"None of the {len(paths)} checkpoints in {folder} is intact ({'; '.join(damaged)}): nothing was "
             "changed. Restore one, or pass `--overwrite` to start from the beginning."
         )
     return None
@@ -207,12 +207,12 @@ def read_checkpoint(path: Path) -> tuple[Progress, dict[str, Any]]:
 
     Raises: NoCheckpointError if it is not intact, or of another version.
     """
-    found = problem(path)
+    found = damage(path)
     if found is not None:
-        raise NoCheckpointError(f"{path} is no intact checkpoint: {found}.")
+        raise NoCheckpointError(f"{path} is not an intact checkpoint: {found}.")
 
     def weights(name: str) -> dict[str, torch.Tensor]:
-        # In one order on all processes, which safetensors leaves to chance: sharding them is a collective for each.
+        # In the same order on all processes, which safetensors leaves to chance: sharding each is a collective.
         return dict(sorted(load_tensors((path / name).read_bytes()).items()))
 
     try:
@@ -229,13 +229,13 @@ def read_checkpoint(path: Path) -> tuple[Progress, dict[str, Any]]:
 def rotate_checkpoints(folder: Path, keep: int, spared: Iterable[int] = ()) -> None:
     """Delete all but the newest `keep` intact checkpoints and those of the steps `spared`.
 
-    What was left half-written goes too. Damaged ones do not count as kept: a run must not lose an intact one to them.
+    Half-written ones go too. Damaged ones do not count as kept: a run must not lose an intact one to them.
     """
     spared_paths = {checkpoint_path(folder, step) for step in spared}
     num_kept = 0
     for path in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
-        # Reading a checkpoint again costs time, and only the ones that are about to be counted are worth it.
-        is_kept = num_kept < keep and problem(path) is None
+        # Reading a checkpoint again costs time: only those that might be kept are read.
+        is_kept = num_kept < keep and damage(path) is None
         num_kept += is_kept
         if not is_kept and path not in spared_paths:
             shutil.rmtree(path, ignore_errors=True)
@@ -244,7 +244,7 @@ def rotate_checkpoints(folder: Path, keep: int, spared: Iterable[int] = ()) -> N
 
 
 def settings_that_differ(old: dict[str, Any], new: dict[str, Any], also_harmful: Iterable[str] = ()) -> list[str]:
-    """Lines of a table with the settings that change the training and are not what they were; empty if there are none.
+    """Lines of a table with the settings that change the training and have changed; empty if there are none.
 
     Args:
         old: flat settings of the checkpoint.

@@ -1,16 +1,15 @@
-"""Signals, lost launchers and locks: how a run ends before its end, and what keeps two of them apart."""
+"""Signals, lost launchers and locks: how a run ends before its end, and what keeps two runs apart."""
 
-import fcntl
 import os
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
+import filelock
 from accelerate import Accelerator
 
 
-class TrainingInterrupted(Exception):
+class TrainingInterruptedError(Exception):
     """SIGTERM or SIGINT came; the run was saved and ends with 128 + the signal's number."""
 
     def __init__(self, signal_number: int, message: str) -> None:
@@ -21,7 +20,7 @@ class TrainingInterrupted(Exception):
 class Interruption:
     """Remember the first SIGTERM or SIGINT until the optimizer step is done; the second one ends the process at once.
 
-    A run whose launcher died (`accelerate launch` does not hand on signals) is interrupted too: nobody could stop it.
+    A run whose launcher died (`accelerate launch` does not forward signals) is interrupted too: nobody could stop it.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -62,35 +61,44 @@ class Interruption:
 
 
 def await_deaths_of_loaders() -> None:
-    """Notice the death of a loading process where its images are awaited, at the edge of a step.
+    """Notice the death of a loading process where its images are awaited, between optimizer steps.
 
-    PyTorch's handler, set when the first loader starts, raises wherever the training process happens to be, in the
-    middle of an optimizer step if need be; the loader itself looks after its processes too, every five seconds.
+    PyTorch's handler, set when the first loader starts, raises wherever the training process happens to be, even in
+    the middle of an optimizer step; the loader itself checks on its processes too, every five seconds.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def lock(output_dir: Path) -> IO:
+def lock(output_dir: Path) -> filelock.BaseFileLock:
     """Make the output folder and lock it for this process; the lock ends with the process, however it ends.
 
-    Returns: the locked file, to be closed at the end.
+    On a file system without locks the file `.lock` itself is the lock.
+
+    Returns: the lock, see `unlock`.
 
     Raises: ValueError if another run holds the lock, or the folder cannot be made or written.
     """
+    held: filelock.BaseFileLock = filelock.FileLock(output_dir / ".lock")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        file = (output_dir / ".lock").open("w")
-    except OSError as error:
-        raise ValueError(f"`--output-dir {output_dir}` cannot be written: {error}.") from None
-    path = output_dir / ".lock"
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # A run that just ended deletes its lock: one that was opened before is worth nothing.
-        if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
-            raise OSError
-    except OSError:
-        file.close()
+        try:
+            held.acquire(blocking=False)
+        except NotImplementedError:  # older versions of filelock leave the choice to their caller
+            held = filelock.SoftFileLock(output_dir / ".lock")
+            held.acquire(blocking=False)
+    except filelock.Timeout:
         raise ValueError(
             f"Another run is writing to `--output-dir {output_dir}`: wait for it, or choose another folder."
         ) from None
-    return file
+    except OSError as error:
+        raise ValueError(f"`--output-dir {output_dir}` cannot be written: {error}.") from None
+    return held
+
+
+def unlock(held: filelock.BaseFileLock) -> None:
+    """Release the lock of an output folder, and delete its file."""
+    if isinstance(held, filelock.SoftFileLock):
+        held.release()
+        return
+    Path(held.lock_file).unlink(missing_ok=True)  # first: later it might be another run's
+    held.release()

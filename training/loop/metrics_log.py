@@ -18,7 +18,7 @@ from .checkpoints import replace_durably
 def build_trackers(run: RunArguments) -> dict[str, Any]:
     """Arguments of the Accelerator for the trackers of a run.
 
-    Raises: ValueError for a tracker that is not installed, which Accelerate would leave out without a word.
+    Raises: ValueError for a tracker that is not installed, which Accelerate would silently leave out.
     """
     available = [str(tracker) for tracker in get_available_trackers()]
     missing = [name for name in run.trackers if name not in available]
@@ -31,11 +31,11 @@ def build_trackers(run: RunArguments) -> dict[str, Any]:
 
 
 class MetricsLog:
-    """A file with one JSON object for each line, written by the main process, and the trackers.
+    """A file with one JSON object in each line, written by the main process, and the trackers.
 
     Args:
         path: of the file.
-        accelerator: knows the trackers.
+        accelerator: has the trackers.
     """
 
     def __init__(self, path: Path, accelerator: Accelerator) -> None:
@@ -66,18 +66,13 @@ class MetricsLog:
         replace_durably(self.path, "".join(kept).encode())
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Append one line. A log that fails is reported once, and training goes on."""
+        """Append one line. A log that fails is reported once, and training continues."""
         if not self.accelerator.is_main_process:
             return
         self._try(lambda: self._append(json.dumps(entry)))
         if self.accelerator.log_with:
             numbers = {name: x for name, x in entry.items() if isinstance(x, (int, float)) and name != "step"}
             self._try(lambda: self.accelerator.log(numbers, step=entry["step"]))
-
-    def close(self) -> None:
-        """End the trackers."""
-        if self.accelerator.log_with:
-            self._try(self.accelerator.end_training)
 
     def _append(self, line: str) -> None:
         with self.path.open("a") as file:
@@ -101,6 +96,11 @@ class LogWindow:
         self.num_images = 0
         self.data_seconds = 0.0
         self.start = time.perf_counter()  # later by what evaluation and checkpoints take
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Count a step that was not skipped."""
+        self.loss_sum += loss
+        self.num_steps += 1
 
     def summarize(self, accelerator: Accelerator) -> dict[str, float]:
         """Mean loss over all processes, speed, share of the time spent waiting for images, and peak memory."""

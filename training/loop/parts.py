@@ -1,51 +1,51 @@
-"""What a training step needs: data, model, optimizer and teachers, built and checked before the first step."""
+"""The parts of a run, built and checked before its first step."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
-from torch import nn
-from torchvision.transforms import v2
 from transformers import BaseImageProcessor
 
-from evit_hf import EViTPreTrainedModel
+from evit_hf.keep_rate_schedule import KeepRateSchedule
 
 from ..arguments import TrainArguments
-from ..data.augmentation import batch_mixing, image_processor, training_transform
+from ..data.augmentation import batch_mixing, image_processor
 from ..data.images import ImageSplits
 from ..data.sampling import StepPlan
 from ..data.splits import check_images, describe_splits, load_splits
 from ..learning.models import build_model, compile_layers, load_classifier
+from ..learning.objective import Objective
 from ..learning.optimization import WeightAverage, build_optimizer, freeze
-from ..learning.teachers import Oracle, Teacher, build_oracle, build_teacher
+from ..learning.teachers import build_oracle, build_teacher
+from .checkpoints import Progress
 from .metrics_log import build_trackers
+from .state import TrainingState
 
 
-@dataclass
+@dataclass(frozen=True)
 class Parts:
-    """Everything that a training step needs."""
+    """What stays as it is while a run trains; what changes is in its `TrainingState`.
+
+    Args:
+        arguments: settings of the run.
+        splits: the data.
+        processor: image processor of the model.
+        plan: how images are cut into optimizer steps.
+        num_steps: optimizer steps of the run.
+        keep_rates: keep rate of each of them.
+        objective: what the model learns.
+    """
 
     arguments: TrainArguments
-    accelerator: Accelerator
     splits: ImageSplits
+    processor: BaseImageProcessor
     plan: StepPlan
     num_steps: int
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    average: WeightAverage | None
-    oracle: Oracle | None
-    teacher: Teacher | None
-    mixing: v2.Transform | None
-    processor: BaseImageProcessor
-    augment: Callable
-
-    @property
-    def network(self) -> EViTPreTrainedModel:
-        """The model without what Accelerate wrapped around it."""
-        return self.accelerator.unwrap_model(self.model)
+    keep_rates: KeepRateSchedule
+    objective: Objective
 
 
 def build_accelerator(arguments: TrainArguments) -> Accelerator:
@@ -53,7 +53,7 @@ def build_accelerator(arguments: TrainArguments) -> Accelerator:
 
     Raises:
         ValueError: for DeepSpeed, FSDP1, fp16 without a GPU, or a tracker that is not installed.
-        RuntimeError: if Accelerate would run each process alone, as it silently does with some launch commands.
+        RuntimeError: if Accelerate would not connect the processes, as it silently does with some launch commands.
     """
     accelerator = Accelerator(
         mixed_precision=arguments.run.mixed_precision,
@@ -82,51 +82,66 @@ def build_accelerator(arguments: TrainArguments) -> Accelerator:
     return accelerator
 
 
-def build_parts(arguments: TrainArguments, accelerator: Accelerator) -> Parts:
-    """Build data, model, optimizer and teachers, and check what can be checked before the first step."""
+def build_parts(arguments: TrainArguments, accelerator: Accelerator) -> tuple[Parts, TrainingState]:
+    """Build data, model, optimizer and teachers, and check what can be checked before the first step.
+
+    Raises: ValueError for settings or data that cannot work.
+    """
     optimization, seed = arguments.optimization, arguments.run.seed
     splits = load_splits(arguments.data, seed)
     accelerator.print(describe_splits(splits))
-    if splits.is_streamed:
-        num_images = optimization.max_steps * optimization.batch_size  # one long epoch
-    else:
-        num_images = len(splits.train)
-        if arguments.data.check_images and arguments.data.on_bad_image == "error":
-            check_images(splits, arguments.data.check_images)
     plan = StepPlan(
-        num_images,
+        # Streamed data is one long epoch.
+        optimization.max_steps * optimization.batch_size if splits.is_streamed else len(splits.train),
         optimization.batch_size,
         accelerator.num_processes,
         optimization.gradient_accumulation_steps,
         optimization.drop_last,
     )
+    if arguments.data.check_images and arguments.data.on_bad_image == "error" and not splits.is_streamed:
+        check_images(splits, arguments.data.check_images)
+    num_steps = optimization.max_steps or optimization.epochs * plan.steps_per_epoch
 
     set_seed(seed)  # the same weights on every process
-    network = build_model(arguments, splits.label_names, splits.multi_label)
-    image_size = network.config.image_size
-    processor = image_processor(arguments.model.model, image_size)
-    oracle = build_oracle(arguments.teacher, network, load_classifier, image_size=image_size)
-    teacher = build_teacher(arguments.teacher, network, processor, splits.label_names, splits.multi_label)
+    network = build_model(arguments, splits)
+    processor = image_processor(arguments.model.model, network.config.image_size)
+    oracle = build_oracle(arguments.teacher, network, load_classifier, image_size=network.config.image_size)
+    teacher = build_teacher(arguments.teacher, network, processor, splits.label_names)
     for helper in (oracle, teacher):
         if helper is not None:
             helper.to(accelerator.device)
+    oracle_epochs = arguments.teacher.oracle_epochs
+    objective = Objective(
+        network.config,
+        label_smoothing=optimization.label_smoothing,
+        mix_token=optimization.mix_token,
+        mixing=batch_mixing(arguments.augmentation, len(splits.label_names)),
+        oracle=oracle,
+        oracle_steps=None if oracle_epochs is None else round(oracle_epochs * plan.steps_per_epoch),
+        teacher=teacher,
+        teaching=arguments.teacher,
+        autocast=accelerator.autocast,
+    )
+    keep_rates = KeepRateSchedule.in_epochs(
+        network.config.keep_rate,
+        optimization.keep_rate_dense_epochs,
+        optimization.keep_rate_shrink_epochs,
+        plan.steps_per_epoch,
+        levels=optimization.keep_rate_levels,
+        range=optimization.keep_rate_range,
+        seed=seed,
+    )
     freeze(network, arguments.model.trainable, arguments.model.freeze_layers)
     optimizer = build_optimizer(network, optimization, arguments.learning_rate)
     if arguments.run.compile:
         compile_layers(network)
     model, optimizer = accelerator.prepare(network, optimizer)
-    return Parts(
-        arguments=arguments,
-        accelerator=accelerator,
-        splits=splits,
-        plan=plan,
-        num_steps=optimization.max_steps or optimization.epochs * plan.steps_per_epoch,
-        model=model,
-        optimizer=optimizer,
-        average=WeightAverage(model, optimization.ema_decay) if optimization.ema_decay else None,
-        oracle=oracle,
-        teacher=teacher,
-        mixing=batch_mixing(arguments.augmentation, len(splits.label_names)),
-        processor=processor,
-        augment=training_transform(arguments.augmentation, image_size, processor),
+    state = TrainingState(
+        accelerator,
+        model,
+        optimizer,
+        WeightAverage(model, optimization.ema_decay) if optimization.ema_decay else None,
+        Progress(settings=arguments.as_dict(), num_processes=accelerator.num_processes),
+        Path(arguments.run.output_dir) / "checkpoints",
     )
+    return Parts(arguments, splits, processor, plan, num_steps, keep_rates, objective), state

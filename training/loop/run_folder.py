@@ -1,4 +1,4 @@
-"""The folder of a run: who may write into it, what is left in it, and how an earlier run in it goes on."""
+"""The folder of a run: who may write into it, what is left in it, and how an earlier run in it is resumed."""
 
 import shutil
 from collections.abc import Iterator
@@ -20,8 +20,7 @@ from ..data.images import EvaluationImages, ImageSplits
 from ..measuring.machine import package_versions
 from ..sharing.command import command_of_run
 from .checkpoints import CheckpointError, newest_checkpoint, read_checkpoint, settings_that_differ
-from .interruption import lock
-from .parts import Parts
+from .interruption import lock, unlock
 from .state import TrainingState
 
 
@@ -55,45 +54,54 @@ class OtherSettingsError(ValueError):
 def run_folder(accelerator: Accelerator, arguments: TrainArguments) -> Iterator[Path | None]:
     """Lock the output folder for the time of the run.
 
-    Yields: the checkpoint to go on from, or None.
+    Yields: the checkpoint to resume from, or None.
 
     Raises: ValueError if the folder is in use, or holds a run that is neither to be resumed nor overwritten.
     """
     run = arguments.run
     output_dir = Path(run.output_dir)
     if run.resume and run.overwrite:
-        raise ValueError("`--overwrite` would delete what `--resume` goes on from: pass one of them.")
+        raise ValueError("`--overwrite` would delete what `--resume` continues from: pass one of them.")
     if run.dry_run:
         yield None
         return
-    locked = lock(output_dir) if accelerator.is_main_process else None
+    held = lock(output_dir) if accelerator.is_main_process else None
     try:
-        left = [name for name in RUN_FILES if (output_dir / name).exists()]
-        resume_from = None
-        if run.resume == "auto":
-            resume_from = newest_checkpoint(output_dir / "checkpoints")
-            if resume_from is None and left:
-                accelerator.print(f"`{output_dir}` has no checkpoint yet: the run starts from the beginning.")
-        elif run.resume is not None:
-            resume_from = Path(run.resume)
-        is_its_own = resume_from is not None and resume_from.resolve().parent.parent == output_dir.resolve()
-        if left and not run.overwrite and run.resume != "auto" and not is_its_own:
-            raise ValueError(
-                f"`{output_dir}` holds a run already ({', '.join(left)}): go on with `--resume auto`, choose another "
-                "`--output-dir`, or pass `--overwrite` to delete it."
-            )
+        resume_from = checkpoint_to_resume(accelerator, arguments)
         accelerator.wait_for_everyone()
         yield resume_from
     finally:
-        if locked is not None:
-            (output_dir / ".lock").unlink(missing_ok=True)
-            locked.close()
+        if held is not None:
+            unlock(held)
             if not any(output_dir.iterdir()):
                 output_dir.rmdir()
 
 
+def checkpoint_to_resume(accelerator: Accelerator, arguments: TrainArguments) -> Path | None:
+    """Checkpoint that `--resume` names, or None for a run from the beginning.
+
+    Raises: ValueError if the output folder holds a run that is neither to be resumed nor overwritten.
+    """
+    run = arguments.run
+    output_dir = Path(run.output_dir)
+    left = [name for name in RUN_FILES if (output_dir / name).exists()]
+    if run.resume == "auto":
+        newest = newest_checkpoint(output_dir / "checkpoints")
+        if newest is None and left:
+            accelerator.print(f"`{output_dir}` has no checkpoint yet: the run starts from the beginning.")
+        return newest
+    named = None if run.resume is None else Path(run.resume)
+    is_its_own = named is not None and named.resolve().parent.parent == output_dir.resolve()
+    if left and not run.overwrite and not is_its_own:
+        raise ValueError(
+            f"`{output_dir}` holds a run already ({', '.join(left)}): resume it with `--resume auto`, choose a "
+            "different `--output-dir`, or pass `--overwrite` to delete it."
+        )
+    return named
+
+
 def prepare_output_dir(output_dir: Path, arguments: TrainArguments, keeps_files: bool) -> None:
-    """Write down the settings, and clear the folder of what an earlier run left unless this one goes on from it."""
+    """Write down the settings, and clear the folder of what an earlier run left unless this one resumes it."""
     for name in () if keeps_files else RUN_FILES:
         path = output_dir / name
         if path.is_dir():
@@ -104,7 +112,7 @@ def prepare_output_dir(output_dir: Path, arguments: TrainArguments, keeps_files:
 
 
 def resume(state: TrainingState, path: Path, arguments: TrainArguments, num_steps: int) -> None:
-    """Go on from a checkpoint.
+    """Resume from a checkpoint.
 
     Raises: CheckpointError if it cannot be read; ValueError if settings that change the training are not what they
         were, with a table of them.
@@ -119,8 +127,8 @@ def resume(state: TrainingState, path: Path, arguments: TrainArguments, num_step
     if different and not arguments.run.resume_override:
         table = "\n".join(different)
         raise OtherSettingsError(
-            f"`--resume` from {path} with other settings would be another training:\n{table}\nTake the old ones, or "
-            "pass `--resume-override` to go on all the same."
+            f"`--resume` from {path} with other settings would be a different training:\n{table}\nTake the old ones, "
+            "or pass `--resume-override` to resume anyway."
         )
     num_processes = old.num_processes  # before it becomes that of this run
     state.load(path, old, tensors)
@@ -132,21 +140,23 @@ def resume(state: TrainingState, path: Path, arguments: TrainArguments, num_step
     if num_processes != state.progress.num_processes:
         state.accelerator.print(
             f"The checkpoint is of {num_processes} processes, this run has {state.progress.num_processes}: order, "
-            "augmentation and batch size stay, dropout and mixing are drawn anew."
+            "augmentation and batch size stay, dropout and mixing are drawn again."
         )
-    state.accelerator.print(f"Going on from {path}, after step {state.progress.step}.")
+    state.accelerator.print(f"Resuming from {path}, after step {state.progress.step}.")
 
 
-def export(parts: Parts, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Save model and image processor, in place of an earlier one when all is written.
+def export(
+    network: EViTPreTrainedModel, processor: BaseImageProcessor, weights: dict[str, torch.Tensor], folder: Path
+) -> None:
+    """Save model and image processor; they replace an earlier one when all is written.
 
     Raises: CheckpointError if that fails.
     """
     partial = folder.with_name(f".partial-{folder.name}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        parts.network.save_pretrained(partial, state_dict=weights)
-        parts.processor.save_pretrained(partial)
+        network.save_pretrained(partial, state_dict=weights)
+        processor.save_pretrained(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except Exception as error:  # safetensors has an exception of its own for a full disk
@@ -169,5 +179,5 @@ def draw_kept_patches(
 
 
 def run_record(**values: Any) -> dict[str, Any]:
-    """What a card needs and no other file of a run tells: command, versions, hardware and the values given."""
+    """Facts for the card that no other file of a run has: command, versions, hardware and the values given."""
     return {"command": command_of_run(), "versions": package_versions(PACKAGES), **values}

@@ -1,4 +1,4 @@
-"""The state of a run in memory and its way into checkpoints and back, sharded or not."""
+"""The state of a run in memory, and how it is saved to checkpoints and loaded from them, sharded or not."""
 
 import sys
 from pathlib import Path
@@ -14,6 +14,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+
+from evit_hf import EViTPreTrainedModel
 
 from ..learning.optimization import WeightAverage
 from .checkpoints import (
@@ -34,7 +36,7 @@ class TrainingState:
         model: as prepared.
         optimizer: as prepared.
         average: of the weights, or None.
-        progress: where the run stands.
+        progress: how far the run is.
         folder: of the checkpoints.
     """
 
@@ -56,6 +58,11 @@ class TrainingState:
         self.is_sharded = accelerator.is_fsdp2
         self.failures: list[str] = []
 
+    @property
+    def network(self) -> EViTPreTrainedModel:
+        """The model without what Accelerate wrapped around it."""
+        return self.accelerator.unwrap_model(self.model)
+
     def weights(self, averaged: bool = False) -> dict[str, torch.Tensor]:
         """Weights on the CPU by the names of the unwrapped modules; whole on the main process."""
         if averaged:
@@ -64,22 +71,21 @@ class TrainingState:
         if self.is_sharded:
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             return get_model_state_dict(self.model, options=options)
-        network = self.accelerator.unwrap_model(self.model)
         # Copies: the averages share the parameters' memory for as long as they are in the model.
-        return {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.network.state_dict().items()}
 
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Put whole weights into the model, every one of them."""
         if self.is_sharded:
             set_model_state_dict(self.model, weights, options=StateDictOptions(full_state_dict=True))
         else:
-            self.accelerator.unwrap_model(self.model).load_state_dict(weights, strict=True)
+            self.network.load_state_dict(weights, strict=True)
 
     def save(self, keep: int, must_succeed: bool = False) -> None:
-        """Write a checkpoint and delete old ones; a full disk is reported, and training goes on.
+        """Write a checkpoint and delete old ones; a full disk is reported, and training continues.
 
         Args:
-            keep: newest checkpoints to keep beside the best one.
+            keep: newest checkpoints to keep, in addition to the best one.
             must_succeed: whether the run ends here, so that a failure is an error.
 
         Raises: CheckpointError if it must succeed and cannot.
@@ -105,7 +111,7 @@ class TrainingState:
         self.accelerator.wait_for_everyone()
 
     def load(self, path: Path, progress: Progress, tensors: dict[str, Any]) -> None:
-        """Go on from a checkpoint; settings, learning rates and weight decay stay those of this run.
+        """Continue from a checkpoint; settings, learning rates and weight decay stay those of this run.
 
         Args:
             path: of the checkpoint, for messages.
@@ -137,8 +143,8 @@ class TrainingState:
             state = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=options)
         else:
             state = self.optimizer.state_dict()
-        # The schedule's own note, which it makes anew; a sharded optimizer without it would refuse it.
-        groups = state.get("param_groups", [])  # a sharded state is on the main process alone
+        # `initial_lr` is set again by the scheduler; a sharded optimizer that lacks it refuses to load it.
+        groups = state.get("param_groups", [])  # a sharded state is only on the main process
         groups = [{key: x for key, x in group.items() if key != "initial_lr"} for group in groups]
         return {**state, "param_groups": groups}
 

@@ -1,7 +1,7 @@
 """The training loop, top to bottom.
 
-Build data, model, optimizer and schedules (`parts.py`); go on from a checkpoint if there is one (`run_folder.py`,
-`checkpoints.py`); then for each optimizer step: keep rate, forward, backward (`steps.py`), step, log; for each epoch:
+Build data, model, optimizer and schedules (`parts.py`); resume from a checkpoint if there is one (`run_folder.py`,
+`checkpoints.py`); then for each optimizer step: keep rate, forward, backward, step (`steps.py`), log; for each epoch:
 evaluate, checkpoint; at the end: save, compare with the dense model, draw. Settings: `arguments.py`.
 """
 
@@ -15,15 +15,17 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import datasets
 import yaml
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from evit_hf.keep_rate_schedule import KeepRate
 from evit_hf.profiling import num_macs
 
 from ..arguments import TrainArguments
+from ..data.augmentation import training_transform
 from ..data.loaders import evaluation_loader, training_loader
+from ..data.sampling import epoch_order
 from ..learning.models import load_classifier
 from ..learning.optimization import learning_rate_schedule
 from ..measuring.evaluation import (
@@ -38,21 +40,13 @@ from ..sharing.card import render_run_card
 from ..sharing.datasets import hub_id_of, licence_of
 from ..sharing.hub import PushError
 from ..sharing.push import BackgroundPush
-from .checkpoints import CheckpointError, NoCheckpointError, Progress, checkpoint_path, read_checkpoint
-from .interruption import Interruption, TrainingInterrupted, await_deaths_of_loaders
+from .checkpoints import CheckpointError, NoCheckpointError, checkpoint_path, read_checkpoint
+from .interruption import Interruption, TrainingInterruptedError, await_deaths_of_loaders
 from .metrics_log import LogWindow, MetricsLog
 from .parts import Parts, build_accelerator, build_parts
 from .run_folder import RUN_FILES, draw_kept_patches, export, prepare_output_dir, resume, run_folder, run_record
 from .state import TrainingState
-from .steps import (
-    Batch,
-    agreed_finite,
-    backward,
-    count_bad_images,
-    count_skipped_step,
-    fit_into_memory,
-    training_keep_rate,
-)
+from .steps import Batch, StepGradients, count_bad_images, images_of_step, report_skipped_step, update_weights
 
 
 def train(arguments: TrainArguments) -> list[dict]:
@@ -68,45 +62,39 @@ def train(arguments: TrainArguments) -> list[dict]:
     Raises:
         ValueError: settings or data that cannot work, a folder that is in use.
         CheckpointError: no intact checkpoint to resume from, or the end of the run could not be saved.
-        TrainingInterrupted: SIGTERM or SIGINT; the run was saved.
-        TrainingDiverged: `--max-skipped-steps` steps in a row were not finite.
-        OutOfMemory: one image at a time is too much.
+        TrainingInterruptedError: SIGTERM or SIGINT; the run was saved.
+        TrainingDivergedError: `--max-skipped-steps` steps in a row were not finite.
+        NotEnoughMemoryError: one image at a time is too much.
     """
     accelerator = build_accelerator(arguments)
     if arguments.hub.push_to_hub and accelerator.is_main_process and not arguments.run.dry_run:
         check_hub(arguments)
     with run_folder(accelerator, arguments) as resume_from:
-        parts = build_parts(arguments, accelerator)
+        parts, state = build_parts(arguments, accelerator)
         if arguments.run.dry_run:
-            return dry_run(parts)
-        state = TrainingState(
-            accelerator,
-            parts.model,
-            parts.optimizer,
-            parts.average,
-            Progress(settings=arguments.as_dict(), num_processes=accelerator.num_processes),
-            Path(arguments.run.output_dir) / "checkpoints",
-        )
-        if resume_from is not None:
-            resume(state, resume_from, arguments, parts.num_steps)
-        return run_training(parts, state, is_resumed=resume_from is not None)
+            results = dry_run(parts, state)
+        else:
+            if resume_from is not None:
+                resume(state, resume_from, arguments, parts.num_steps)
+            results = run_training(parts, state, is_resumed=resume_from is not None)
+    accelerator.end_training()
+    return results
 
 
 def run_training(parts: Parts, state: TrainingState, is_resumed: bool) -> list[dict]:
-    """Train from where `state` stands to the end."""
-    arguments, accelerator, plan = parts.arguments, parts.accelerator, parts.plan
-    optimization, run = arguments.optimization, arguments.run
-    progress, num_steps = state.progress, parts.num_steps
+    """Train from the step that `state` is at to the end."""
+    arguments, plan, num_steps = parts.arguments, parts.plan, parts.num_steps
+    accelerator, progress, run = state.accelerator, state.progress, parts.arguments.run
     output_dir = Path(run.output_dir)
     if accelerator.is_main_process:  # nothing was written before all of the above worked
         prepare_output_dir(output_dir, arguments, keeps_files=is_resumed)
     accelerator.wait_for_everyone()
-    accelerator.print(describe(parts, progress))
+    accelerator.print(describe(parts, state))
     log = MetricsLog(output_dir / "metrics.jsonl", accelerator)
     log.drop_after(progress.step, keeps_evaluation=progress.evaluated_step == progress.step)
     learning_rate = learning_rate_schedule(
-        parts.optimizer.optimizer,  # the schedule itself is not prepared: it would step once for each process
-        optimization,
+        state.optimizer.optimizer,  # the schedule itself is not prepared: it would step once for each process
+        arguments.optimization,
         plan.steps_per_epoch,
         num_steps,
         progress.schedule_step,
@@ -114,12 +102,12 @@ def run_training(parts: Parts, state: TrainingState, is_resumed: bool) -> list[d
     eval_loader = evaluation_loader(
         parts.splits,
         parts.processor,
-        optimization.eval_batch_size,
+        arguments.optimization.eval_batch_size,
         arguments.data.num_workers,
         accelerator,
         arguments.data.on_bad_image,
     )
-    micro_batches = micro_batches_from(parts, progress.step) if progress.step < num_steps else iter(())
+    micro_batches = micro_batches_from_here(parts, state)
     await_deaths_of_loaders()
     progress_bar = tqdm(
         total=num_steps,
@@ -128,7 +116,8 @@ def run_training(parts: Parts, state: TrainingState, is_resumed: bool) -> list[d
         unit="step",
         disable=None if accelerator.is_local_main_process else True,
     )
-    pusher = background_push(parts)
+    pusher = pusher_of(arguments) if arguments.hub.push_to_hub and accelerator.is_main_process else None
+    gradients = StepGradients(state, parts.objective, plan, run.seed)
     start_of_run, seconds_before = time.perf_counter(), progress.seconds
     window = LogWindow(accelerator.device)
     is_probed = accelerator.num_processes == 1
@@ -137,102 +126,121 @@ def run_training(parts: Parts, state: TrainingState, is_resumed: bool) -> list[d
             # Evaluate, at the target keep rate
             pause = time.perf_counter()
             ends_epoch = progress.step > 0 and progress.step % plan.steps_per_epoch == 0
-            if (ends_epoch or progress.step == num_steps) and progress.evaluated_step != progress.step:
+            is_done = progress.step == num_steps
+            if (ends_epoch or is_done) and progress.evaluated_step != progress.step:
                 evaluate_epoch(parts, state, eval_loader, log, interruption)
 
             # Checkpoint
             signal_number = interruption.agreed()
-            is_due = ends_epoch or (run.checkpoint_steps and progress.step % run.checkpoint_steps == 0)
+            is_due = ends_epoch or (
+                progress.step and run.checkpoint_steps and progress.step % run.checkpoint_steps == 0
+            )
             progress.seconds = seconds_before + time.perf_counter() - start_of_run
-            if signal_number or (is_due and progress.step > 0) or progress.step == num_steps:
+            if signal_number or is_due or is_done:
                 state.save(run.keep_checkpoints, must_succeed=bool(signal_number))
             if signal_number:
                 if pusher is not None:
                     pusher.close()
-                raise TrainingInterrupted(
+                raise TrainingInterruptedError(
                     signal_number,
                     f"Interrupted by signal {signal_number} after step {progress.step} of {num_steps}, and saved: "
-                    f"go on with `--resume auto --output-dir {output_dir}`.",
+                    f"resume with `--resume auto --output-dir {output_dir}`.",
                 )
-            if progress.step == num_steps:
+            if is_done:
                 break
             if ends_epoch:
                 push_epoch(parts, state, pusher)
 
             # Data
-            step = progress.step
             start = time.perf_counter()
             window.start += start - pause
-            try:
-                batches = [next(micro_batches) for _ in range(plan.num_micro_batches(step))]
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                state.save(run.keep_checkpoints)
-                raise CheckpointError(
-                    f"A process that loads images died ({' '.join(str(error).split())}). The run was saved at step "
-                    f"{step}: go on with `--resume auto`, with fewer `--num-workers` if memory ran out."
-                ) from None
+            batches = next_batches(micro_batches, plan.num_micro_batches(progress.step), state, run.keep_checkpoints)
             window.data_seconds += time.perf_counter() - start
-            count_bad_images(parts, progress, batches)
+            if arguments.data.on_bad_image == "skip":
+                count_bad_images(state, batches, plan, arguments.data.max_bad_images)
 
             # Keep rate, forward, backward
-            keep_rate = training_keep_rate(parts, progress)
+            keep_rate = parts.keep_rates.at(progress.schedule_step)
             if not is_probed:
-                fit_into_memory(parts, progress, batches[0], keep_rate)
+                gradients.fit_into_memory(batches[0], parts.keep_rates.highest_from(progress.schedule_step))
                 is_probed = True
-            loss = backward(parts, progress, batches, keep_rate)
+            loss = gradients.backward(batches, keep_rate)
 
             # Step
-            gradient_norm = accelerator.clip_grad_norm_(
-                parts.model.parameters(), optimization.max_grad_norm or math.inf
-            )
-            is_finite = agreed_finite(accelerator, loss, gradient_norm)
+            window.num_images += plan.num_images_in_step(progress.step)
             rate_used = learning_rate.get_last_lr()[-1]
-            if is_finite or accelerator.scaler is not None:  # the scaler skips the step itself, and scales down
-                parts.optimizer.step()
-            parts.optimizer.zero_grad()
-            progress.step += 1
-            if is_finite and not accelerator.optimizer_step_was_skipped:
-                if parts.average is not None:
-                    parts.average.update(progress.schedule_step - 1)
-                learning_rate.step()
-                progress.skipped_in_row = 0
-                window.loss_sum += loss
-                window.num_steps += 1
+            if update_weights(state, learning_rate, loss, arguments.optimization.max_grad_norm):
+                window.add(loss)
             else:
-                count_skipped_step(parts, state, step)
+                report_skip(parts, state)
             progress_bar.update()
 
             # Log
-            window.num_images += plan.num_images_in_step(step)
             if (
                 progress.step % run.log_steps == 0
                 or progress.step % plan.steps_per_epoch == 0
                 or (progress.step == num_steps)
             ):
-                entry = window.summarize(accelerator)
-                log.write(
-                    {
-                        "step": progress.step,
-                        "epoch": progress.step / plan.steps_per_epoch,
-                        "learning_rate": rate_used,
-                        "keep_rate": keep_rate,
-                        "gmacs": num_macs(parts.network.config, keep_rate) / 1e9,
-                        "skipped_steps": progress.skipped_steps,
-                        "bad_images": progress.bad_images,
-                        **entry,
-                    }
-                )
-                progress_bar.set_postfix(loss=f"{entry['loss']:.3f}", keep_rate=shown(keep_rate))
+                entry = log_step(parts, state, log, window, rate_used, keep_rate)
+                progress_bar.set_postfix(loss=f"{entry['loss']:.3f}", keep_rate=three_digits(keep_rate))
                 window = LogWindow(accelerator.device)
     progress_bar.close()
     results = finish(parts, state, eval_loader)
-    log.close()
     if pusher is not None:
         pusher.finish(output_dir, f"EViT after {num_steps} optimizer steps")
         accelerator.print(f"Pushed to {arguments.hub.push_to_hub}.")
     return results
+
+
+def next_batches(
+    micro_batches: Iterator[Batch], num_batches: int, state: TrainingState, keep_checkpoints: int
+) -> list[Batch]:
+    """Take the micro-batches of the next step.
+
+    Raises: CheckpointError if a process that loads images died; the run was saved.
+    """
+    try:
+        return [next(micro_batches) for _ in range(num_batches)]
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        state.save(keep_checkpoints)
+        raise CheckpointError(
+            f"A process that loads images died ({' '.join(str(error).split())}). The run was saved at step "
+            f"{state.progress.step}: resume with `--resume auto`, with fewer `--num-workers` if memory ran out."
+        ) from None
+
+
+def report_skip(parts: Parts, state: TrainingState) -> None:
+    """Say that the last step was skipped, see `report_skipped_step`; no images are known of streamed data."""
+    arguments, splits, plan, step = parts.arguments, parts.splits, parts.plan, state.progress.step - 1
+    images = []
+    if not splits.is_streamed:
+        labels = splits.train[splits.label_column][:] if arguments.data.balanced_sampling else None
+        repeats = arguments.augmentation.repeated_augmentation
+        order = epoch_order(plan.num_images, arguments.run.seed, step // plan.steps_per_epoch, repeats, labels)
+        images = images_of_step(plan, order.tolist(), step)
+    report = Path(arguments.run.output_dir) / "non_finite.json"
+    report_skipped_step(state, arguments.optimization.max_skipped_steps, report, images)
+
+
+def log_step(
+    parts: Parts, state: TrainingState, log: MetricsLog, window: LogWindow, learning_rate: float, keep_rate: KeepRate
+) -> dict[str, Any]:
+    """Write a line of the log about the steps since the last one, and return it."""
+    progress = state.progress
+    entry = {
+        "step": progress.step,
+        "epoch": progress.step / parts.plan.steps_per_epoch,
+        "learning_rate": learning_rate,
+        "keep_rate": keep_rate,
+        "gmacs": num_macs(state.network.config, keep_rate) / 1e9,
+        "skipped_steps": progress.skipped_steps,
+        "bad_images": progress.bad_images,
+        **window.summarize(state.accelerator),
+    }
+    log.write(entry)
+    return entry
 
 
 def evaluate_epoch(
@@ -240,24 +248,18 @@ def evaluate_epoch(
 ) -> None:
     """Evaluate the weights, and their averages; remember which were the best.
 
-    Nothing is remembered of an evaluation that a signal interrupted: it is made again on resuming.
+    Nothing is remembered of an evaluation that a signal interrupted: it is repeated on resuming.
     """
-    accelerator, progress = parts.accelerator, state.progress
-    oracle = parts.oracle if parts.arguments.teacher.oracle_in_evaluation else None
+    accelerator, progress, average = state.accelerator, state.progress, state.average
     entry: dict[str, Any] = {"step": progress.step, "epoch": progress.step / parts.plan.steps_per_epoch}
     best = progress.best
     summary = []
     for kind, prefix in (("raw", "eval_"), ("ema", "ema_eval_")):
-        if kind == "ema" and parts.average is None:
+        if kind == "ema" and average is None:
             continue
-        with parts.average.in_model() if kind == "ema" else nullcontext():
-            metrics = evaluate(
-                accelerator,
-                parts.model,
-                until_interrupted(loader, interruption),
-                oracle=oracle,
-                multi_label=parts.splits.multi_label,
-            )
+        with average.in_model() if kind == "ema" else nullcontext():
+            batches = until_interrupted(loader, interruption)
+            metrics = evaluate(accelerator, state.model, batches, oracle=parts.objective.evaluation_oracle)
         if interruption.agreed():
             return
         name, score = main_score(metrics)
@@ -289,20 +291,19 @@ def finish(parts: Parts, state: TrainingState, eval_loader: DataLoader) -> list[
 
     Raises: CheckpointError if the model cannot be saved.
     """
-    arguments, accelerator = parts.arguments, parts.accelerator
+    arguments, accelerator = parts.arguments, state.accelerator
     output_dir = Path(arguments.run.output_dir)
     which = load_final_weights(parts, state)
     weights = state.weights()
     timed_model = None
     if accelerator.is_main_process:
-        export(parts, weights, output_dir / "model")
+        export(state.network, parts.processor, weights, output_dir / "model")
         timed_model = load_classifier(str(output_dir / "model")).to(accelerator.device)
-    keep_rate = parts.network.config.keep_rate
+    keep_rate = state.network.config.keep_rate
     keep_rates = [1.0, *(arguments.optimization.keep_rate_range or [])[::-1], keep_rate]
     keep_rates += arguments.run.compare_keep_rates or []
     keep_rates = [rate for i, rate in enumerate(keep_rates) if rate not in keep_rates[:i]]
-    multi_label = parts.splits.multi_label
-    results = compare_keep_rates(accelerator, parts.model, eval_loader, keep_rates, timed_model, multi_label)
+    results = compare_keep_rates(accelerator, state.model, eval_loader, keep_rates, timed_model)
     report = {"label_names": parts.splits.label_names, "keep_rate": keep_rate}
     by_class = ("by_class", "confusion_matrix")
     own = next(result for result in results if result.keep_rate == keep_rate)
@@ -313,7 +314,7 @@ def finish(parts: Parts, state: TrainingState, eval_loader: DataLoader) -> list[
         (output_dir / "run.json").write_text(json.dumps(record_of(parts, state), indent=2) + "\n")
         (output_dir / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
         (output_dir / "class_report.json").write_text(json.dumps(report) + "\n")
-        if arguments.run.num_pictures and not isinstance(parts.splits.evaluation, datasets.IterableDataset):
+        if arguments.run.num_pictures and not parts.splits.is_streamed:
             draw_kept_patches(timed_model, parts.processor, parts.splits, arguments.run.num_pictures, output_dir)
         write_card(output_dir, arguments.hub.push_to_hub)
     accelerator.print(comparison_table(results))
@@ -321,21 +322,22 @@ def finish(parts: Parts, state: TrainingState, eval_loader: DataLoader) -> list[
     accelerator.print(f"Saved in {output_dir}: {saved}. The model has the {which}.")
     for failure in state.failures:
         accelerator.print(failure)
-    accelerator.end_training()
     return rows
 
 
-def micro_batches_from(parts: Parts, first_step: int) -> Iterator[Batch]:
-    """Iterate over this process's micro-batches from an optimizer step on."""
+def micro_batches_from_here(parts: Parts, state: TrainingState) -> Iterator[Batch]:
+    """This process's micro-batches from the next optimizer step on; none after the last one."""
+    arguments, step = parts.arguments, state.progress.step
+    if step >= parts.num_steps:
+        return iter(())
+    augment = training_transform(arguments.augmentation, state.network.config.image_size, parts.processor)
     return iter(
-        training_loader(
-            parts.splits, parts.augment, parts.plan, parts.arguments, parts.accelerator, parts.num_steps, first_step
-        )
+        training_loader(parts.splits, augment, parts.plan, arguments, state.accelerator, parts.num_steps, step)
     )
 
 
 def write_card(output_dir: Path, repo_id: str | None) -> None:
-    """Write the model card; one that would have blanks is left out, and said so, rather than losing the run's end."""
+    """Write the model card; one that would have blanks is left out with a message, so that the run still ends well."""
     try:
         (output_dir / "README.md").write_text(render_run_card(output_dir, repo_id), "utf-8")
     except ValueError as error:
@@ -343,14 +345,13 @@ def write_card(output_dir: Path, repo_id: str | None) -> None:
 
 
 def record_of(parts: Parts, state: TrainingState) -> dict[str, Any]:
-    """What the card of the run needs and no other file tells."""
-    train, accelerator = parts.splits.train, parts.accelerator
-    is_streamed = isinstance(train, datasets.IterableDataset)
+    """Facts about the run for its card, see `run_record`."""
+    train, accelerator = parts.splits.train, state.accelerator
     return run_record(
-        num_parameters=sum(parameter.numel() for parameter in parts.network.parameters()),
-        num_train_images="streamed" if is_streamed else len(train),
+        num_parameters=sum(parameter.numel() for parameter in state.network.parameters()),
+        num_train_images="streamed" if parts.splits.is_streamed else len(train),
         num_steps=state.progress.step,
-        num_epochs=None if is_streamed else state.progress.step / parts.plan.steps_per_epoch,
+        num_epochs=None if parts.splits.is_streamed else state.progress.step / parts.plan.steps_per_epoch,
         learning_rate=parts.arguments.learning_rate,
         seconds=state.progress.seconds,
         hardware=f"{accelerator.num_processes} x {device_name(accelerator.device)}",
@@ -371,47 +372,40 @@ def check_hub(arguments: TrainArguments) -> None:
 
 
 def pusher_of(arguments: TrainArguments) -> BackgroundPush:
-    """What pushes the run."""
+    """Pushes of the run to the Hub, in the background."""
     hub = arguments.hub
     log = Path(arguments.run.output_dir) / "push.log"
     return BackgroundPush(hub.push_to_hub, hub.push_private, hub.push_revision, 60 * hub.push_minutes, log)
 
 
-def background_push(parts: Parts) -> BackgroundPush | None:
-    """Pushes of the main process, if the run has any."""
-    if not parts.arguments.hub.push_to_hub or not parts.accelerator.is_main_process:
-        return None
-    return pusher_of(parts.arguments)
-
-
 def push_epoch(parts: Parts, state: TrainingState, pusher: BackgroundPush | None) -> None:
-    """Push the weights of an epoch in the background, if that is wanted and the push before is done."""
+    """Push the weights of an epoch in the background, if that is wanted and the previous push is done."""
     hub, progress = parts.arguments.hub, state.progress
     is_best = progress.best.get("step") == progress.step
     if not hub.push_to_hub or hub.push_when == "end" or (hub.push_when == "best" and not is_best):
         return
-    weights = state.weights(averaged=parts.average is not None)  # gathered from all processes
+    weights = state.weights(averaged=state.average is not None)  # gathered from all processes
     if pusher is None or pusher.is_running():
         return
     folder = Path(parts.arguments.run.output_dir) / "export"
     try:
-        export(parts, weights, folder)
+        export(state.network, parts.processor, weights, folder)
     except CheckpointError as error:
-        parts.accelerator.print(f"Not pushed: {error}")
+        state.accelerator.print(f"Not pushed: {error}")
         return
     pusher.start(folder, f"EViT after {progress.step} of {parts.num_steps} optimizer steps")
 
 
 def load_final_weights(parts: Parts, state: TrainingState) -> str:
-    """Put the weights to be saved into the model, and say in words which they are.
+    """Put the weights to be saved into the model, and return in words which they are.
 
-    Raises: CheckpointError if they are in a checkpoint that is not intact any more.
+    Raises: CheckpointError if they are in a checkpoint that is no longer intact.
     """
     best = state.progress.best
     if parts.arguments.run.final_weights == "last":
-        if parts.average is None:
+        if state.average is None:
             return "last weights"
-        parts.average.exchange()
+        state.average.exchange()
         return "averages of the last weights (EMA)"
     path = checkpoint_path(state.folder, best["step"])
     try:
@@ -423,71 +417,69 @@ def load_final_weights(parts: Parts, state: TrainingState) -> str:
     return f"{kind}weights of step {best['step']}, the best: {best['metric']} {100 * best['score']:.2f} %"
 
 
-def dry_run(parts: Parts) -> list:
+def dry_run(parts: Parts, state: TrainingState) -> list:
     """Train two steps and evaluate one batch, report what the whole run would take, and leave nothing behind."""
-    arguments, accelerator, plan = parts.arguments, parts.accelerator, parts.plan
-    accelerator.print(describe(parts, Progress()))
-    progress = Progress(settings=arguments.as_dict())
-    micro_batches = micro_batches_from(parts, 0)
+    arguments, plan, accelerator, progress = parts.arguments, parts.plan, state.accelerator, state.progress
+    accelerator.print(describe(parts, state))
+    micro_batches = micro_batches_from_here(parts, state)
+    gradients = StepGradients(state, parts.objective, plan, arguments.run.seed)
     seconds = []
     for step in range(min(2, parts.num_steps)):
         batches = [next(micro_batches) for _ in range(plan.num_micro_batches(step))]
         start = time.perf_counter()
-        keep_rate = training_keep_rate(parts, progress)
+        keep_rate = parts.keep_rates.at(step)
         if accelerator.num_processes > 1 and step == 0:
-            fit_into_memory(parts, progress, batches[0], keep_rate)
-        loss = backward(parts, progress, batches, keep_rate)
-        parts.optimizer.step()
-        parts.optimizer.zero_grad()
+            gradients.fit_into_memory(batches[0], parts.keep_rates.highest_from(0))
+        loss = gradients.backward(batches, keep_rate)
+        state.optimizer.step()
+        state.optimizer.zero_grad()
         loss.item()  # waits for the device
         seconds.append(time.perf_counter() - start)
         progress.step += 1
     loader = evaluation_loader(parts.splits, parts.processor, arguments.optimization.eval_batch_size, 0, accelerator)
     start = time.perf_counter()
-    evaluate(accelerator, parts.model, [next(iter(loader))], multi_label=parts.splits.multi_label)
+    evaluate(accelerator, state.model, [next(iter(loader))])
     num_epochs = math.ceil(parts.num_steps / plan.steps_per_epoch)
     try:
         eval_seconds = (time.perf_counter() - start) * len(loader) * num_epochs
     except TypeError:
         eval_seconds = 0.0  # streamed data has no length
     total = seconds[-1] * parts.num_steps + eval_seconds
-    config = parts.network.config
+    config = state.network.config
     accelerator.print(
         f"Dry run: loss {loss.item():.3f}, {memory_gib(accelerator.device):.2f} GiB at the peak, "
         f"{num_macs(config, 1.0) / 1e9:.4f} GMACs dense and {num_macs(config) / 1e9:.4f} at keep rate "
-        f"{shown(config.keep_rate)}, {seconds[-1]:.3f} s for a step of {plan.batch_size} images at keep rate "
-        f"{shown(keep_rate)}. {parts.num_steps} steps and {num_epochs} evaluations would take "
-        f"{datetime.timedelta(seconds=round(total))} or less, plus what loading images takes. Nothing was saved."
+        f"{three_digits(config.keep_rate)}, {seconds[-1]:.3f} s for a step of {plan.batch_size} images at keep rate "
+        f"{three_digits(keep_rate)}. {parts.num_steps} steps and {num_epochs} evaluations would take "
+        f"{datetime.timedelta(seconds=round(total))} or less, plus the time to load images. Nothing was saved."
     )
-    accelerator.end_training()
     return []
 
 
-def shown(keep_rate: float | list[float]) -> str:
-    """Return a keep rate, or one for each layer, with three digits."""
+def three_digits(keep_rate: KeepRate) -> str:
+    """Keep rate, or one for each layer, with three digits."""
     rates = keep_rate if isinstance(keep_rate, list) else [keep_rate]
     return " ".join(f"{rate:.3f}" for rate in rates)
 
 
-def describe(parts: Parts, progress: Progress) -> str:
-    """Return the settings of the run, and what they come to, as text."""
-    arguments, accelerator, config = parts.arguments, parts.accelerator, parts.network.config
-    num_parameters = sum(parameter.numel() for parameter in parts.model.parameters())
-    num_trained = sum(parameter.numel() for parameter in parts.model.parameters() if parameter.requires_grad)
+def describe(parts: Parts, state: TrainingState) -> str:
+    """Settings of the run, and what they come to, as text."""
+    arguments, accelerator, config = parts.arguments, state.accelerator, state.network.config
+    num_parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    num_trained = sum(parameter.numel() for parameter in state.model.parameters() if parameter.requires_grad)
     frozen = "" if num_trained == num_parameters else f" ({num_trained / 1e6:.2f} M trained)"
     settings = yaml.safe_dump(arguments.as_dict(), sort_keys=False, default_flow_style=None).rstrip()
-    streamed = isinstance(parts.splits.train, datasets.IterableDataset)
     counts = (
         "streamed images"
-        if streamed
+        if parts.splits.is_streamed
         else f"{len(parts.splits.train)} training and {len(parts.splits.evaluation)} evaluation images"
     )
-    passes = parts.plan.accumulation_steps * progress.accumulation_factor
+    passes = parts.plan.accumulation_steps * state.progress.accumulation_factor
     return (
         f"{settings}\n"
         f"{counts}, {config.num_labels} classes, {num_parameters / 1e6:.2f} M parameters{frozen}, layers "
         f"{config.reorganization_layers} of {config.num_hidden_layers} reorganize at keep rate "
-        f"{shown(config.keep_rate)}, {num_macs(config) / 1e9:.4f} GMACs ({num_macs(config, 1.0) / 1e9:.4f} dense), "
-        f"learning rate {arguments.learning_rate:g}, {parts.num_steps} steps of {parts.plan.batch_size} images on "
-        f"{accelerator.num_processes} x {accelerator.device.type}, {passes} forward passes for each"
+        f"{three_digits(config.keep_rate)}, {num_macs(config) / 1e9:.4f} GMACs ({num_macs(config, 1.0) / 1e9:.4f} "
+        f"dense), learning rate {arguments.learning_rate:g}, {parts.num_steps} steps of {parts.plan.batch_size} "
+        f"images on {accelerator.num_processes} x {accelerator.device.type}, {passes} forward passes for each"
     )

@@ -50,7 +50,7 @@ class Measurement:
     def as_json(self) -> dict[str, Any]:
         """One flat object for results.json and evaluation.json."""
         rest = {name: value for name, value in vars(self).items() if name not in ("keep_rate", "metrics")}
-        return {"keep_rate": self.keep_rate, **self.metrics, **rest}
+        return {"keep_rate": self.keep_rate, **self.metrics, **rest, "image_size": list(self.image_size)}
 
 
 @torch.no_grad()
@@ -60,7 +60,6 @@ def evaluate(
     loader: Iterable[dict[str, torch.Tensor]],
     keep_rate: KeepRate = None,
     oracle: Oracle | None = None,
-    multi_label: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a model, each image counted once on any number of processes.
 
@@ -70,7 +69,6 @@ def evaluate(
         loader: see `evaluation_loader`.
         keep_rate: instead of the model's own.
         oracle: chooses the tokens instead of the model's own attention.
-        multi_label: whether labels are zeros and ones for each class.
 
     Returns: see `ClassificationCounts.summarize` and `MultiLabelCounts.summarize`.
     """
@@ -78,7 +76,8 @@ def evaluate(
     network = accelerator.unwrap_model(model)
     was_training = network.training
     network.eval()
-    counts_class = MultiLabelCounts if multi_label else ClassificationCounts
+    is_multi_label = network.config.problem_type == "multi_label_classification"
+    counts_class = MultiLabelCounts if is_multi_label else ClassificationCounts
     counts = counts_class(network.config.num_labels, accelerator.device)
     for batch in loader:
         batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
@@ -127,7 +126,6 @@ def compare_keep_rates(
     loader: DataLoader,
     keep_rates: Sequence[KeepRate],
     timed_model: nn.Module | None = None,
-    multi_label: bool = False,
 ) -> list[Measurement]:
     """Accuracy, cost and speed of one set of weights at several keep rates.
 
@@ -137,7 +135,6 @@ def compare_keep_rates(
         loader: evaluation images; its first batch is used for the timing.
         keep_rates: what to compare, for example [1.0, 0.7].
         timed_model: the same network by itself, which only the main process times; by default `model`.
-        multi_label: see `evaluate`.
 
     Returns: a measurement for each keep rate.
     """
@@ -151,7 +148,7 @@ def compare_keep_rates(
     return [
         Measurement(
             keep_rate=keep_rate,
-            metrics=evaluate(accelerator, model, loader, keep_rate, multi_label=multi_label),
+            metrics=evaluate(accelerator, model, loader, keep_rate),
             gmacs=num_macs(network.config, keep_rate, (height, width)) / 1e9,
             images_per_second=speed,
             device=device_name(network.device),
