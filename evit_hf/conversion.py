@@ -260,7 +260,7 @@ def _from_transformers(
         folder = _raw_config(source, {})[1]
         names = [file.name for file in weight_files(folder)] if folder else []
         raise ConversionError(
-            f"`{source}` ({', '.join(names)}) does not fill its model. Not filled: {unfilled}. Of another shape: "
+            f"`{source}` ({', '.join(names)}) does not fill its model. Not filled: {unfilled}. Of a different shape: "
             f"{info['mismatched_keys']}. No place for: {sorted(info['unexpected_keys'])}."
         )
     unused = {key: f"{model_class.__name__} has no place for it" for key in info["unexpected_keys"]}

@@ -404,7 +404,7 @@ def _refuse_misfits(
         features = features_of_keys(unexpected)
         if features:
             sentences.append(f"It has {', '.join(features)}, which a plain ViT does not have.")
-        sentences.append(f"Not filled: {missing}. No place for: {unexpected}. Of another shape: {misshaped}.")
+        sentences.append(f"Not filled: {missing}. No place for: {unexpected}. Of a different shape: {misshaped}.")
         if mistyped:
             sentences.append(f"Not of floating-point numbers: {mistyped}.")
         raise ConversionError(" ".join(sentences))

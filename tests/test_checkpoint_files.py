@@ -136,7 +136,7 @@ def test_sizes_are_checked_before_anything_is_allocated(tmp_path):
     weights = tiny_vit().state_dict()
     wide = {**weights, "cls_token": torch.zeros(1, 1, 60000)}
     with pytest.raises(
-        ConversionError, match=r"Of another shape: .*q_proj.weight \(16, 16\) instead of \(60000, 60000\)"
+        ConversionError, match=r"Of a different shape: .*q_proj.weight \(16, 16\) instead of \(60000, 60000\)"
     ):
         convert_checkpoint(wide, num_attention_heads=4)
     deep = {**weights, "blocks.900000.norm1.weight": torch.ones(16)}
@@ -171,8 +171,8 @@ def test_dictionary_that_holds_itself_ends(tmp_path):
         ),
         ("norm.weight", torch.ones(16, dtype=torch.complex64), "Not of floating-point numbers"),
         ("norm.weight", torch.ones(16).to_sparse(), "holds tensors that cannot be read: `norm.weight`"),
-        ("blocks.0.attn.qkv.weight", torch.ones(()), "Of another shape: .'vit.layers.0.attention.q_proj.weight"),
-        ("blocks.0.attn.qkv.bias", torch.ones(2), "Of another shape: .'vit.layers.0.attention.q_proj.bias"),
+        ("blocks.0.attn.qkv.weight", torch.ones(()), "Of a different shape: .'vit.layers.0.attention.q_proj.weight"),
+        ("blocks.0.attn.qkv.bias", torch.ones(2), "Of a different shape: .'vit.layers.0.attention.q_proj.bias"),
         ("head.weight", torch.ones(()), "head.weight|different shape"),
     ],
     ids=str,

@@ -250,7 +250,7 @@ def test_every_tensor_is_named_if_it_does_not_fit():
     for part in (
         "Not filled: ['vit.layers.7.mlp.fc1.bias']",
         "No place for: ['blocks.2.ls1.gamma', 'fc_norm.weight']",
-        "Of another shape: ['classifier.bias (9,) instead of (10,)']",
+        "Of a different shape: ['classifier.bias (9,) instead of (10,)']",
     ):
         assert part in str(error.value)
 
