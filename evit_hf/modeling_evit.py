@@ -700,8 +700,8 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
             raise RuntimeError(
                 f"`{source}` does not fill {len(lost)} of {len(self.state_dict())} parameters, which would be left at "
                 f"random values. Missing: {sorted(missing)}. Of a different shape: {sorted(shapes)}. Unexpected in "
-                f"the checkpoint: {sorted(loading_info['unexpected_keys'])}. Load a ViT or EViT checkpoint of the same "
-                f"geometry, or correct what does not match it in the configuration: {self.config.geometry()}. To "
+                f"the checkpoint: {sorted(loading_info['unexpected_keys'])}. Load a ViT or EViT checkpoint of the "
+                f"same geometry, or correct what does not match it in the configuration: {self.config.geometry()}. To "
                 "change the image size, load without `image_size` and call `set_image_size`."
             )
         wrong = (

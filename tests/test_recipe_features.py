@@ -114,7 +114,9 @@ def test_keep_rates_are_drawn_from_a_range_and_reported_for_it(tmp_path):
     ]
     run(flags, tmp_path / "run")
     rates = [entry["keep_rate"] for entry in logged(tmp_path / "run")]
-    assert len(set(rates)) == 18 and 0.5 <= min(rates) < 0.6 and 0.8 < max(rates) <= 0.9
+    assert len(set(rates)) == 18
+    assert 0.5 <= min(rates) < 0.6
+    assert 0.8 < max(rates) <= 0.9
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert [result["keep_rate"] for result in results] == [1.0, 0.9, 0.5, 0.7]
     run([*flags, "--keep_rate_levels", "4"], tmp_path / "levels")
@@ -124,7 +126,8 @@ def test_keep_rates_are_drawn_from_a_range_and_reported_for_it(tmp_path):
 def test_a_schedule_in_levels_has_few_keep_rates(tmp_path):
     run([*SMALL, "--keep_rate_levels", "3"], tmp_path / "run")
     rates = [round(entry["keep_rate"], 6) for entry in logged(tmp_path / "run")]
-    assert set(rates) == {1.0, 0.9, 0.8, 0.7} and rates == sorted(rates, reverse=True)
+    assert set(rates) == {1.0, 0.9, 0.8, 0.7}
+    assert rates == sorted(rates, reverse=True)
 
 
 @pytest.mark.slow

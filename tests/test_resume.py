@@ -145,7 +145,8 @@ def test_a_bit_flip_in_the_newest_checkpoint_costs_one_epoch_and_no_bit(uninterr
     data[1000] ^= 4
     file.write_bytes(data)
     text = run([*SMALL, *RANDOM, "--resume", "auto"], output_dir)
-    assert "Skipped a damaged checkpoint" in text and "optimizer.pt was changed" in text
+    assert "Skipped a damaged checkpoint" in text
+    assert "optimizer.pt was changed" in text
     assert "step-000000012, after step 12" in text
     assert state_hash(output_dir) == state_hash(uninterrupted)
 
@@ -156,7 +157,8 @@ def test_without_an_intact_checkpoint_the_run_refuses_to_start(tmp_path):
     for path in (output_dir / "checkpoints").glob("*/model.safetensors"):
         path.unlink()
     text = run([*SMALL, "--max_steps", "2", "--resume", "auto"], output_dir, status=2)
-    assert "None of the 1 checkpoints" in text and "model.safetensors is missing" in text
+    assert "None of the 1 checkpoints" in text
+    assert "model.safetensors is missing" in text
     assert (output_dir / "model").exists()
 
 
@@ -200,8 +202,11 @@ def test_changed_settings_are_refused_with_a_table_and_harmless_ones_are_not(tmp
     run(flags, output_dir)
     changed = [*SMALL, "--max_steps", "5", "--learning_rate", "1e-4", "--resume", "auto"]
     text = run(changed, output_dir, status=2)
-    assert "max_steps" in text and "checkpoint: 3 " in text and "now: 5" in text
-    assert "learning_rate" in text and "`--resume-override`" in text
+    assert "max_steps" in text
+    assert "checkpoint: 3 " in text
+    assert "now: 5" in text
+    assert "learning_rate" in text
+    assert "`--resume-override`" in text
     run([*flags, "--resume", "auto", "--num_workers", "1", "--log_steps", "2"], output_dir)
     text = run([*flags, "--max_steps", "2", "--resume", "auto", "--resume_override"], output_dir, status=2)
     assert "is of step 3, beyond the 2 steps of this run" in text
