@@ -52,7 +52,7 @@ def one_process(tmp_path_factory):
 
 
 def test_two_processes_under_torchrun_train_as_one_does(one_process, tmp_path):
-    """The same images in each step, cut in other ways: gradients differ by the order of sums alone."""
+    """The same images in each step, cut in other ways: gradients differ only by the order of sums."""
     process = torchrun([*DETERMINISTIC, "--gradient_accumulation_steps", "2"], tmp_path / "run")
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
@@ -181,7 +181,7 @@ def test_a_rank_that_dies_takes_the_others_along_and_leaves_an_intact_checkpoint
 
 
 def test_a_run_ends_when_its_launcher_is_gone(tmp_path):
-    """`accelerate launch` dies of SIGTERM and leaves the training process behind."""
+    """`accelerate launch` dies of SIGTERM and leaves the training process running."""
     command = [
         sys.executable,
         "-m",

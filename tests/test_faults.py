@@ -116,7 +116,7 @@ def test_a_step_that_is_not_finite_is_skipped_on_all_processes(tmp_path):
     assert text.count("Skipped step 4: its loss or gradients were not finite on some process.") == 1
     log = [entry for entry in read_log(tmp_path / "nan") if "learning_rate" in entry]
     assert [entry["skipped_steps"] for entry in log[:5]] == [0, 0, 0, 1, 1]
-    assert log[4]["learning_rate"] == log[3]["learning_rate"]  # the schedules stood still
+    assert log[4]["learning_rate"] == log[3]["learning_rate"]  # the schedules did not advance
     assert all(torch.isfinite(t).all() for t in load_file(tmp_path / "nan" / "model" / "model.safetensors").values())
 
 
@@ -269,7 +269,7 @@ def test_columns_that_do_not_exist_and_data_that_is_not_there_end_with_status_2(
     text = run([*SMALL, "--image_column", "picture"], tmp_path / "run", status=2)
     assert "`--image-column` is `picture`: name one of ['image']" in text
     text = run([*SMALL, "--dataset", str(tmp_path / "nothing")], tmp_path / "run", status=2)
-    assert "is no folder and could not be loaded" in text
+    assert "is not a folder and could not be loaded" in text
     text = run([*SMALL, "--batch_size", "15", "--gradient_accumulation_steps", "2"], tmp_path / "run", status=2)
     assert "`--batch-size` 15 cannot be cut evenly" in text
     assert not (tmp_path / "run").exists()

@@ -225,7 +225,7 @@ def test_a_finished_run_can_be_resumed_without_harm_and_from_a_named_checkpoint(
     assert state_hash(tmp_path / "other") == before[0]
     assert (tmp_path / "other" / "arguments.yaml").exists()
     text = run([*SMALL, *RANDOM, "--resume", str(checkpoint)], tmp_path / "other", status=2)
-    assert "holds a run already" in text  # another one than that of the checkpoint
+    assert "holds a run already" in text  # not that of the checkpoint
     text = run([*SMALL, "--resume", str(tmp_path / "nothing")], tmp_path / "third", status=2)
     assert "is not an intact checkpoint: manifest.json is missing" in text
 

@@ -51,7 +51,7 @@ def read_log(output_dir):
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """Accelerate keeps device and precision for the whole process; each run here starts anew."""
+    """Accelerate keeps device and precision for the whole process; each run here starts afresh."""
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -205,7 +205,7 @@ def test_fine_tunes_the_other_backbones(family, tmp_path):
 def test_trains_a_preset_from_scratch(tmp_path):
     flags = ["--preset", "evit-deit-ti", "--max_steps", "1", "--batch_size", "4", "--max_eval_samples", "4"]
     results = short_run(tmp_path, *flags)
-    assert results[1]["gmacs"] < 0.05  # 64 patches: the recipe's image size stands over the preset's
+    assert results[1]["gmacs"] < 0.05  # 64 patches: the recipe's image size overrides the preset's
     config = EViTForImageClassification.from_pretrained(tmp_path / "model").config
     assert (config.hidden_size, config.num_labels, config.image_size) == (192, 10, 32)
 

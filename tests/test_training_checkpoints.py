@@ -86,7 +86,7 @@ def test_a_half_written_checkpoint_is_named_and_one_of_another_version_refused(t
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["progress.json"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(NoCheckpointError, match="was written by another version of this trainer: .*future"):
+    with pytest.raises(NoCheckpointError, match="was written by a different version of this trainer: .*future"):
         read_checkpoint(path)
 
 

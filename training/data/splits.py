@@ -400,7 +400,7 @@ def with_classes_of(model: "EViTPreTrainedModel", splits: ImageSplits) -> ImageS
 
     evaluation = splits.evaluation
     if isinstance(evaluation, datasets.IterableDataset):
-        # Its class labels would refuse numbers of another list.
+        # Its class labels would refuse the numbers of a different list.
         value = datasets.Value("int64")
         features = evaluation.features.copy()
         features[column] = datasets.Sequence(value) if splits.multi_label else value

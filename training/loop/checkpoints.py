@@ -205,7 +205,7 @@ def read_checkpoint(path: Path) -> tuple[Progress, dict[str, Any]]:
 
     Returns: the progress, and {"model", "optimizer", "ema"} on the CPU; "ema" is None if there is none.
 
-    Raises: NoCheckpointError if it is not intact, or of another version.
+    Raises: NoCheckpointError if it is not intact, or of a different version.
     """
     found = damage(path)
     if found is not None:
@@ -218,7 +218,7 @@ def read_checkpoint(path: Path) -> tuple[Progress, dict[str, Any]]:
     try:
         progress = Progress(**json.loads((path / "progress.json").read_text()))
     except TypeError as error:
-        raise NoCheckpointError(f"{path} was written by another version of this trainer: {error}.") from None
+        raise NoCheckpointError(f"{path} was written by a different version of this trainer: {error}.") from None
     return progress, {
         "model": weights("model.safetensors"),
         "optimizer": torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),

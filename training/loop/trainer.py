@@ -418,7 +418,7 @@ def load_final_weights(parts: Parts, state: TrainingState) -> str:
 
 
 def dry_run(parts: Parts, state: TrainingState) -> list:
-    """Train two steps and evaluate one batch, report what the whole run would take, and leave nothing behind."""
+    """Train two steps and evaluate one batch, report what the whole run would take, and leave no files."""
     arguments, plan, accelerator, progress = parts.arguments, parts.plan, state.accelerator, state.progress
     accelerator.print(describe(parts, state))
     micro_batches = micro_batches_from_here(parts, state)
