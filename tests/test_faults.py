@@ -269,7 +269,7 @@ def test_columns_that_do_not_exist_and_data_that_is_not_there_end_with_status_2(
     text = run([*SMALL, "--image_column", "picture"], tmp_path / "run", status=2)
     assert "`--image-column` is `picture`: name one of ['image']" in text
     text = run([*SMALL, "--dataset", str(tmp_path / "nothing")], tmp_path / "run", status=2)
-    assert "is not a folder and could not be loaded" in text
+    assert "could not be loaded: it is not a file or folder here" in text
     text = run([*SMALL, "--batch_size", "15", "--gradient_accumulation_steps", "2"], tmp_path / "run", status=2)
     assert "`--batch-size` 15 cannot be cut evenly" in text
     assert not (tmp_path / "run").exists()
