@@ -646,8 +646,7 @@ def main() -> None:
     sys.exit(1 if failed else 0)
 
 
-if __name__ == "__main__":
-    main()
+main()
 """
 
 

@@ -295,7 +295,7 @@ def test_the_example_decodes_pictures_as_training_does(tmp_path):
 
     record = {"format": "torch-export", "image_size": [32, 32], "keep_rate": 0.6, "num_keep_rates": 0}
     namespace = {"__file__": str(tmp_path / "example.py"), "__name__": "example"}
-    exec(example_code(record, PROCESSOR), namespace)
+    exec(example_code(record, PROCESSOR).removesuffix("main()\n"), namespace)
     exif = Image.Exif()
     exif[0x0112] = 6
     picture().save(tmp_path / "exif.jpg", exif=exif)
@@ -356,7 +356,7 @@ def test_accuracy_that_int8_loses_ends_with_a_status_of_its_own(saved, color_fil
     [
         (["--int8", "dynamic"], "`--int8` needs `--format onnx`, and `--dataset`"),
         (["--format", "tflite"], "There is no format `tflite`"),
-        (["--keep_rate", "1.5"], "`keep_rate` must be in (0, 1]"),
+        (["--keep_rate", "1.5"], "`--keep-rate` must be in (0, 1]"),
         (["--image_size", "4"], "smaller than a patch"),
     ],
 )
