@@ -5,6 +5,8 @@ import os
 import resource
 import signal
 import subprocess
+import sys
+import threading
 import time
 
 import pytest
@@ -251,6 +253,30 @@ def test_a_bad_image_in_the_middle_of_an_epoch_ends_the_run_with_its_name(tmp_pa
     text = run(bad_data(tmp_path, "--check_images", "0", "--num_workers", "1"), tmp_path / "run", status=2)
     assert "error: Image 3 of the train split (column `image`) (bad.jpg) cannot be decoded" in text
     assert "Traceback" not in text
+
+
+def test_a_process_ends_after_an_error_though_loading_processes_live(tmp_path):
+    """A real process with a real exit: Python waits for its children there, and loaders ignore SIGTERM."""
+    flags = bad_data(tmp_path, "--check_images", "0", "--num_workers", "2", "--output_dir", str(tmp_path / "run"))
+    command = [sys.executable, "-m", "evit_training", "train", *flags]
+    process = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=150)
+    assert process.returncode == 2
+    assert "(bad.jpg) cannot be decoded" in process.stderr.splitlines()[-1]
+
+
+def test_training_runs_in_a_thread(tmp_path):
+    def train_in_a_thread(original):
+        def started(*args):
+            results = []
+            thread = threading.Thread(target=lambda: results.append(original(*args)))
+            thread.start()
+            thread.join()
+            return results[0]
+
+        return started
+
+    run([*SMALL, "--max_steps", "2"], tmp_path / "run", before=patch("train", train_in_a_thread))
+    assert (tmp_path / "run" / "model" / "config.json").exists()
 
 
 def test_bad_images_are_skipped_deterministically_and_counted(tmp_path):

@@ -94,7 +94,10 @@ def test_a_kill_during_evaluation_repeats_no_line_of_the_log(uninterrupted, tmp_
     assert logged_steps(output_dir) == (list(range(1, 19)), [6, 12, 18])
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)],
+)
 def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(number, status, uninterrupted, tmp_path):
     output_dir = tmp_path / "run"
     stopped = ForkedRun([*SMALL, *RANDOM, *WORKERS], output_dir)

@@ -1,8 +1,12 @@
 """Loaders of batches: the training batches of one process from any step on, and the evaluation batches."""
 
+import atexit
 import dataclasses
+import multiprocessing
+import multiprocessing.util
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -85,9 +89,24 @@ def evaluation_loader(
 
 
 def ignore_signals(worker: int) -> None:
-    """Leave signals to the training process; `worker_init_fn` of loaders, whose workers end with it."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    """Leave signals to the training process, see `end_loading_processes`; `worker_init_fn` of all loaders."""
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+@atexit.register
+def end_loading_processes() -> None:
+    """Kill the loading processes of this process; at its exit, for Python would wait for ever.
+
+    Python ends its daemonic children by SIGTERM, which loaders ignore, and then waits for them. Functions registered
+    later run earlier, and `multiprocessing`, imported above, has registered its own.
+    """
+    with suppress(ValueError, AttributeError):  # not in the main thread, or not on POSIX
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def batches(

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from pathlib import Path
 from types import FrameType
 
@@ -9,8 +10,12 @@ import filelock
 from accelerate import Accelerator
 
 
+# SIGUSR1 is what Slurm's `--signal` sends, SIGHUP what a closed terminal does.
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+
+
 class TrainingInterruptedError(Exception):
-    """SIGTERM or SIGINT came; the run was saved and ends with 128 + the signal's number."""
+    """One of SIGNALS came; the run was saved and ends with 128 + the signal's number."""
 
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)
@@ -18,7 +23,7 @@ class TrainingInterruptedError(Exception):
 
 
 class Interruption:
-    """Remember the first SIGTERM or SIGINT until the optimizer step is done; the second one ends the process at once.
+    """Remember the first of SIGNALS until the optimizer step is done; the second one ends the process at once.
 
     A run whose launcher died (`accelerate launch` does not forward signals) is interrupted too: nobody could stop it.
     """
@@ -32,8 +37,11 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         """Start to listen."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.before[number] = signal.signal(number, self._remember)
+        if threading.current_thread() is threading.main_thread():  # Python allows no other to listen
+            for name in SIGNALS:
+                if hasattr(signal, name):
+                    number = getattr(signal, name)
+                    self.before[number] = signal.signal(number, self._remember)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -66,7 +74,8 @@ def await_deaths_of_loaders() -> None:
     PyTorch's handler, set when the first loader starts, raises wherever the training process happens to be, even in
     the middle of an optimizer step; the loader itself checks on its processes too, every five seconds.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def lock(output_dir: Path) -> filelock.BaseFileLock:
