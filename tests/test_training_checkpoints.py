@@ -6,12 +6,14 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 
-from evit_training.arguments import FIELDS
+from evit_training.arguments import FIELDS, parse_train_arguments
 from evit_training.loop.checkpoints import (
     NoCheckpointError,
     Progress,
     damage,
+    data_that_differ,
     newest_checkpoint,
     read_checkpoint,
     replace_durably,
@@ -19,6 +21,7 @@ from evit_training.loop.checkpoints import (
     settings_that_differ,
     write_checkpoint,
 )
+from evit_training.loop.trainer import train
 
 
 def write(folder, step, with_ema=True):
@@ -160,3 +163,33 @@ def test_a_checkpoint_of_an_earlier_version_is_compared_in_todays_words():
 
 def test_schedules_stand_still_in_skipped_steps():
     assert Progress(step=10, skipped_steps=3).schedule_step == 7
+
+
+def test_data_that_changed_is_told_in_words():
+    old = {"label_names": ["cat", "dog"], "num_train": 8, "num_eval": 4, "hash": "a"}
+    assert data_that_differ({}, old) == []
+    assert data_that_differ(old, dict(old)) == []
+    assert data_that_differ(old, {**old, "label_names": ["dog", "zebra"], "num_train": 9}) == [
+        "  classes: ['cat'] in the checkpoint only, ['zebra'] now only",
+        "  training images: 8 in the checkpoint, 9 now",
+    ]
+    assert data_that_differ(old, {**old, "label_names": ["dog", "cat"]}) == [
+        "  classes: the same, in a different order"
+    ]
+    assert data_that_differ(old, {**old, "hash": "b"}) == ["  images: as many, but other files or other labels"]
+
+
+def test_a_renamed_class_is_noticed_on_resuming(tmp_path):
+    for split, count in (("train", 8), ("test", 4)):
+        for name in ("cat", "dog"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.effect_noise((32, 32), 30 + i).convert("RGB").save(tmp_path / "data" / split / name / f"{i}.png")
+    flags = ["--dataset", str(tmp_path / "data"), "--hidden-size", "16", "--num-hidden-layers", "4"]
+    flags += ["--num-attention-heads", "2", "--image-size", "32", "--patch-size", "8", "--batch-size", "8"]
+    flags += ["--max-steps", "4", "--num-workers", "0", "--num-pictures", "0", "--output-dir", str(tmp_path / "run")]
+    train(parse_train_arguments(flags))
+    for split in ("train", "test"):
+        (tmp_path / "data" / split / "cat").rename(tmp_path / "data" / split / "zebra")
+    with pytest.raises(ValueError, match=r"other data would be a different training:\n  classes: .'cat'. in the"):
+        train(parse_train_arguments([*flags, "--resume", "auto"]))

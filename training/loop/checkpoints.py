@@ -48,6 +48,7 @@ class Progress:
         best: {"step", "weights": "raw" or "ema", "score"} of the best evaluation, or empty.
         num_processes: processes of the run.
         settings: flat settings of the run.
+        data: see `fingerprint`; empty in checkpoints of older versions.
     """
 
     step: int = 0
@@ -60,6 +61,7 @@ class Progress:
     best: dict[str, Any] = field(default_factory=dict)
     num_processes: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
 
     @property
     def schedule_step(self) -> int:
@@ -241,6 +243,31 @@ def rotate_checkpoints(folder: Path, keep: int, spared: Iterable[int] = ()) -> N
             shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(f"{PARTIAL}*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def data_that_differ(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What tells the data of a checkpoint from that of today, a line for each, as `settings_that_differ` does.
+
+    Args:
+        old: `Progress.data` of the checkpoint; empty if it is of an older version, which differs in nothing.
+        new: that of this run.
+    """
+    if not old:
+        return []
+    lines = []
+    gone, come = (
+        [name for name in a["label_names"] if name not in b["label_names"]] for a, b in ((old, new), (new, old))
+    )
+    if gone or come:
+        lines.append(f"  classes: {gone} in the checkpoint only, {come} now only")
+    elif old["label_names"] != new["label_names"]:
+        lines.append("  classes: the same, in a different order")
+    for name, what in (("num_train", "training images"), ("num_eval", "evaluation images")):
+        if old[name] != new[name]:
+            lines.append(f"  {what}: {old[name]} in the checkpoint, {new[name]} now")
+    if not lines and old["hash"] != new["hash"]:
+        lines.append("  images: as many, but other files or other labels")
+    return lines
 
 
 def settings_that_differ(old: dict[str, Any], new: dict[str, Any], also_harmful: Iterable[str] = ()) -> list[str]:

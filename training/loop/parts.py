@@ -15,7 +15,7 @@ from ..arguments import TrainArguments
 from ..data.augmentation import batch_mixing, image_processor
 from ..data.images import ImageSplits
 from ..data.sampling import StepPlan
-from ..data.splits import check_images, describe_splits, load_splits
+from ..data.splits import check_images, describe_splits, fingerprint, load_splits
 from ..learning.models import build_model, compile_layers, load_classifier
 from ..learning.objective import Objective
 from ..learning.optimization import WeightAverage, build_optimizer, freeze
@@ -141,7 +141,7 @@ def build_parts(arguments: TrainArguments, accelerator: Accelerator) -> tuple[Pa
         model,
         optimizer,
         WeightAverage(model, optimization.ema_decay) if optimization.ema_decay else None,
-        Progress(settings=arguments.as_dict(), num_processes=accelerator.num_processes),
+        Progress(settings=arguments.as_dict(), num_processes=accelerator.num_processes, data=fingerprint(splits)),
         Path(arguments.run.output_dir) / "checkpoints",
     )
     return Parts(arguments, splits, processor, plan, num_steps, keep_rates, objective), state

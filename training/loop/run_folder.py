@@ -19,7 +19,7 @@ from ..data.augmentation import ProcessorTransform
 from ..data.images import EvaluationImages, ImageSplits
 from ..measuring.machine import package_versions
 from ..sharing.command import command_of_run
-from .checkpoints import CheckpointError, newest_checkpoint, read_checkpoint, settings_that_differ
+from .checkpoints import CheckpointError, data_that_differ, newest_checkpoint, read_checkpoint, settings_that_differ
 from .interruption import lock, unlock
 from .state import TrainingState
 
@@ -114,8 +114,8 @@ def prepare_output_dir(output_dir: Path, arguments: TrainArguments, keeps_files:
 def resume(state: TrainingState, path: Path, arguments: TrainArguments, num_steps: int) -> None:
     """Resume from a checkpoint.
 
-    Raises: CheckpointError if it cannot be read; ValueError if settings that change the training are not what they
-        were, with a table of them.
+    Raises: CheckpointError if it cannot be read; ValueError if the data, or settings that change the training, are
+        not what they were, with a table of them.
     """
     old, tensors = read_checkpoint(path)
     is_streamed = arguments.data.streaming
@@ -124,10 +124,12 @@ def resume(state: TrainingState, path: Path, arguments: TrainArguments, num_step
     )
     if is_streamed and old.num_processes != state.progress.num_processes:
         different.append(f"  processes: {old.num_processes} in the checkpoint, {state.progress.num_processes} now")
-    if different and not arguments.run.resume_override:
-        table = "\n".join(different)
+    other_data = data_that_differ(old.data, state.progress.data)
+    if (different or other_data) and not arguments.run.resume_override:
+        table = "\n".join(different + other_data)
+        what = " and ".join(["settings"] * bool(different) + ["data"] * bool(other_data))
         raise OtherSettingsError(
-            f"`--resume` from {path} with other settings would be a different training:\n{table}\nTake the old ones, "
+            f"`--resume` from {path} with other {what} would be a different training:\n{table}\nTake the old ones, "
             "or pass `--resume-override` to resume anyway."
         )
     num_processes = old.num_processes  # before it becomes that of this run

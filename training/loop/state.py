@@ -121,6 +121,7 @@ class TrainingState:
         Raises: NoCheckpointError if it does not fit.
         """
         progress.settings, progress.num_processes = self.progress.settings, self.progress.num_processes
+        progress.data = self.progress.data
         self.progress = progress
         groups = [{key: x for key, x in group.items() if key != "params"} for group in self.optimizer.param_groups]
         try:
