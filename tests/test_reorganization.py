@@ -1,5 +1,6 @@
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import timm
@@ -403,6 +404,9 @@ def test_families_are_listed():
     assert listed["dinov2"].startswith("works: Dinov2Model")
     assert listed["siglip"].startswith("refused: it has no class")
     assert set(FAMILIES) < set(listed)
+    page = (Path(__file__).parents[1] / "docs" / "families.md").read_text()
+    for name, verdict in listed.items():
+        assert f"| `{name}` | {verdict.split(': ', 1)[1]} |" in page
 
 
 # --- timm -----------------------------------------------------------------------------------------------------------
