@@ -71,7 +71,7 @@ def test_a_space_can_name_a_model_of_the_hub_instead(tmp_path, capsys):
     for model, dest, sentence in (
         ("org/name", tmp_path / "space", "exists already"),
         ("not/a/name", tmp_path / "new", "must be a model folder, a run folder or a Hub id"),
-        (str(tmp_path / "space"), tmp_path / "other", "holds no model"),
+        (str(tmp_path / "space"), tmp_path / "other", "has no config.json"),
     ):
         with pytest.raises(SystemExit, match="2"):
             main(["space", model, str(dest)])
