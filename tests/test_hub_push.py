@@ -453,7 +453,7 @@ def test_a_card_that_could_not_be_read_is_never_overwritten(what, path, here, mo
     repo = put_card(here, "org/unreadable", CARD_OF_SOMEBODY)
     export_folder(model_folder, tmp_path / "export")
     here.faults.append(Fault(path, what))
-    reasons = "status|no valid token|may not write|not found|could not be read|makes no sense|disconnected|body"
+    reasons = "status|no valid token|may not write|not found|could not be read|makes no sense|disconnected|reset|body"
     with pytest.raises(PushError, match=reasons):
         HubRepo("org/unreadable", attempts=1).push(tmp_path / "export", card=lambda there: "---\n---\nnew")
     assert len(repo.branches["main"]) == 1
