@@ -27,7 +27,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, TransformersKwargs
 
 from .configuration_evit import (
     EViTConfig,
@@ -136,14 +136,19 @@ class ReorganizingLayer:
         if patch_index is not None:
             attention_mask, kwargs = self.follow_tokens(tokens, patch_index, attention_mask, kwargs)
         num_attentive = num_attentive_tokens(tokens.keep_rates.get(number, 1.0), num_image_tokens)
-        reorganizes = num_attentive < num_image_tokens
+        reorganizes, is_scored = num_attentive < num_image_tokens, number in tokens.scored_layers
         hidden_states, probabilities = self.attend(
             hidden_states,
             attention_mask,
             tokens=tokens,
-            num_scoring_tokens=tokens.num_scoring_tokens if reorganizes else 0,
+            num_scoring_tokens=tokens.num_scoring_tokens if reorganizes or is_scored else 0,
             **kwargs,
         )
+        if patch_index is None:
+            tokens.num_patches = num_image_tokens
+        if is_scored:
+            attention = class_token_attention(probabilities, tokens.num_prefix_tokens, tokens.num_scoring_tokens)
+            tokens.add_class_attention(number, attention, patch_index)
         if patch_index is None and number in tokens.keep_rates:
             patch_index = torch.arange(num_image_tokens, device=hidden_states.device)
             patch_index = patch_index.expand(hidden_states.shape[0], -1)
@@ -432,12 +437,13 @@ def reorganize(
 
     The model stays what it is: its class, its parameters' names, its model type and its checkpoints; `save_pretrained`
     writes the three settings into config.json, and `reorganize(AutoModel.from_pretrained(folder))` restores them. Its
-    forward then takes `keep_rate` and `patch_scores` as that of `EViTModel` does, and its outputs have the attributes
-    `attentive_index` and `patch_index`. Called again it changes the settings.
+    forward then takes `keep_rate`, `patch_scores` and `output_class_attention` as that of `EViTModel` does, and its
+    outputs have the attributes `attentive_index`, `patch_index` and `class_attention`. Called again it changes the
+    settings.
 
     Args:
         model: a model of Transformers or timm, see `families`. It is changed in place and gets a configuration of its
-            own.
+            own. Of an EViT only the settings change.
         keep_rate: share of image tokens kept at each reorganization layer, in (0, 1]: one number, or one for each.
             By default what its configuration says, or 0.7.
         reorganization_layers: zero-based layers, strictly increasing; by default what its configuration says, or
@@ -457,14 +463,17 @@ def reorganize(
         >>> model = reorganize(model, keep_rate=0.7)
         >>> model(**inputs, keep_rate=0.5).attentive_index  # doctest: +SKIP
     """
-    owner, path, family = _tower(model)
-    old = owner.config
-    layers = getattr(owner, _layers_name(owner, family))
     chosen = {
         "keep_rate": keep_rate,
         "reorganization_layers": reorganization_layers,
         "fuse_inattentive_tokens": fuse_inattentive_tokens,
     }
+    if isinstance(getattr(model, "config", None), EViTConfig):
+        _set_own(model.config, chosen)
+        return model
+    owner, path, family = find_tower(model)
+    old = owner.config
+    layers = getattr(owner, layers_name(owner, family))
     defaults = {
         "keep_rate": DEFAULT_KEEP_RATE,
         "reorganization_layers": default_reorganization_layers(len(layers)),
@@ -510,7 +519,7 @@ def families() -> dict[str, str]:
     return dict(sorted({**works, **{name: f"refused: {reason}" for name, reason in REFUSED.items()}}.items()))
 
 
-def _tower(model: nn.Module) -> tuple[nn.Module, list[nn.Module], Family]:
+def find_tower(model: nn.Module) -> tuple[nn.Module, list[nn.Module], Family]:
     """The module that owns the layers, the models on the way to it from the outside in, and their family.
 
     Raises: ValueError for a model that cannot be reorganized.
@@ -529,7 +538,7 @@ def _tower(model: nn.Module) -> tuple[nn.Module, list[nn.Module], Family]:
         (name, module, family)
         for name, module in model.named_modules()
         if (family := FAMILIES.get(getattr(getattr(module, "config", None), "model_type", None))) is not None
-        and _layers_name(module, family) is not None
+        and layers_name(module, family) is not None
     ]
     model_type = model.config.model_type
     if len(owners) != 1:
@@ -560,7 +569,7 @@ def _tower(model: nn.Module) -> tuple[nn.Module, list[nn.Module], Family]:
     return owner, [module for module in path if isinstance(module, PreTrainedModel) or module is owner], family
 
 
-def _layers_name(owner: nn.Module, family: Family) -> str | None:
+def layers_name(owner: nn.Module, family: Family) -> str | None:
     """Name of the list of layers of a module, None if it has none."""
     for name, child in owner.named_children():
         if (
@@ -573,7 +582,7 @@ def _layers_name(owner: nn.Module, family: Family) -> str | None:
 
 
 def _hands_keywords_on(owner: nn.Module, family: Family) -> bool:
-    layer = getattr(owner, _layers_name(owner, family))[0]
+    layer = getattr(owner, layers_name(owner, family))[0]
     forwards = [type(owner).forward, getattr(type(layer), "dense_class", type(layer)).forward]
     forwards.append(type(getattr(layer, family.attention)).forward)
     return all(
@@ -592,6 +601,18 @@ def _check_settings(settings: dict[str, Any], num_layers: int) -> None:
     except StrictDataclassError as error:
         raise ValueError(str(error.__cause__ or error)) from None
     settings.update({name: getattr(config, name) for name in settings})
+
+
+def _set_own(config: EViTConfig, chosen: dict[str, Any]) -> None:
+    """Change the settings of an EViT: all that are given, or none if they are wrong together.
+
+    Raises: ValueError naming the setting, its value and the way out.
+    """
+    settings = {name: getattr(config, name) if value is None else value for name, value in chosen.items()}
+    _check_settings(settings, config.num_hidden_layers)
+    config.keep_rate = 1.0  # which fits the old layers and the new ones
+    for name in ("reorganization_layers", "keep_rate", "fuse_inattentive_tokens"):
+        setattr(config, name, settings[name])
 
 
 def _own_configuration(model: PreTrainedModel) -> None:
@@ -692,8 +713,12 @@ def _start(
             kwargs.pop("patch_scores", None),
             num_prefix_tokens=family.num_prefix_tokens(owner),
             num_scoring_tokens=family.num_class_tokens(owner),
+            scored_layers=_scored_layers(kwargs.pop("output_class_attention", False), owner, family),
         )
-        refuse_misspelt_names(kwargs, ("keep_rate", "patch_scores"))
+        refuse_misspelt_names(
+            kwargs.keys() - TransformersKwargs.__annotations__.keys(),
+            ("keep_rate", "patch_scores", "output_class_attention"),
+        )
     config, is_vision = owner.config, getattr(module, "config", None) is owner.config
     if config._attn_implementation not in ("eager", SDPA_WITH_CLASS_ROW):
         raise ValueError(
@@ -719,13 +744,30 @@ def _start(
     return args, kwargs
 
 
+def _scored_layers(asked: bool | Sequence[int], owner: nn.Module, family: Family) -> list[int]:
+    """Layers whose class token attention is asked for: True means those that reorganize."""
+    if isinstance(asked, bool):
+        return list(owner.config.reorganization_layers) if asked else []
+    num_layers = len(getattr(owner, layers_name(owner, family)))
+    if any(not 0 <= layer < num_layers for layer in asked):
+        raise ValueError(
+            f"`output_class_attention` must be True, False, or a list of layers in [0, {num_layers - 1}], got "
+            f"{asked!r}: True takes the layers that reorganize."
+        )
+    return list(asked)
+
+
 def _finish(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     """After a model's forward: its output tells which patches were kept.
 
     As attributes: `Trainer` would take fields for predictions, and a pipeline would cut them by image.
     """
     tokens = kwargs["tokens"]
-    if isinstance(output, ModelOutput) and tokens.attentive_index:
+    if not isinstance(output, ModelOutput):
+        return
+    if tokens.class_attention:
+        output.class_attention = torch.stack([tokens.class_attention[layer] for layer in tokens.scored_layers], dim=1)
+    if tokens.attentive_index:
         output.attentive_index = tuple(tokens.attentive_index[layer] for layer in sorted(tokens.attentive_index))
         output.patch_index = tokens.patch_index[max(tokens.patch_index)]
 

@@ -1,5 +1,6 @@
 """The tokens of one forward pass through a model that reorganizes them, on their way through its layers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 from .configuration_evit import check_keep_rate, keep_rate_by_layer
+from .token_reorganization import attention_by_patch
 
 
 @dataclass
@@ -22,6 +24,9 @@ class TokensLeft:
         num_prefix_tokens: class tokens, distillation token and registers, which are never given up.
         num_scoring_tokens: class tokens whose attention scores the image tokens, averaged.
         patch_scores: scores from outside that choose the tokens, (batch_size, num_patches), by layer number.
+        scored_layers: layers whose class token attention is asked for.
+        num_patches: of the whole image; the first layer says.
+        class_attention: that attention, (batch_size, num_patches), by layer number.
         attentive_index: kept tokens as positions in the patch grid, by layer number; -1 for an earlier fused token.
         patch_index: position in the patch grid of the image tokens that leave a layer, by layer number.
     """
@@ -31,6 +36,9 @@ class TokensLeft:
     num_prefix_tokens: int
     num_scoring_tokens: int
     patch_scores: dict[int, torch.Tensor]
+    scored_layers: tuple[int, ...] = ()
+    num_patches: int = 0
+    class_attention: dict[int, torch.Tensor] = field(default_factory=dict)
     attentive_index: dict[int, torch.Tensor] = field(default_factory=dict)
     patch_index: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -39,9 +47,26 @@ class TokensLeft:
         earlier = [number for number in self.patch_index if number < layer]
         return self.patch_index[max(earlier)] if earlier else None
 
+    def add_class_attention(self, layer: int, attention: torch.Tensor, patch_index: torch.Tensor | None) -> None:
+        """Remember the class token's attention in a layer, by patch of the whole image.
+
+        Args:
+            layer: its number.
+            attention: (batch_size, num_image_tokens), see `class_token_attention`.
+            patch_index: see `entering`.
+        """
+        self.class_attention[layer] = attention
+        if patch_index is not None:
+            self.class_attention[layer] = attention_by_patch(attention, patch_index, self.num_patches)
+
 
 def tokens_of_a_pass(
-    owner: nn.Module, keep_rate: Any, patch_scores: Any, num_prefix_tokens: int, num_scoring_tokens: int = 1
+    owner: nn.Module,
+    keep_rate: Any,
+    patch_scores: Any,
+    num_prefix_tokens: int,
+    num_scoring_tokens: int = 1,
+    scored_layers: Sequence[int] = (),
 ) -> TokensLeft:
     """The tokens of a forward pass that begins, as its caller, a schedule or the configuration wants them.
 
@@ -51,6 +76,7 @@ def tokens_of_a_pass(
         patch_scores: of this call, (batch_size, num_patches), one for each reorganization layer, or None.
         num_prefix_tokens: see `TokensLeft`.
         num_scoring_tokens: see `TokensLeft`.
+        scored_layers: see `TokensLeft`.
 
     Raises: ValueError for a keep rate out of range, or a wrong number of scores.
     """
@@ -72,6 +98,7 @@ def tokens_of_a_pass(
         num_prefix_tokens=num_prefix_tokens,
         num_scoring_tokens=num_scoring_tokens,
         patch_scores=dict(zip(layers, scores, strict=False)),
+        scored_layers=tuple(scored_layers),
     )
 
 

@@ -65,7 +65,7 @@ def test_higher_resolution_at_equal_cost(image_size, keep_rate, gmacs):
         ),
     ],
 )
-@pytest.mark.parametrize("keep_rate", [1.0, 0.6])
+@pytest.mark.parametrize("keep_rate", [1.0, 0.95, 0.6])  # of 16 tokens 15 are kept at 0.95, and one is fused
 def test_formula_of_executed_operations_equals_the_count_of_pytorch(model_class, changes, keep_rate, images):
     model = model_class(tiny_config_with(**changes, attn_implementation="sdpa"))
     assert count_macs(model, images[:1], keep_rate=keep_rate) == num_macs(model.config, keep_rate, executed=True)
