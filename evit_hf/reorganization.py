@@ -34,7 +34,7 @@ from .configuration_evit import (
     default_reorganization_layers,
     refuse_misspelt_names,
 )
-from .reorganization_timm import TimmHalves, reason_against, reorganizing_model_class
+from .reorganization_timm import MODEL_CLASSES, TimmHalves, reason_against, reorganizing_model_class
 from .token_reorganization import (
     append_fused_patch,
     class_token_attention,
@@ -44,7 +44,7 @@ from .token_reorganization import (
     reorganize_tokens,
     scores_by_patch,
 )
-from .tokens_left import TokensLeft, tokens_of_a_pass
+from .tokens_left import TokensLeft, bias_of_pairs, tokens_of_a_pass
 
 
 # Transformers' sdpa attention that also tells what the class token looks at, where a layer asks for it.
@@ -144,12 +144,13 @@ class ReorganizingLayer:
             num_scoring_tokens=tokens.num_scoring_tokens if reorganizes or is_scored else 0,
             **kwargs,
         )
-        if patch_index is None:
+        is_whole = patch_index is None
+        if is_whole:
             tokens.num_patches = num_image_tokens
         if is_scored:
             attention = class_token_attention(probabilities, tokens.num_prefix_tokens, tokens.num_scoring_tokens)
             tokens.add_class_attention(number, attention, patch_index)
-        if patch_index is None and number in tokens.keep_rates:
+        if is_whole and number in tokens.keep_rates:
             patch_index = torch.arange(num_image_tokens, device=hidden_states.device)
             patch_index = patch_index.expand(hidden_states.shape[0], -1)
         if reorganizes:
@@ -166,9 +167,9 @@ class ReorganizingLayer:
             patch_index = follow_patches(patch_index, attentive_index)
         if number in tokens.keep_rates:
             tokens.attentive_index[number] = patch_index
-            tokens.patch_index[number] = (
-                append_fused_patch(patch_index) if reorganizes and tokens.fuse else patch_index
-            )
+            if reorganizes or not is_whole:
+                fuses = reorganizes and tokens.fuse
+                tokens.patch_index[number] = append_fused_patch(patch_index) if fuses else patch_index
         return self.feed_forward(hidden_states)
 
     def follow_tokens(
@@ -197,7 +198,7 @@ class ReorganizingLayer:
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         """Pickle and copy by way of the dense class, since this one is made when it is needed."""
-        return _empty_layer, (type(self).dense_class,), self.__dict__
+        return _empty_layer, (type(self).dense_class, type(self).halves), self.__dict__
 
 
 class ViTHalves:
@@ -282,34 +283,12 @@ class BeitHalves:
         return self.drop_path(self.lambda_2 * output) + hidden_states
 
 
-def bias_of_pairs(bias: torch.Tensor, patch_index: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
-    """Bias for each pair of tokens that are left, of a bias for each pair of positions.
-
-    Args:
-        bias: (1, num_heads, num_tokens, num_tokens), prefix tokens first, then all patches.
-        patch_index: (batch_size, num_image_tokens), patches that are left, -1 for a fused token. That one has no
-            position: its bias is 0 with other image tokens, and with the prefix and itself that of any patch.
-        num_prefix_tokens: tokens before the image tokens.
-
-    Returns: (batch_size, num_heads, num_prefix_tokens + num_image_tokens, the same).
-    """
-    batch_size = patch_index.shape[0]
-    prefix = torch.arange(num_prefix_tokens, device=patch_index.device).expand(batch_size, -1)
-    position = torch.cat((prefix, patch_index.clamp(min=0) + num_prefix_tokens), dim=1)
-    pairs = bias[0][:, position[:, :, None], position[:, None, :]].transpose(0, 1)
-    is_fused = nn.functional.pad(patch_index < 0, (num_prefix_tokens, 0))
-    is_image = torch.arange(position.shape[1], device=position.device) >= num_prefix_tokens
-    lacks_distance = (is_fused[:, :, None] | is_fused[:, None, :]) & is_image & is_image[:, None]
-    lacks_distance = lacks_distance & ~torch.eye(position.shape[1], dtype=torch.bool, device=position.device)
-    return pairs.masked_fill(lacks_distance.unsqueeze(1), 0.0)
-
-
 @dataclass(frozen=True)
 class Family:
     """How one family of models is reorganized.
 
     Args:
-        layer: class name of its layers.
+        layer: class name of its layers; several are separated by "|".
         halves: dialect of their two halves.
         models: class names of the models that read class tokens, or averages of patches; others want one answer for
             each patch.
@@ -388,9 +367,9 @@ FAMILIES: dict[str, Family] = {
     "altclip_vision_model": _clip("AltCLIP", "AltCLIPEncoderLayer"),
     "beit": Family("BeitLayer", BeitHalves, ("BeitModel", "BeitForImageClassification")),
     "timm_wrapper": Family(
-        "Block",
+        "Block|EvaBlock|EvaBlockPostNorm",
         TimmHalves,
-        ("TimmWrapperModel", "TimmWrapperForImageClassification", "VisionTransformer"),
+        ("TimmWrapperModel", "TimmWrapperForImageClassification", *MODEL_CLASSES),
         num_prefix_tokens=lambda tower: tower.num_prefix_tokens,
         attention="attn",
     ),
@@ -575,7 +554,7 @@ def layers_name(owner: nn.Module, family: Family) -> str | None:
         if (
             isinstance(child, (nn.ModuleList, nn.Sequential))
             and len(child)
-            and type(child[0]).__name__ == family.layer
+            and type(child[0]).__name__ in family.layer.split("|")
         ):
             return name
     return None
@@ -677,15 +656,15 @@ def _reorganizing_class(layer_class: type, halves: type) -> type:
     """The class of a layer that reorganizes; its name stays, since FSDP and Accelerate look for layers by name."""
     names = {
         "dense_class": layer_class,
+        "halves": halves,
         "__module__": layer_class.__module__,
         "__qualname__": layer_class.__qualname__,
     }
     return type(layer_class.__name__, (ReorganizingLayer, halves, layer_class), names)
 
 
-def _empty_layer(layer_class: type) -> nn.Module:
+def _empty_layer(layer_class: type, halves: type) -> nn.Module:
     """A reorganizing layer without contents, for pickle and deepcopy to fill."""
-    halves = next(family.halves for family in FAMILIES.values() if family.layer == layer_class.__name__)
     layer_class = _reorganizing_class(layer_class, halves)
     return layer_class.__new__(layer_class)
 
@@ -769,7 +748,7 @@ def _finish(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any)
         output.class_attention = torch.stack([tokens.class_attention[layer] for layer in tokens.scored_layers], dim=1)
     if tokens.attentive_index:
         output.attentive_index = tuple(tokens.attentive_index[layer] for layer in sorted(tokens.attentive_index))
-        output.patch_index = tokens.patch_index[max(tokens.patch_index)]
+        output.patch_index = {**tokens.attentive_index, **tokens.patch_index}[max(tokens.attentive_index)]
 
 
 __all__ = ["FAMILIES", "REFUSED", "ReorganizingLayer", "TokensLeft", "families", "reorganize"]

@@ -61,14 +61,14 @@ def class_token_probabilities(
         scaling: factor on the dot products, head_dim ** -0.5 in a ViT.
         token_mask: (batch_size, sequence_length), True or nonzero where a token may be attended to.
         num_scoring_tokens: 2 to include a distillation token that follows the class token.
-        position_bias: (1 or batch_size, num_heads, sequence_length, sequence_length), what the family adds to the
+        position_bias: ((1 or batch_size,) num_heads, sequence_length, sequence_length), what the family adds to the
             logits of a pair of positions, as BEiT does.
 
     Returns: (batch_size, num_heads, num_scoring_tokens, sequence_length), float32 or float64.
     """
     logits = _at_least_float32(query[:, :, :num_scoring_tokens] @ key.transpose(-2, -1)) * scaling
     if position_bias is not None:
-        logits = logits + position_bias[:, :, :num_scoring_tokens]
+        logits = logits + position_bias[..., :num_scoring_tokens, :]
     if token_mask is not None:
         logits = logits.masked_fill(token_mask[:, None, None, :] == 0, float("-inf"))
     return logits.softmax(dim=-1)

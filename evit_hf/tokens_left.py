@@ -28,7 +28,8 @@ class TokensLeft:
         num_patches: of the whole image; the first layer says.
         class_attention: that attention, (batch_size, num_patches), by layer number.
         attentive_index: kept tokens as positions in the patch grid, by layer number; -1 for an earlier fused token.
-        patch_index: position in the patch grid of the image tokens that leave a layer, by layer number.
+        patch_index: position in the patch grid of the image tokens that leave a layer, by layer number; without the
+            layers that all patches leave, in order.
     """
 
     keep_rates: dict[int, float]
@@ -102,4 +103,26 @@ def tokens_of_a_pass(
     )
 
 
-__all__ = ["TokensLeft", "tokens_of_a_pass"]
+def bias_of_pairs(bias: torch.Tensor, patch_index: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
+    """Bias for each pair of tokens that are left, of a bias for each pair of positions.
+
+    Args:
+        bias: ((1,) num_heads, num_tokens, num_tokens), prefix tokens first, then all patches.
+        patch_index: (batch_size, num_image_tokens), patches that are left, -1 for a fused token. That one has no
+            position: its bias is 0 with other image tokens, and with the prefix and itself that of any patch.
+        num_prefix_tokens: tokens before the image tokens.
+
+    Returns: (batch_size, num_heads, num_prefix_tokens + num_image_tokens, the same).
+    """
+    batch_size = patch_index.shape[0]
+    prefix = torch.arange(num_prefix_tokens, device=patch_index.device).expand(batch_size, -1)
+    position = torch.cat((prefix, patch_index.clamp(min=0) + num_prefix_tokens), dim=1)
+    pairs = bias.flatten(0, -3)[:, position[:, :, None], position[:, None, :]].transpose(0, 1)
+    is_fused = nn.functional.pad(patch_index < 0, (num_prefix_tokens, 0))
+    is_image = torch.arange(position.shape[1], device=position.device) >= num_prefix_tokens
+    lacks_distance = (is_fused[:, :, None] | is_fused[:, None, :]) & is_image & is_image[:, None]
+    lacks_distance = lacks_distance & ~torch.eye(position.shape[1], dtype=torch.bool, device=position.device)
+    return pairs.masked_fill(lacks_distance.unsqueeze(1), 0.0)
+
+
+__all__ = ["TokensLeft", "bias_of_pairs", "tokens_of_a_pass"]

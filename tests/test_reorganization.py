@@ -8,7 +8,7 @@ import torch
 import transformers
 from conftest import run_python
 from transformers import ViTConfig
-from vision_families import CASES, LAYERS, build, inputs, reference
+from vision_families import CASES, EXAMPLE, HAS_NEW_TIMM, LAYERS, TIMM_CASES, build, inputs, reference, timm_model
 
 from evit_hf import EViTConfig, EViTForImageClassification, KeepRateCallback, families, reorganize
 from evit_hf.reorganization import FAMILIES, ReorganizingLayer
@@ -158,13 +158,13 @@ def test_rotary_positions_follow_tokens(monkeypatch):
 
 @torch.no_grad()
 def test_keep_rate_of_a_call_of_the_model_and_by_layer():
-    model = reorganized("dinov2")
-    assert [index.shape[1] for index in model(**inputs("dinov2")).attentive_index] == [26, 19, 14]
-    assert [index.shape[1] for index in model(**inputs("dinov2"), keep_rate=0.5).attentive_index] == [18, 10, 6]
-    kept = model(**inputs("dinov2"), keep_rate=[1.0, 0.5, 1.0]).attentive_index
+    model = reorganized(EXAMPLE)
+    assert [index.shape[1] for index in model(**inputs(EXAMPLE)).attentive_index] == [26, 19, 14]
+    assert [index.shape[1] for index in model(**inputs(EXAMPLE), keep_rate=0.5).attentive_index] == [18, 10, 6]
+    kept = model(**inputs(EXAMPLE), keep_rate=[1.0, 0.5, 1.0]).attentive_index
     assert [index.shape[1] for index in kept] == [36, 18, 19]
     reorganize(model, keep_rate=[0.9, 0.8], reorganization_layers=(1, 3), fuse_inattentive_tokens=False)
-    assert [index.shape[1] for index in model(**inputs("dinov2")).attentive_index] == [33, 27]
+    assert [index.shape[1] for index in model(**inputs(EXAMPLE)).attentive_index] == [33, 27]
 
 
 @torch.no_grad()
@@ -182,12 +182,13 @@ def test_hidden_states_shrink_and_nothing_else_becomes_a_field():
 
 
 def test_parameters_classes_and_model_type_are_untouched():
-    dense = build("dinov2")
+    dense = build(EXAMPLE)
+    names = {type(module).__name__ for module in dense.modules() if type(module).__name__.endswith("Layer")}
     model = reorganize(copy.deepcopy(dense), 0.7)
     assert list(model.state_dict()) == list(dense.state_dict())
     assert type(model) is type(dense)
-    assert model.config.model_type == "dinov2"
-    assert {type(layer).__name__ for layer in layers_of(model)} == {"Dinov2Layer"}
+    assert model.config.model_type == dense.config.model_type
+    assert {type(layer).__name__ for layer in layers_of(model)} == names
 
 
 def test_another_model_of_the_same_configuration_keeps_its_own():
@@ -210,7 +211,7 @@ def test_copies_and_pickles_are_reorganized():
         assert owner_of(twin) is not owner_of(model)
 
 
-@pytest.mark.parametrize("case", ["vit-classifier", "dinov2", "clip", "clip-classifier", "dinov3", "beit"])
+@pytest.mark.parametrize("case", ["vit-classifier", EXAMPLE, "clip", "clip-classifier", "dinov3", "beit"])
 @torch.no_grad()
 def test_saved_and_reorganized_again(case, tmp_path):
     model = reorganized(case, keep_rate=[0.9, 0.7, 0.5], fuse_inattentive_tokens=False)
@@ -228,7 +229,7 @@ def test_saved_and_reorganized_again(case, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["dinov2", "clip-classifier", "beit"])
+@pytest.mark.parametrize("case", [EXAMPLE, "clip-classifier", "beit"])
 @torch.no_grad()
 def test_saved_folders_reorganize_by_themselves(case, tmp_path):
     model = reorganized(case, keep_rate=0.5)
@@ -275,7 +276,9 @@ def test_gradients_are_those_of_the_model_without_checkpointing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["vit-classifier", "dinov3", "radio", "clip-classifier", "beit"])
+@pytest.mark.parametrize(
+    "case", [case for case in ("vit-classifier", "dinov3", "radio", "clip-classifier", "beit") if case in CASES]
+)
 @torch.no_grad()
 def test_compiles_into_one_graph(case):
     model = reorganized(case)
@@ -287,7 +290,7 @@ def test_compiles_into_one_graph(case):
 
 
 def test_callback_schedules_foreign_models(tmp_path):
-    model = reorganized("dinov2", keep_rate=0.5)
+    model = reorganized(EXAMPLE, keep_rate=0.5)
     rates = []
     layers_of(model)[0].register_forward_pre_hook(
         lambda module, args, kwargs: rates.append(kwargs["tokens"].keep_rates[1]), with_kwargs=True
@@ -302,7 +305,7 @@ def test_callback_schedules_foreign_models(tmp_path):
     assert rates[-1] == 0.5
     assert rates == sorted(rates, reverse=True)
     # Its checkpoints are found again, whole: upstream leaves an encoder at random here.
-    fresh = reorganized("dinov2", keep_rate=0.5)
+    fresh = reorganized(EXAMPLE, keep_rate=0.5)
     trainer = transformers.Trainer(fresh, arguments, train_dataset=rows, callbacks=[KeepRateCallback(1, 2)])
     trainer._load_from_checkpoint(str(tmp_path / "checkpoint-8"))
     for name, parameter in model.named_parameters():
@@ -312,7 +315,7 @@ def test_callback_schedules_foreign_models(tmp_path):
 def test_predictions_of_the_trainer_are_logits(tmp_path):
     rows = [{"pixel_values": torch.randn(3, 48, 48), "labels": i % 5} for i in range(4)]
     arguments = transformers.TrainingArguments(tmp_path, report_to=[], use_cpu=True)
-    predictions = transformers.Trainer(reorganized("dinov2"), arguments).predict(rows).predictions
+    predictions = transformers.Trainer(reorganized(EXAMPLE), arguments).predict(rows).predictions
     assert predictions.shape == (4, 5)
 
 
@@ -359,6 +362,20 @@ def test_other_models_are_refused_with_the_reason(name, config, reason):
     with torch.device("meta"):
         model = getattr(transformers, name)(config)
     with pytest.raises(ValueError, match=f"cannot be reorganized: .*{reason}"):
+        reorganize(model)
+
+
+def test_old_versions_of_transformers_are_refused_by_name(monkeypatch):
+    module = transformers.models.dinov2.modeling_dinov2
+
+    def forward(self, hidden_states):
+        """As before Transformers 5.18: without keywords."""
+
+    monkeypatch.setattr(module.Dinov2Layer, "forward", forward)
+    model = transformers.Dinov2Model(
+        transformers.Dinov2Config(hidden_size=32, num_hidden_layers=4, num_attention_heads=4)
+    )
+    with pytest.raises(ValueError, match=r"`Dinov2Layer` takes no keywords: update Transformers to 5\.18 or newer"):
         reorganize(model)
 
 
@@ -412,29 +429,10 @@ def test_families_are_listed():
 # --- timm -----------------------------------------------------------------------------------------------------------
 
 
-TIMM = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 5}
-
-
-def timm_model(**settings):
-    torch.manual_seed(0)
-    model = timm.models.VisionTransformer(**{**TIMM, **settings}).eval()
-    for parameter in model.parameters():
-        parameter.data += 0.2 * torch.randn(parameter.shape)
-    return model
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"reg_tokens": 3, "init_values": 0.5},
-        {"qk_norm": True, "no_embed_class": True},
-        {"dynamic_img_size": True, "pre_norm": True, "qkv_bias": False},
-    ],
-)
+@pytest.mark.parametrize("case", TIMM_CASES)
 @torch.no_grad()
-def test_timm_models_are_reorganized(settings):
-    dense, images = timm_model(**settings), inputs("vit")["pixel_values"]
+def test_timm_models_are_reorganized(case):
+    dense, images = timm_model(case), inputs("vit")["pixel_values"]
     expected = dense(images)
     model = reorganize(copy.deepcopy(dense), 0.7, reorganization_layers=LAYERS)
     assert torch.equal(model(images, keep_rate=1.0), expected)
@@ -445,6 +443,53 @@ def test_timm_models_are_reorganized(settings):
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(images), logits)
     assert model.forward_features(images, keep_rate=1.0).shape[1] == model.num_prefix_tokens + 36
+    assert list(model.state_dict()) == list(dense.state_dict())
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    unfused, other = model(images, output_attentive_index=True)
+    torch.testing.assert_close(unfused, logits, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(index, again) for index, again in zip(kept, other, strict=True))
+
+
+@pytest.mark.parametrize("fuse", [True, False], ids=["fused", "dropped"])
+@pytest.mark.parametrize("case", TIMM_CASES)
+@torch.no_grad()
+def test_timm_equals_a_loop_over_tokens(case, fuse):
+    model = reorganize(timm_model(case), 0.7, reorganization_layers=LAYERS, fuse_inattentive_tokens=fuse)
+    entered, left, num_prefix = [], [], model.num_prefix_tokens
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, args, kwargs: entered.append((args[0], kwargs)), with_kwargs=True)
+    model.blocks[-1].register_forward_hook(lambda *call: left.append(call[-1]))
+    _, kept_index = model(inputs("vit")["pixel_values"], output_attentive_index=True)
+    for image in range(2):
+        tokens = entered[0][0][image].double()
+        patches, kept_patches = list(range(36)), []
+        for number, block in enumerate(copy.deepcopy(model.blocks)):
+            block, (_, kwargs) = block.double(), entered[number]
+            rope, bias = kwargs.get("rope"), kwargs.get("attention_mask")
+            rotary = None if rope is None else [table.double() for table in reversed(rope.chunk(2, dim=-1))]
+            if getattr(block.attn, "relative_position_bias_table", None) is not None:
+                bias = block.attn._get_rel_pos_bias()[0]
+            rate = 0.7 if number in LAYERS else None
+            tokens, patches, kept = reference(
+                block, tokens, num_prefix, 1, rate, fuse, patches, rotary, None if bias is None else bias.double()
+            )
+            if kept is not None:
+                kept_patches.append([-1 if patch is None else patch for patch in kept])
+        assert [index[image].tolist() for index in kept_index] == kept_patches
+        error = (left[0][image].double() - tokens).norm() / tokens.norm()
+        assert error < 1e-5, error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["deit3", "eva02", "dinov3", "rope-mixed", "beit"])
+@torch.no_grad()
+def test_timm_models_compile_into_one_graph(case):
+    model, images = reorganize(timm_model(case), 0.7, reorganization_layers=LAYERS), inputs("vit")["pixel_values"]
+    expected = model(images)
+    torch._dynamo.reset()
+    output = torch.compile(model, backend="aot_eager", fullgraph=True)(images)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("fuse", [True, False])
@@ -477,13 +522,22 @@ def test_timm_equals_transformers_with_the_same_weights(fuse):
         assert torch.equal(index, other)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 48}),
+        ("deit_tiny_distilled_patch16_224", {"img_size": 48}),
+        ("eva02_tiny_patch14_224", {"img_size": 42, "global_pool": "token"}),
+        ("vit_small_patch16_dinov3", {"img_size": 48, "global_pool": "token", "embed_dim": 96, "num_heads": 3}),
+        ("beit_base_patch16_224", {"img_size": 48, "embed_dim": 96, "num_heads": 3}),
+    ][: 5 if HAS_NEW_TIMM else 2],
+)
 @torch.no_grad()
-def test_timm_inside_transformers_is_reorganized_saved_and_restored(tmp_path):
-    config = transformers.TimmWrapperConfig(
-        architecture="vit_tiny_patch16_224", model_args={"img_size": 48, "depth": 4}, num_labels=5
-    )
+def test_timm_inside_transformers_is_reorganized_saved_and_restored(name, options, tmp_path):
+    config = transformers.TimmWrapperConfig(architecture=name, model_args={**options, "depth": 4}, num_labels=5)
     model = transformers.TimmWrapperForImageClassification(config).eval()
-    images = inputs("vit")["pixel_values"]
+    size = options["img_size"]
+    images = inputs("vit")["pixel_values"][:, :, :size, :size]
     dense = model(images).logits
     reorganize(model, [0.8, 0.5], reorganization_layers=[1, 2])
     output = model(images)
@@ -494,14 +548,18 @@ def test_timm_inside_transformers_is_reorganized_saved_and_restored(tmp_path):
     assert torch.equal(again(images).logits, output.logits)
 
 
-def test_timm_models_checkpoint_their_blocks():
-    gradients = []
+@pytest.mark.parametrize("case", ["vit", "rope-mixed", "beit"])
+def test_timm_models_checkpoint_their_blocks(case):
+    gradients, images = [], inputs("vit")["pixel_values"]
     for checkpointing in (False, True):
-        model = reorganize(timm_model(), 0.7, reorganization_layers=LAYERS).train()
+        model = reorganize(timm_model(case), 0.7, reorganization_layers=LAYERS).train()
         model.set_grad_checkpointing(checkpointing)
-        model(inputs("vit")["pixel_values"]).sum().backward()
-        gradients.append(model.blocks[0].attn.qkv.weight.grad)
-    torch.testing.assert_close(*gradients)
+        # Two passes at different rates before one backward: state on a module would be that of the second.
+        (model(images).sum() + model(images.flip(0), keep_rate=0.5).pow(2).sum()).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert set(gradients[0]) == set(gradients[1])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -510,8 +568,10 @@ def test_timm_models_checkpoint_their_blocks():
         ("vit_tiny_patch16_224", {"global_pool": "avg"}, "global_pool='avg'"),
         ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}, "no class token"),
         ("vit_tiny_patch16_224", {"block_fn": timm.models.vision_transformer.ResPostBlock}, "ResPostBlock"),
-        ("deit_tiny_distilled_patch16_224", {}, "load it as a DeiT of Transformers"),
-        ("resnet18", {}, "those of the class `VisionTransformer`"),
+        ("vit_small_patch16_dinov3", {"global_pool": "max"}, "global_pool='max'"),
+        ("vit_medium_patch16_rope_reg1_gap_256", {}, "no class token"),
+        ("eva02_tiny_patch14_224", {"patch_drop_rate": 0.1}, "create it with `patch_drop_rate=0`"),
+        ("resnet18", {}, "those of the class `VisionTransformer`, `Eva` or `Beit`"),
     ],
 )
 def test_other_timm_models_are_refused_with_the_reason(name, settings, reason):

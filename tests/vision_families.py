@@ -2,8 +2,13 @@
 
 import math
 
+import timm
 import torch
 import transformers
+from packaging import version
+from timm.models.beit import Beit
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 
 
 SIZES = {
@@ -68,6 +73,15 @@ CASES = {
     ),
     "beit-shared": ("BeitModel", lambda: _config("BeitConfig", use_shared_relative_position_bias=True)),
 }
+# Of these, what the installed version of Transformers can do: DINOv2's layers take keywords from 5.18 on.
+HAS_DINOV2 = version.parse(transformers.__version__) >= version.parse("5.18.0")
+CASES = {
+    case: (name, config)
+    for case, (name, config) in CASES.items()
+    if hasattr(transformers, name) and (HAS_DINOV2 or not name.startswith("Dinov2"))
+}
+# Where one family is tested for all.
+EXAMPLE = "dinov2" if HAS_DINOV2 else "vit-msn"
 
 
 def build(case, implementation="sdpa", **fields):
@@ -94,13 +108,102 @@ def inputs(case, batch_size=2):
     return {"pixel_values": torch.randn(batch_size, 3, 48, 48, generator=generator)}
 
 
-def rotated(x, num_prefix, patches, cos, sin):
-    """Queries or keys, (sequence_length, num_heads, head_dim), each turned by the position of its patch."""
+VisionTransformer = timm.models.VisionTransformer
+ROTARY = {"use_rot_pos_emb": True}
+# Models of timm by the options that published ones use: name of a case: (class, its options).
+TIMM_CASES = {
+    "vit": (VisionTransformer, {}),
+    "deit-distilled": (VisionTransformerDistilled, {}),
+    "deit3": (VisionTransformer, {"init_values": 0.5, "no_embed_class": True}),
+    "dinov2-registers": (VisionTransformer, {"init_values": 0.5, "reg_tokens": 3, "no_embed_class": True}),
+    "clip": (VisionTransformer, {"dynamic_img_size": True, "pre_norm": True, "qkv_bias": False}),
+    "qk-norm": (VisionTransformer, {"qk_norm": True}),
+    "eva": (Eva, {"global_pool": "avg"}),
+    "eva02": (Eva, {**ROTARY, "swiglu_mlp": True, "scale_mlp": True, "qkv_fused": False, "ref_feat_shape": 4}),
+    "eva02-fused": (Eva, {**ROTARY, "swiglu_mlp": True, "scale_attn_inner": True, "init_values": 0.5}),
+    "eva02-post-norm": (Eva, {"use_post_norm": True}),
+    "dinov3": (
+        Eva,
+        {
+            **ROTARY,
+            "rope_type": "dinov3",
+            "rope_rotate_half": True,
+            "num_reg_tokens": 4,
+            "use_abs_pos_emb": False,
+            "init_values": 0.5,
+            "qkv_bias": False,
+            "dynamic_img_size": True,
+        },
+    ),
+    "pe": (
+        Eva,
+        {
+            **ROTARY,
+            "attn_type": "rope",
+            "global_pool": "map",
+            "rope_grid_indexing": "xy",
+            "use_pre_transformer_norm": True,
+        },
+    ),
+    "rope-mixed": (Eva, {**ROTARY, "rope_type": "mixed", "attn_type": "rope", "no_embed_class": True}),
+    "beit": (Beit, {"global_pool": "avg", "use_rel_pos_bias": True, "init_values": 0.5, "use_abs_pos_emb": False}),
+    "beit-shared": (Beit, {"use_shared_rel_pos_bias": True, "swiglu_mlp": True}),
+}
+# Before 1.0.23 timm could not build blocks that normalize afterwards, nor could Transformers load EVA's and BEiT's.
+HAS_NEW_TIMM = version.parse(timm.__version__) >= version.parse("1.0.23")
+if not HAS_NEW_TIMM:
+    del TIMM_CASES["eva02-post-norm"]
+TIMM_SIZES = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 5}
+
+
+def timm_model(case="vit", **options):
+    """A model of timm with random weights, in evaluation mode."""
+    model_class, of_case = TIMM_CASES[case]
+    torch.manual_seed(0)
+    model = model_class(**{**TIMM_SIZES, "global_pool": "token", **of_case, **options}).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape)
+    return model
+
+
+def rotated(x, num_prefix, patches, cos, sin, pairs=False):
+    """Queries or keys, (sequence_length, num_heads, head_dim), each turned by the position of its patch.
+
+    Numbers 0 and 1, 2 and 3 ... are turned together, or with `pairs` False those of one half with those of the other.
+    """
     x, half = x.clone(), x.shape[-1] // 2
     for i, patch in enumerate(patches, start=num_prefix):
         if patch is not None:
-            x[i] = x[i] * cos[patch] + torch.cat((-x[i][:, half:], x[i][:, :half]), dim=-1) * sin[patch]
+            old, turned = x[i].clone(), torch.empty_like(x[i])
+            for j in range(half):
+                a, b = (2 * j, 2 * j + 1) if pairs else (j, j + half)
+                turned[:, a], turned[:, b] = -old[:, b], old[:, a]
+            x[i] = old * cos[..., patch, :] + turned * sin[..., patch, :]
     return x
+
+
+def projections(attention, normed):
+    """Queries, keys and values, each (sequence_length, num_heads, head_dim)."""
+    names = [f"{letter}_proj" for letter in "qkv"]
+    if getattr(attention, names[0], None) is not None:
+        rows = [getattr(attention, name)(normed) for name in names]
+    else:
+        rows = list((normed @ attention.qkv.weight.T).chunk(3, dim=-1))
+        if getattr(attention, "q_bias", None) is not None:
+            rows[0], rows[2] = rows[0] + attention.q_bias, rows[2] + attention.v_bias
+        elif attention.qkv.bias is not None:
+            rows = [row + bias for row, bias in zip(rows, attention.qkv.bias.chunk(3), strict=True)]
+    heads = getattr(attention, "num_attention_heads", None) or attention.num_heads
+    return [row.view(len(normed), -1, rows[0].shape[-1] // heads) for row in rows]
+
+
+def scaled(layer, branch, number):
+    """The output of half a layer times its layer scale, by the names that families give it."""
+    for name in (f"layer_scale{number}", f"ls{number}", f"lambda_{number}", f"gamma_{number}"):
+        scale = getattr(layer, name, None)
+        if scale is not None:
+            return scale(branch) if isinstance(scale, torch.nn.Module) else scale * branch
+    return branch
 
 
 def reference(layer, tokens, num_prefix, num_scoring, keep_rate, fuse, patches, rotary=None, bias=None):
@@ -110,20 +213,21 @@ def reference(layer, tokens, num_prefix, num_scoring, keep_rate, fuse, patches, 
         layer: dense, in float64.
         tokens: (sequence_length, hidden_size).
         patches: patch of each image token, None for a fused one.
-        rotary: (cos, sin), each (num_patches, head_dim), or None.
+        rotary: (cos, sin), each ((num_heads,) num_patches, head_dim), or None.
         bias: (num_heads, num_tokens, num_tokens) over all positions, or None.
 
     Returns: tokens and patches after the layer; the patches that were kept, in descending order of score.
     """
-    attention = getattr(layer, "attention", None) or layer.self_attn
+    attention = next(getattr(layer, n) for n in ("attention", "self_attn", "attn") if hasattr(layer, n))
     norm = next(getattr(layer, n) for n in ("layernorm_before", "norm1", "layer_norm1") if hasattr(layer, n))
-    heads, dim = getattr(attention, "num_attention_heads", None) or attention.num_heads, attention.head_dim
-    normed, length = norm(tokens), len(tokens)
-    q, k, v = (getattr(attention, f"{x}_proj")(normed).view(length, -1, dim) for x in "qkv")
+    is_post_norm, length = type(layer).__name__ == "EvaBlockPostNorm", len(tokens)
+    q, k, v = projections(attention, tokens if is_post_norm else norm(tokens))
+    heads, dim = q.shape[1:]
     if hasattr(attention, "q_norm"):
         q, k = attention.q_norm(q), attention.k_norm(k)
     if rotary is not None:
-        q, k = (rotated(x, num_prefix, patches, *rotary) for x in (q, k))
+        pairs = not getattr(attention, "rotate_half", True)
+        q, k = (rotated(x, num_prefix, patches, *rotary, pairs) for x in (q, k))
     position = list(range(num_prefix)) + [None if p is None else p + num_prefix for p in patches]
     output, scores = torch.zeros(length, heads, dim, dtype=tokens.dtype), torch.zeros(length, dtype=tokens.dtype)
     for head in range(heads):
@@ -143,10 +247,10 @@ def reference(layer, tokens, num_prefix, num_scoring, keep_rate, fuse, patches, 
             output[i, head] = probabilities @ v[:, key_head]
             if i < num_scoring:
                 scores += probabilities / (heads * num_scoring)
-    projection = getattr(attention, "o_proj", None) or attention.out_proj
-    branch = projection(output.reshape(length, -1))
-    branch = layer.layer_scale1(branch) if hasattr(layer, "layer_scale1") else branch
-    tokens = tokens + (layer.lambda_1 * branch if hasattr(layer, "lambda_1") else branch)
+    projection = next(getattr(attention, n) for n in ("o_proj", "out_proj", "proj") if hasattr(attention, n))
+    output = output.reshape(length, -1)
+    branch = projection(attention.norm(output) if hasattr(attention, "norm") else output)
+    tokens = tokens + (norm(branch) if is_post_norm else scaled(layer, branch, 1))
 
     kept, image_scores = None, scores[num_prefix:]
     num_kept = math.ceil(keep_rate * len(patches)) if keep_rate is not None else len(patches)
@@ -160,6 +264,5 @@ def reference(layer, tokens, num_prefix, num_scoring, keep_rate, fuse, patches, 
             new_patches.append(None)
         tokens, patches = torch.cat((tokens[:num_prefix], torch.stack(rows))), new_patches
     norm = next(getattr(layer, n) for n in ("layernorm_after", "norm2", "layer_norm2") if hasattr(layer, n))
-    branch = layer.mlp(norm(tokens))
-    branch = layer.layer_scale2(branch) if hasattr(layer, "layer_scale2") else branch
-    return tokens + (layer.lambda_2 * branch if hasattr(layer, "lambda_2") else branch), patches, kept
+    branch = norm(layer.mlp(tokens)) if is_post_norm else scaled(layer, layer.mlp(norm(tokens)), 2)
+    return tokens + branch, patches, kept
