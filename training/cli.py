@@ -16,6 +16,7 @@ from .settings import closest
 # Word: what it does. `main` of the module of that name in commands/ runs it; imported when called, to start fast.
 COMMANDS = {
     "train": "train or fine-tune an EViT on a data set",
+    "predict": "classify pictures, folders of them and data sets",
     "evaluate": "measure a model at a list of keep rates",
     "benchmark": "time a model against dense ViTs",
     "tune": "find layers and keep rates for a budget",

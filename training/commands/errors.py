@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 EXTRAS = {
     **dict.fromkeys(("accelerate", "datasets", "torchvision", "PIL", "matplotlib", "jinja2", "evaluate"), "train"),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime", "openvino"), "export"),
+    "ray": "ray",
     "timm": "all",
     "gradio": "all",
 }

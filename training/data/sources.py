@@ -72,6 +72,19 @@ def load_source(arguments: "DataArguments") -> Source:
     raise ValueError(f"`--dataset` takes one folder or Hub id, or several data files; these are not files: {missing}.")
 
 
+def is_dataset_folder(folder: Path) -> bool:
+    """Whether a folder holds a data set in files of its own, rather than pictures."""
+    return _was_saved_to_disk(folder) or bool(_binary_files(folder))
+
+
+def _was_saved_to_disk(root: Path) -> bool:
+    return (root / "dataset_dict.json").is_file() or (root / "state.json").is_file()
+
+
+def _binary_files(root: Path) -> list[Path]:
+    return [path for path in _data_files(root) if file_type(path) in ("parquet", "arrow")]
+
+
 def _load_with_datasets(name: str, arguments: "DataArguments", roots: tuple[str, ...]) -> Source:
     """A data set that the library `datasets` reads by itself: from the Hub, or a folder of its own kinds."""
     try:
@@ -89,7 +102,7 @@ def _load_with_datasets(name: str, arguments: "DataArguments", roots: tuple[str,
 def _load_folder(folder: Path, arguments: "DataArguments") -> Source:
     """A folder of pictures, of tables, of archives, or of what `save_to_disk` wrote."""
     root = folder.resolve()
-    if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
+    if _was_saved_to_disk(root):
         try:
             saved = datasets.load_from_disk(str(root))
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -100,7 +113,7 @@ def _load_folder(folder: Path, arguments: "DataArguments") -> Source:
     readme = root / "README.md"
     if readme.is_file() and re.search(r"^(configs|dataset_info):", readme.read_text(errors="replace"), re.MULTILINE):
         return _load_with_datasets(str(folder), arguments, (str(root),))
-    binary = [path for path in _data_files(root) if file_type(path) in ("parquet", "arrow")]
+    binary = _binary_files(root)
     if binary:
         return _load_files([(str(path), _name_below(path, root)) for path in binary], arguments)
     tables = [path for path in _data_files(root) if _has_columns(path, arguments)]

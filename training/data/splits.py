@@ -40,7 +40,7 @@ def load_splits(arguments: "DataArguments", seed: int) -> ImageSplits:
     """
     source = load_source(arguments)
     train, evaluation = _chosen(source, arguments)
-    image_column, train = _image_column(train, arguments.image_column)
+    image_column, train = image_column_of(train, arguments.image_column)
     train, label_column, hot = _label_column(train, arguments.label_column, image_column)
     if evaluation is not None:
         if hot and set(hot) <= set(evaluation.column_names):
@@ -49,7 +49,7 @@ def load_splits(arguments: "DataArguments", seed: int) -> ImageSplits:
         for column in (image_column, label_column):
             if column not in evaluation.column_names:
                 raise ValueError(f"The evaluation split has no column `{column}`, only {evaluation.column_names}.")
-        _, evaluation = _image_column(evaluation, image_column)
+        _, evaluation = image_column_of(evaluation, image_column)
     columns = {"image_column": image_column, "label_column": label_column}
     if isinstance(train, datasets.IterableDataset):
         return _streamed(train, evaluation, arguments, columns, source)
@@ -113,7 +113,7 @@ def load_evaluation_split(arguments: "DataArguments") -> ImageSplits:
     name = source.find(wanted) if wanted is not None else source.find_evaluation() or only
     if name is None:
         raise ValueError(f"`--eval-split` is `{wanted}`, but the data has {sorted(source.splits)}.")
-    image_column, dataset = _image_column(source.splits[name], arguments.image_column)
+    image_column, dataset = image_column_of(source.splits[name], arguments.image_column)
     dataset, label_column, _ = _label_column(dataset, arguments.label_column, image_column)
     columns = {"image_column": image_column, "label_column": label_column}
     if isinstance(dataset, datasets.IterableDataset):
@@ -281,8 +281,15 @@ def check_images(splits: ImageSplits, num_images: int) -> None:
             raise BadImageError(f"{bad[0]}{more} Mend or remove it, or pass `--on-bad-image skip`.")
 
 
-def _image_column(dataset: DatasetLike, name: str | None) -> tuple[str, DatasetLike]:
-    """Name of the column with images, and the data with its images undecoded."""
+def image_column_of(dataset: DatasetLike, name: str | None) -> tuple[str, DatasetLike]:
+    """Name of the column with images, and the data with its images undecoded.
+
+    Args:
+        dataset: one split.
+        name: of the column; None finds the only one with images.
+
+    Raises: ValueError naming the columns there are.
+    """
     columns = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     if name is None and len(columns) == 1:
         name = columns[0]

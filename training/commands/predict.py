@@ -1,0 +1,213 @@
+"""The command `evit predict`: names for pictures.
+
+evit predict runs/digits photo.jpg holiday/
+evit predict google/vit-base-patch16-224 holiday/ --keep-rate 0.7 --output holiday.csv
+evit predict runs/digits digits --split test --output digits.parquet --features
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..arguments import DataArguments
+from ..settings import AT_LEAST_ONE, KEEP_RATE, FlagParser, flag, setting
+from .errors import command
+
+
+@dataclass
+class PredictArguments:
+    """What to predict, and where to write it."""
+
+    output: str | None = setting(
+        None, "File for the rows, .csv, .jsonl or .parquet; a run that was killed resumes. By default the screen."
+    )
+    top_k: int = setting(5, "Labels of each image.", AT_LEAST_ONE)
+    features: bool = setting(False, "Write what the classifier is given too, a vector for each image.")
+    keep_rate: list[float] | None = setting(
+        None, "Keep rate, or one for each reorganization layer; by default the model's own.", KEEP_RATE
+    )
+    split: str | None = setting(None, "Split of data sets; by default all.")
+    image_column: str | None = setting(None, "Column with the images of data sets; by default the only one.")
+    dataset_config: str | None = setting(None, "Configuration of a Hub data set that has several.")
+    allow_outside_files: bool = setting(False, "Let data name URLs, and files outside its own folder.")
+    batch_size: int = setting(32, "Images for each forward.", AT_LEAST_ONE)
+    num_threads: int = setting(4, "Threads that decode and resize images while the model works.", AT_LEAST_ONE)
+    device: str | None = setting(None, "cpu, cuda, mps ...; by default the best there is.")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "Precision of the model.")
+    on_bad_image: Literal["report", "error"] = setting(
+        "report", "What an image that cannot be decoded does: become a row that says so, or end the command."
+    )
+    ray: str | None = setting(
+        None,
+        "Address of a Ray cluster, or `local` for one on this machine: reads pictures or Parquet files, also from "
+        "object stores, and writes a folder of Parquet files.",
+    )
+    overwrite: bool = setting(False, "Replace the output file, and begin again.")
+    json: bool = setting(False, "Print rows as JSON lines on standard output, everything else on standard error.")
+    quiet: bool = setting(False, "Print results and errors only.")
+
+    def check_road(self, given: Collection[str]) -> None:
+        """Refuse what Ray would ignore.
+
+        Args:
+            given: names of the settings on the command line.
+
+        Raises: ValueError naming a flag.
+        """
+        if self.ray is None:
+            return
+        if self.output is None:
+            raise ValueError("`--ray` needs `--output`, a folder for Parquet files.")
+        for name in sorted(set(given) & {"split", "dataset_config", "allow_outside_files", "on_bad_image", "device"}):
+            raise ValueError(f"`{flag(name)}` is not used with `--ray`: leave it out.")
+
+
+@command("predict")
+def main(argv: list[str]) -> None:
+    """Predict with the settings of a command line."""
+    parser = FlagParser(
+        "predict",
+        [PredictArguments],
+        usage="evit predict MODEL IMAGE|FOLDER|DATASET ... [--output FILE] [--keep-rate 0.7] [--flag value ...]",
+        description="Classify pictures. MODEL is a model folder, a run folder or a Hub id; the rest are pictures, "
+        "folders of pictures with any folders below them, data sets in folders or files, and Hub ids of data sets.",
+    )
+    parser.add_argument("model", help="Model folder, run folder or Hub id of an image classifier.")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="Pictures, folders or data sets.")
+    (arguments,), rest, given = parser.parse(argv)
+    from ..learning.sources import resolve_model
+
+    arguments.check_road(given)
+    if arguments.ray is not None:
+        predict_on_cluster(resolve_model(rest.model), rest.inputs, arguments)
+        return
+    from ..prediction.rows_file import check_rows_path
+
+    if arguments.output is not None:
+        check_rows_path(Path(arguments.output), arguments.overwrite)
+    predict(resolve_model(rest.model), rest.inputs, arguments)
+
+
+def predict(model: str, words: list[str], arguments: PredictArguments) -> None:
+    """Predict images, and print or write a row for each.
+
+    Args:
+        model: folder or Hub id of an image classifier.
+        words: see `find_inputs`.
+        arguments: what to write, and how.
+
+    Raises: ValueError for inputs that are not there, a model that cannot be loaded, or an image that cannot be
+        decoded, with `--on-bad-image error`.
+    """
+    import datasets
+    from tqdm import tqdm
+    from transformers.utils import logging
+
+    from ..prediction.inputs import find_inputs
+    from ..prediction.predictor import Predictor
+    from ..prediction.rows_file import RowsFile
+
+    def say(text: str) -> None:
+        if not arguments.quiet:
+            print(text, file=sys.stderr)
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    shared = ("image_column", "dataset_config", "allow_outside_files")
+    data = DataArguments(**{name: getattr(arguments, name) for name in shared})
+    inputs = find_inputs(words, data, arguments.split)
+    for note in inputs.notes:
+        say(note)
+    keep_rate = arguments.keep_rate
+    predictor = Predictor(
+        model,
+        keep_rate[0] if keep_rate is not None and len(keep_rate) == 1 else keep_rate,
+        arguments.top_k,
+        arguments.features,
+        arguments.device,
+        arguments.dtype,
+        inputs.roots,
+    )
+    rows_file = None
+    if arguments.output is not None:
+        settings = {name: getattr(arguments, name) for name in ("top_k", "features", "keep_rate", "dtype")}
+        rows_file = RowsFile(
+            Path(arguments.output), {"model": model, **settings, "top_k": predictor.top_k}, arguments.overwrite
+        )
+    done = rows_file.done if rows_file is not None else set()
+    numbers = [i for i, name in enumerate(inputs.names) if name not in done]
+    if len(numbers) < len(inputs.names):
+        say(f"Resuming: {len(inputs.names) - len(numbers)} of {len(inputs.names)} images are done.")
+    bad: list[str] = []
+    start = time.perf_counter()
+    with tqdm(total=len(numbers), unit="image", file=sys.stderr, disable=arguments.quiet or None) as bar:
+        for rows in predictor.rows(inputs, numbers, arguments.batch_size, arguments.num_threads):
+            errors = [row["error"] for row in rows if row["error"] is not None]
+            if errors and arguments.on_bad_image == "error":
+                raise ValueError(errors[0])
+            bad += errors
+            if rows_file is not None:
+                rows_file.write(rows)
+            if rows_file is None or arguments.json:
+                with bar.external_write_mode(file=sys.stdout):
+                    _print(rows, arguments.json)
+            bar.update(len(rows))
+    if rows_file is not None:
+        rows_file.finish()
+        say(f"Saved {rows_file.path}.")
+    for error in bad[:10]:
+        say(error)
+    say(_summary(len(numbers), time.perf_counter() - start, predictor.own_speed(), len(bad)))
+
+
+def predict_on_cluster(model: str, words: list[str], arguments: PredictArguments) -> None:
+    """Predict with Ray Data, see `predict_with_ray`.
+
+    Args:
+        model: folder that all machines see, or Hub id.
+        words: pictures, Parquet files, folders of either, or URIs.
+        arguments: what to write, and how.
+    """
+    from ..prediction.ray_data import predict_with_ray
+
+    settings = {name: getattr(arguments, name) for name in ("keep_rate", "top_k", "features", "dtype")}
+    start = time.perf_counter()
+    num_rows, num_errors = predict_with_ray(
+        arguments.ray or "local",
+        words,
+        arguments.output or "",
+        {"model": os.path.abspath(model) if os.path.isdir(model) else model, **settings},
+        batch_size=arguments.batch_size,
+        image_column=arguments.image_column,
+        overwrite=arguments.overwrite,
+        progress=not arguments.quiet,
+    )
+    if arguments.json:
+        print(json.dumps({"output": arguments.output, "num_rows": num_rows, "num_errors": num_errors}))
+    if not arguments.quiet:
+        text = f"Saved {num_rows} rows in {arguments.output}, in {time.perf_counter() - start:.1f} s"
+        print(f"{text}; {num_errors} could not be decoded." if num_errors else f"{text}.", file=sys.stderr)
+
+
+def _print(rows: Iterable[dict[str, Any]], as_json: bool) -> None:
+    for row in rows:
+        if as_json:
+            print(json.dumps(row))
+        elif row["error"] is None:
+            pairs = zip(row["labels"], row["scores"], strict=True)
+            print(f"{row['path']}: " + ", ".join(f"{label} {100 * score:.1f} %" for label, score in pairs))
+        else:
+            print(f"{row['path']}: not decoded")
+    sys.stdout.flush()
+
+
+def _summary(num_images: int, seconds: float, own_speed: float | None, num_bad: int) -> str:
+    text = f"{num_images} images in {seconds:.1f} s"
+    if own_speed is not None:
+        text += f": {num_images / seconds:.0f} images/s with reading, the model by itself {own_speed:.0f}"
+    return text + (f"; {num_bad} could not be decoded." if num_bad else ".")

@@ -1,0 +1,1 @@
+"""Predicting: pictures and data sets in, rows of labels, scores and features out."""
