@@ -21,6 +21,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
@@ -34,6 +35,7 @@ from .checkpoint_files import (
 )
 from .configuration_evit import EViTConfig
 from .configuration_evit_lv import EViTLVConfig
+from .dinov2_weights import dinov2_model
 from .image_processors import processor_for_size, timm_processor
 from .modeling_evit import (
     EViTForImageClassification,
@@ -42,7 +44,8 @@ from .modeling_evit import (
     EViTPreTrainedModel,
 )
 from .profiling import height_and_width
-from .timm_checkpoints import describe_config, describe_model, is_timm_config
+from .reorganization import reorganize
+from .timm_checkpoints import describe_config, describe_model, dinov2_features, is_packed_swiglu, is_timm_config
 from .vit_weights import Weights, configuration_fields, trained_reorganization, translated, weights_in
 
 
@@ -56,17 +59,18 @@ HUB_KEYWORDS = ("cache_dir", "force_download", "proxies", "token", "revision", "
 
 @dataclass
 class ConvertedCheckpoint:
-    """An EViT made from a public checkpoint, and what there is to say about it.
+    """A model that reorganizes, made from a public checkpoint, and what there is to say about it.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode: an EViT, or for sources with layer scale or registers a DINOv2 of Transformers that
+            `reorganize` was called on.
         source_format: what the source was recognized as.
         image_processor: does what the source's images went through.
         unused: entries of the source that were left out on purpose, with the reason.
         notes: what was chosen or assumed where the source does not say, and what was changed.
     """
 
-    model: EViTPreTrainedModel
+    model: PreTrainedModel
     source_format: str
     image_processor: Any
     unused: dict[str, str] = field(default_factory=dict)
@@ -91,7 +95,7 @@ def convert_checkpoint(
     weights: str | None = None,
     allow_non_finite_weights: bool = False,
 ) -> ConvertedCheckpoint:
-    """Make an EViT from a public checkpoint.
+    """Make a model that reorganizes from a public checkpoint: an EViT, or a DINOv2 where the source is one.
 
     Args:
         source: a file, a folder, a Hub id, a timm model, or a state dict with official, DeiT, timm or LV-ViT names.
@@ -132,9 +136,12 @@ def convert_checkpoint(
         converted = _from_weights(found, given, overrides, image_size, allow_non_finite_weights)
     size = converted.model.config.image_size
     if image_size is not None and height_and_width(size) != height_and_width(image_size):
-        converted.model.set_image_size(image_size)
-        converted.notes.append(f"position embeddings were resized bicubically to {image_size} pixels")
-    size = converted.model.config.image_size
+        if isinstance(converted.model, EViTPreTrainedModel):
+            converted.model.set_image_size(image_size)
+            converted.notes.append(f"position embeddings were resized bicubically to {image_size} pixels")
+        else:
+            converted.notes.append(f"DINOv2 resizes its position embeddings to {image_size} pixels at each call")
+        size = image_size
     converted.image_processor, notes = processor_for_size(converted.image_processor, size)
     converted.notes += notes
     if labels is not None:
@@ -206,6 +213,8 @@ def _from_weights(
     """Build the model that the tensors and their source describe."""
     fields = configuration_fields(found, given, image_size)
     source_format, trained = trained_reorganization(found)
+    if dinov2_features(found.tensors) or is_packed_swiglu(found.tensors):
+        return _from_dinov2(found, fields, {"keep_rate": 1.0, **overrides}, allow_non_finite)
     config_class = EViTLVConfig if found.is_lvvit else EViTConfig
     try:
         config = config_class(**{**fields, "keep_rate": 1.0, **trained, **overrides})
@@ -213,12 +222,29 @@ def _from_weights(
         raise ConversionError(f"`{found.source}` cannot be an EViT: {error.__cause__ or error}") from None
     model, state_dict = translated(found, config, allow_non_finite)
     model.load_state_dict(state_dict, assign=True)
+    return _with_processor(found, model, source_format)
+
+
+def _from_dinov2(
+    found: Weights, fields: dict[str, Any], settings: dict[str, Any], allow_non_finite: bool
+) -> ConvertedCheckpoint:
+    """Build the DINOv2 of Transformers that computes the same, and reorganize it."""
+    model = dinov2_model(found, fields, allow_non_finite)
+    try:
+        model = reorganize(model, **settings)
+    except ValueError as error:
+        raise ConversionError(f"`{found.source}`: {error}") from None
+    return _with_processor(found, model, f"timm, as {type(model).__name__}")
+
+
+def _with_processor(found: Weights, model: PreTrainedModel, source_format: str) -> ConvertedCheckpoint:
+    """The model and the image processor that the source describes."""
     preprocessing = found.description.preprocessing if found.description else {}
     if found.is_lvvit:
         preprocessing = {"crop_pct": 0.9}
     elif not found.settings and not found.description:
         found.notes.append("images are normalized and cropped as for DeiT: no tensor tells")
-    processor, notes = timm_processor(preprocessing, config.image_size, config.num_channels)
+    processor, notes = timm_processor(preprocessing, model.config.image_size, model.config.num_channels)
     return ConvertedCheckpoint(model, source_format, processor, found.unused, found.notes + notes)
 
 
@@ -325,6 +351,12 @@ def _opened_timm(
     model_class: type[EViTPreTrainedModel], found: Weights, kwargs: dict[str, Any]
 ) -> tuple[type[EViTPreTrainedModel], None, dict[str, Any]]:
     """Class and keywords for Transformers that load weights of timm."""
+    features = dinov2_features(found.tensors)
+    if features:
+        raise ConversionError(
+            f"`{found.source}` is a Vision Transformer with {', with '.join(features)}, which no EViT has: "
+            "`convert_checkpoint` (`evit convert`) makes a DINOv2 of Transformers of it, with the same outputs."
+        )
     kwargs = {name: value for name, value in kwargs.items() if name not in HUB_KEYWORDS}
     heads = kwargs.pop("num_attention_heads", None)
     fields = configuration_fields(
@@ -380,7 +412,7 @@ def _check_files(
 EViTPreTrainedModel.checkpoint_opener = staticmethod(open_checkpoint)
 
 
-def _name_labels(model: EViTPreTrainedModel, labels: list[str]) -> None:
+def _name_labels(model: PreTrainedModel, labels: list[str]) -> None:
     if len(labels) != model.config.num_labels:
         raise ConversionError(
             f"There are {len(labels)} labels, but the classifier has {model.config.num_labels} classes: give one name "

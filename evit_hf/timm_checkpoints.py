@@ -15,6 +15,7 @@ from .checkpoint_files import ConversionError
 SIZES = {
     "tiny": (192, 12, 3, 768),
     "small": (384, 12, 6, 1536),
+    "medium": (512, 12, 8, 2048),
     "base": (768, 12, 12, 3072),
     "large": (1024, 24, 16, 4096),
     "huge": (1280, 32, 16, 5120),
@@ -23,10 +24,16 @@ SIZES = {
 }
 # Heads of published Vision Transformers with a class token: no tensor tells them.
 PUBLISHED_HEADS = {(width, depth, mlp): heads for width, depth, heads, mlp in SIZES.values()}
+DINOV2_GIANT = (1536, 40, 24, 8192)
+PUBLISHED_HEADS[1536, 40, 8192] = 24
 
 # Architectures of timm that are plain Vision Transformers with a class token. All others change something.
 PLAIN_ARCHITECTURE = re.compile(
     rf"(?:vit|deit)_({'|'.join(SIZES)})_(?:distilled_)?patch\d+_\d+(?:_(?:in21k|miil|sam|dino))?"
+)
+# Those that DINOv2 of Transformers computes.
+DINOV2_ARCHITECTURE = re.compile(
+    rf"(?:vit_({'|'.join(SIZES)})_patch14_(?:reg4_)?dinov2|deit3_({'|'.join(SIZES)})_patch\d+_\d+)"
 )
 TEST_SIZES = {"test_vit": (64, 6, 2, 192)}
 # What the others change, by a part of their names: for messages.
@@ -43,8 +50,7 @@ ARCHITECTURE_FEATURES = {
     "_reg": "register tokens",
     "clip": "a norm before the blocks (pre-norm)",
     "dinov2": "layer scale",
-    "deit3": "layer scale and no position for the class token",
-    "flexivit": "no position for the class token",
+    "deit3": "layer scale",
 }
 # Keys that only such models have.
 KEY_FEATURES = {
@@ -62,20 +68,29 @@ KEY_FEATURES = {
     r".*(relative_position_|rel_pos)": "relative positions",
     r"patch_embed\.(backbone|norm)\.": "a different patch embedding (hybrid, or with a norm)",
 }
+# What DINOv2 of Transformers has and EViT does not.
+DINOV2_FEATURES = ("layer scale", "register tokens")
+# What timm's models have and `reorganize` can take as it is, but neither EViT nor DINOv2 can.
+TIMM_FEATURES = (
+    *DINOV2_FEATURES,
+    "a norm before the blocks (pre-norm)",
+    "normalized queries and keys (qk-norm)",
+    "a norm inside attention or MLP",
+    "gated attention",
+    "a gated MLP (SwiGLU)",
+    "a different patch embedding (hybrid, or with a norm)",
+)
 # Arguments of timm's VisionTransformer that a plain one may have with these values, or with any (None).
 PLAIN_ARGUMENTS: dict[str, tuple | None] = {
     **dict.fromkeys(("img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads")),
     **dict.fromkeys(("mlp_ratio", "qkv_bias", "proj_bias", "dynamic_img_size", "strict_img_size", "weight_init")),
     **dict.fromkeys(("fix_init", "distilled", "pool_include_prefix", "act_layer", "global_pool")),
     **dict.fromkeys(("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate")),
-    "drop_path_rate": None,
+    **dict.fromkeys(("drop_path_rate", "no_embed_class", "reg_tokens", "init_values")),
     "class_token": (True,),
-    "no_embed_class": (False,),
-    "reg_tokens": (0, None),
     "pre_norm": (False,),
     "final_norm": (True,),
     "fc_norm": (False, None),
-    "init_values": (0, None),
     "qk_norm": (False,),
     "scale_attn_norm": (False,),
     "scale_mlp_norm": (False,),
@@ -86,11 +101,8 @@ PLAIN_ARGUMENTS: dict[str, tuple | None] = {
 }
 ARGUMENT_FEATURES = {
     "class_token": "no class token",
-    "no_embed_class": "no position for the class token",
-    "reg_tokens": "register tokens",
     "pre_norm": "a norm before the blocks (pre-norm)",
     "fc_norm": "a norm after pooling (average pooling)",
-    "init_values": "layer scale",
     "qk_norm": "normalized queries and keys (qk-norm)",
 }
 
@@ -143,13 +155,39 @@ def features_of_keys(names: Iterable[str]) -> list[str]:
 
 
 def refuse_features(source: Any, features: Iterable[str]) -> None:
-    """Raise ConversionError if a model has any feature that an EViT does not have."""
+    """Raise ConversionError if a model has any feature that neither an EViT nor a DINOv2 has."""
     features = list(dict.fromkeys(features))
-    if features:
-        raise ConversionError(
-            f"`{source}` is a Vision Transformer with {', with '.join(features)}: the EViT classes compute a plain "
-            "ViT, so its outputs would differ."
+    if set(features) <= set(DINOV2_FEATURES):
+        return
+    way_out = ""
+    if all(feature.startswith(TIMM_FEATURES) for feature in features):
+        way_out = (
+            " `reorganize` takes the model of timm as it is: `reorganize(timm.create_model(...), keep_rate=0.7)`."
         )
+    raise ConversionError(
+        f"`{source}` is a Vision Transformer with {', with '.join(features)}: the EViT classes compute a plain "
+        f"ViT, so its outputs would differ.{way_out}"
+    )
+
+
+def dinov2_features(names: Iterable[str]) -> list[str]:
+    """What the names of parameters tell that DINOv2 of Transformers has and an EViT does not.
+
+    A stray tensor does not make a DINOv2: layer scale must be in the first block.
+    """
+    names = [name for name in names if not name.startswith("blocks.") or name.startswith("blocks.0.")]
+    return [feature for feature in features_of_keys(names) if feature in DINOV2_FEATURES]
+
+
+def is_packed_swiglu(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the first matrix of the MLP is gate and value in one: it has twice as many rows as the second reads."""
+    first, second = (tensors.get(f"blocks.0.mlp.fc{number}.weight") for number in (1, 2))
+    return (
+        first is not None
+        and second is not None
+        and first.ndim == second.ndim == 2
+        and (first.shape[0] == 2 * second.shape[1])
+    )
 
 
 def describe_config(config: Mapping, names: Iterable[str], source: Any) -> TimmDescription:
@@ -170,7 +208,11 @@ def describe_config(config: Mapping, names: Iterable[str], source: Any) -> TimmD
     has_head = any(name.startswith("head.") for name in names)
 
     features = features_of_keys(names)
-    features += [text for part, text in ARCHITECTURE_FEATURES.items() if part in architecture]
+    claimed = [text for part, text in ARCHITECTURE_FEATURES.items() if part in architecture]
+    claimed += ["layer scale"] * bool(arguments.get("init_values"))
+    claimed += ["register tokens"] * bool(arguments.get("reg_tokens"))
+    absent = [feature for feature in claimed if feature in DINOV2_FEATURES and feature not in features]
+    features += claimed
     for name, value in arguments.items():
         accepted = PLAIN_ARGUMENTS.get(name, ())
         if accepted is not None and value not in accepted:
@@ -181,14 +223,21 @@ def describe_config(config: Mapping, names: Iterable[str], source: Any) -> TimmD
     if activation not in ACTIVATIONS:
         raise ConversionError(f"The activation is {activation}, but a ViT of Transformers has GELU: `{source}`.")
     refuse_features(source, features)
-    size = PLAIN_ARCHITECTURE.fullmatch(architecture)
+    if absent:
+        raise ConversionError(
+            f"`{source}` is a Vision Transformer with {', with '.join(absent)} by its config.json, but has no such "
+            "tensors: take both files from one model."
+        )
+    size = PLAIN_ARCHITECTURE.fullmatch(architecture) or DINOV2_ARCHITECTURE.fullmatch(architecture)
     if size is None and architecture not in TEST_SIZES:
         raise ConversionError(
             f"`{source}` has the architecture '{architecture}', which is not one of timm's plain Vision Transformers "
             "with a class token (vit_*_patch*, deit_*_patch*). If yours is one, build it with timm and pass the model "
             "object to `convert_checkpoint`."
         )
-    width, _, heads, _ = SIZES[size[1]] if size else TEST_SIZES[architecture]
+    width, _, heads, _ = SIZES[next(filter(None, size.groups()))] if size else TEST_SIZES[architecture]
+    if architecture.startswith("vit_giant_patch14") and architecture.endswith("dinov2"):
+        width, _, heads, _ = DINOV2_GIANT
 
     known: dict[str, Any] = {"hidden_act": ACTIVATIONS[activation], "layer_norm_eps": 1e-6}
     if "num_heads" in arguments:
@@ -251,7 +300,8 @@ def describe_model(module: nn.Module) -> tuple[TimmDescription, dict[str, torch.
     if not _is_vision_transformer(module) or not len(module.blocks):
         raise ConversionError(f"A {kind} is not a VisionTransformer of timm: pass one, or a file or folder.")
     features, activation, epsilon = _features_of_model(module)
-    if activation not in ACTIVATIONS.values():
+    is_swiglu = activation == "SiLU" and is_packed_swiglu(module.state_dict())
+    if activation not in ACTIVATIONS.values() and not is_swiglu:
         raise ConversionError(f"The activation is {activation}, but a ViT of Transformers has GELU.")
     refuse_features(kind, features)
     known = {
@@ -289,14 +339,14 @@ def _features_of_model(module: nn.Module) -> tuple[list[str], str, float]:
     if len(heads) > 1 or len(activations) > 1:
         features.append("blocks of several kinds")
     odd = {f"{type(part).__name__} layers" for block in blocks for part in (block.attn, block.mlp)}
+    if activations == {"SiLU"} and not any(getattr(block.mlp, "gate_last", True) for block in blocks):
+        odd.discard("GluMlp layers")
     features += sorted(odd - {"Attention layers", "Mlp layers"})
     projection = getattr(module.patch_embed, "proj", None)
     if not isinstance(projection, nn.Conv2d) or projection.stride != projection.kernel_size:
         features.append("overlapping or otherwise different patches")
     if not getattr(module, "has_class_token", True):
         features.append("no class token")
-    if getattr(module, "no_embed_class", False):
-        features.append("no position for the class token")
     if getattr(module, "pos_embed", None) is None:
         features.append("no position embeddings")
     features += _pooling(getattr(module, "global_pool", "token"), isinstance(module.head, nn.Linear))

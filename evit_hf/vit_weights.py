@@ -85,8 +85,39 @@ class Weights:
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Class token and, in distilled models, distillation token."""
+        """Class token and, in distilled models, distillation token; those that have positions."""
         return 2 if "dist_token" in self.tensors else 1
+
+    def give_class_token_a_position(self, image_size: Any) -> None:
+        """Make positions for the class token (and distillation token) and all patches, without changing outputs.
+
+        Models whose patches only have positions (DeiT III) get zeros for the prefix tokens; positions of registers are
+        added to the registers.
+
+        Args:
+            image_size: pixels, (height, width) or one number, if it is known.
+        """
+        positions, patch = self.tensors["pos_embed"], self.tensors["patch_embed.proj.weight"].shape[-2:]
+        name = next((name for name in ("reg_token", "register_tokens") if name in self.tensors), None)
+        num_registers = self.tensors[name].shape[1] if name is not None and self.tensors[name].ndim == 3 else 0
+        num_positions, num_prefix = positions.shape[1], self.num_prefix_tokens
+        choices = (num_prefix, num_prefix + num_registers, 0)
+        pixels = [image_size] * 2 if isinstance(image_size, int) else image_size
+        is_known = isinstance(pixels, (list, tuple)) and len(pixels) == 2 and all(isinstance(x, int) for x in pixels)
+        num_patches = (pixels[0] // patch[0]) * (pixels[1] // patch[1]) if is_known else None
+        embedded = next((n for n in choices if num_positions - n == num_patches), None)
+        if embedded is None:
+            embedded = next(
+                (n for n in choices if math.isqrt(max(num_positions - n, 0)) ** 2 == num_positions - n), None
+            )
+        if embedded == 0:
+            zeros = positions.new_zeros(1, num_prefix, positions.shape[-1])
+            self.tensors = {**self.tensors, "pos_embed": torch.cat((zeros, positions), dim=1)}
+            self.notes.append("only its patches have positions: that of the class token is zero")
+        elif embedded is not None and embedded > num_prefix:
+            prefix, registers, patches = positions.tensor_split([num_prefix, embedded], dim=1)
+            positions = torch.cat((prefix, patches), dim=1)
+            self.tensors = {**self.tensors, "pos_embed": positions, name: self.tensors[name] + registers}
 
 
 def weights_in(content: Mapping, source: Any, wanted: str | None) -> Weights:
@@ -142,6 +173,8 @@ def configuration_fields(found: Weights, given: dict[str, Any], image_size: Any)
     if known.pop("hidden_size", hidden_size) != hidden_size:  # a changed width: the architecture's heads are others
         known.pop("num_attention_heads")
     known_size = known.pop("image_size", None)
+    if not found.is_lvvit:
+        found.give_class_token_a_position(known_size or image_size)
     fields = {
         "hidden_size": hidden_size,
         "num_hidden_layers": num_layers,

@@ -8,10 +8,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from timm.layers import QuickGELU
+from timm.layers import QuickGELU, SwiGLUPacked
 from timm.models._hub import save_for_hf
 from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock
 from transformers import AutoImageProcessor, TimmWrapperForImageClassification
+from vision_families import HAS_DINOV2
 
 from evit_hf import (
     EViTForImageClassification,
@@ -19,6 +20,7 @@ from evit_hf import (
     EViTLVForImageClassification,
     EViTModel,
     convert_checkpoint,
+    reorganize,
 )
 from evit_hf.checkpoint_files import ConversionError
 
@@ -309,11 +311,8 @@ def test_image_settings_that_mean_nothing_are_refused(settings, sentence, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "feature"),
     [
-        ({"init_values": 1e-5}, "layer scale"),
         ({"qk_norm": True}, "qk-norm"),
-        ({"reg_tokens": 2}, "register tokens"),
         ({"pre_norm": True}, "pre-norm"),
-        ({"no_embed_class": True}, "no position for the class token"),
         ({"class_token": False, "global_pool": "avg"}, "no class token"),
         ({"global_pool": "avg"}, "pools 'avg'"),
         ({"global_pool": "avg", "fc_norm": False}, "pools 'avg'"),
@@ -355,8 +354,8 @@ def test_other_blocks_are_named(block):
         ("vit_base_patch16_xp_224", "parallel blocks"),
         ("vit_small_patch16_18x2_224", "parallel blocks"),
         ("vit_base_patch16_clip_224", "pre-norm"),
-        ("deit3_small_patch16_224", "layer scale and no position for the class token"),
-        ("vit_small_patch14_reg4_dinov2", "register tokens, with layer scale"),
+        ("deit3_small_patch16_224", "layer scale by its config.json, but has no such tensors"),
+        ("vit_small_patch14_reg4_dinov2", "register tokens, with layer scale by its config.json"),
         ("vit_base_patch16_siglip_224", "no class token"),
         ("eva_large_patch14_196", "average pooling"),
         ("resnet18", "the architecture 'resnet18', which is not one of timm's plain Vision Transformers"),
@@ -370,6 +369,106 @@ def test_other_architectures_are_named(architecture, feature, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "architecture": architecture}))
     with pytest.raises(ConversionError, match=re.escape(feature)):
         convert_checkpoint(tmp_path)
+
+
+def test_what_timm_alone_computes_is_left_to_reorganize():
+    vit, images = build(pre_norm=True, init_values=0.5), torch.randn(2, 3, 32, 32)
+    with pytest.raises(ConversionError, match=r"`reorganize` takes the model of timm as it is"):
+        convert_checkpoint(vit)
+    assert reorganize(vit, keep_rate=0.5)(images, output_attentive_index=True)[1][0].shape == (2, 8)
+    with pytest.raises(ConversionError) as error:
+        convert_checkpoint(build(global_pool="avg"))
+    assert "reorganize" not in str(error.value)  # which refuses it as well
+
+
+# What DINOv2 of Transformers is
+
+
+SWIGLU = {"mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU, "mlp_ratio": 5.5}
+DINOV2_CHANGES = {
+    "deit3": {"init_values": 0.5, "no_embed_class": True},
+    "layer-scale": {"init_values": 0.5, "qkv_bias": False},
+    "registers": {"reg_tokens": 2},
+    "dinov2-registers": {"init_values": 0.5, "reg_tokens": 4, "no_embed_class": True, "num_classes": 0},
+    "giant": {"init_values": 0.5, "num_classes": 0, **SWIGLU},
+}
+
+
+def output_of(model, images, **settings):
+    output = model(images, **settings)
+    return output.logits if "logits" in output else output.pooler_output
+
+
+@pytest.mark.parametrize("case", DINOV2_CHANGES if HAS_DINOV2 else [])
+@torch.no_grad()
+def test_models_with_layer_scale_or_registers_become_dinov2(case, tmp_path, images):
+    vit = build(**DINOV2_CHANGES[case])
+    expected = vit(images)
+    sources = [vit]
+    if case != "giant":
+        sources.append(save(vit, tmp_path / "timm"))
+    for source in sources:
+        converted = convert_checkpoint(source, keep_rate=0.7)
+        assert type(converted.model).__name__.startswith("Dinov2")
+        torch.testing.assert_close(output_of(converted.model, images, keep_rate=1.0), expected, rtol=1e-5, atol=1e-5)
+    # The same tokens are kept as by timm's model.
+    reorganize(vit, keep_rate=0.7)
+    logits, kept = vit(images, output_attentive_index=True)
+    output = converted.model(images)
+    assert all(torch.equal(index, other) for index, other in zip(output.attentive_index, kept, strict=True))
+    torch.testing.assert_close(output_of(converted.model, images), logits, rtol=1e-5, atol=1e-5)
+    converted.save_pretrained(tmp_path / "dinov2")
+    again = reorganize(type(converted.model).from_pretrained(tmp_path / "dinov2").eval())
+    assert torch.equal(output_of(again, images), output_of(converted.model, images))
+    assert AutoImageProcessor.from_pretrained(tmp_path / "dinov2").crop_size["height"] == 32
+
+
+@torch.no_grad()
+def test_models_without_a_position_of_the_class_token_become_evit(tmp_path, images):
+    vit = build(no_embed_class=True)
+    state_dict = vit.state_dict()
+    for source in (vit, save(vit, tmp_path), state_dict):
+        converted = convert_checkpoint(source, num_attention_heads=4)
+        assert type(converted.model) is EViTForImageClassification
+        torch.testing.assert_close(converted.model(images).logits, vit(images), rtol=1e-5, atol=1e-5)
+    assert state_dict["pos_embed"].shape[1] == 16
+    model = EViTForImageClassification.from_pretrained(tmp_path, keep_rate=1.0)
+    torch.testing.assert_close(model(images).logits, vit(images), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_official_files_of_dinov2_and_deit3_are_read(images):
+    vit = build(init_values=0.5, num_classes=0)
+    state_dict = {**vit.state_dict(), "mask_token": torch.zeros(1, 64)}
+    converted = convert_checkpoint(state_dict, num_attention_heads=4)
+    torch.testing.assert_close(converted.model(images).pooler_output, vit(images), rtol=1e-5, atol=1e-5)
+    deit = build(init_values=0.5, no_embed_class=True)
+    state_dict = {re.sub(r"ls([12])\.gamma", r"gamma_\1", name): x for name, x in deit.state_dict().items()}
+    converted = convert_checkpoint({"model": state_dict}, num_attention_heads=4, labels=list("abcde"))
+    torch.testing.assert_close(converted.model(images).logits, deit(images), rtol=1e-5, atol=1e-5)
+    assert converted.model.config.id2label[4] == "e"
+
+
+@pytest.mark.parametrize("changes", [{"init_values": 0.5}, {"reg_tokens": 2}], ids=str)
+def test_evit_says_that_dinov2_is_what_a_folder_becomes(changes, tmp_path):
+    save(build(**changes), tmp_path)
+    with pytest.raises(
+        ConversionError, match=r"which no EViT has: `convert_checkpoint` \(`evit convert`\) makes a DINOv2"
+    ):
+        EViTForImageClassification.from_pretrained(tmp_path)
+
+
+def test_what_dinov2_is_not_is_named():
+    with pytest.raises(ConversionError, match="not a whole number of times as wide"):
+        convert_checkpoint(build(init_values=0.5, mlp_ratio=2.5))
+    with pytest.raises(ConversionError, match="takes its positions for a square"):
+        convert_checkpoint(build(init_values=0.5, img_size=(32, 48)))
+    broken = build(init_values=0.5).state_dict()
+    with pytest.raises(ConversionError, match="No place for: \\['extra'\\]"):
+        convert_checkpoint({**broken, "extra": torch.zeros(1)}, num_attention_heads=4)
+    broken["norm.weight"][0] = float("nan")
+    with pytest.raises(ConversionError, match="NaN or infinite"):
+        convert_checkpoint(broken, num_attention_heads=4)
 
 
 def test_activations_of_model_objects():

@@ -79,6 +79,6 @@ def main(argv: list[str]) -> None:
         *(f"note: {note}" for note in converted.notes),
         f"{dest}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
         f"{config.image_size} pixels, keep rate {config.keep_rate} at layers {config.reorganization_layers}, "
-        f"{'fused' if config.fuse_inattentive_tokens else 'dropped'}, {num_macs(config) / 1e9:.3f} GMACs",
+        f"{'fused' if config.fuse_inattentive_tokens else 'dropped'}, {num_macs(model) / 1e9:.3f} GMACs",
     ]
     print("\n".join(lines))
