@@ -47,7 +47,7 @@ def answer(model, images):
 
 
 def test_peft_trains_saves_and_merges(model, images, tmp_path):
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     before = answer(model, images)
     targets = [name for name, _ in model.named_modules() if name.endswith(("q_proj", "v_proj", "query", "value"))]
