@@ -6,6 +6,7 @@ import os
 import shutil
 import unicodedata
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import datasets
@@ -18,9 +19,9 @@ from PIL import Image
 
 from evit_hf import as_rgb
 from evit_training.arguments import DataArguments, parse_train_arguments
-from evit_training.data.images import BadImageError, LabelledImages
+from evit_training.data.images import BadImageError, LabelledImages, OutsideFileError, is_inside
 from evit_training.data.names import class_numbers, split_of
-from evit_training.data.splits import describe_splits, fingerprint, load_evaluation_split, load_splits
+from evit_training.data.splits import check_images, describe_splits, fingerprint, load_evaluation_split, load_splits
 from evit_training.learning.models import build_model, random_classifier
 
 
@@ -465,9 +466,10 @@ def test_a_streamed_folder_is_mixed_before_it_is_read(tmp_path):
     assert load_evaluation_split(DataArguments(dataset=[str(tmp_path)], streaming=True)).is_streamed
 
 
-def test_a_stream_that_is_sorted_by_class_is_refused(tmp_path):
+@pytest.mark.parametrize("counts", [(40, 40), (20, 60)])
+def test_a_stream_that_is_sorted_by_class_is_refused(counts, tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
-    for split, labels in (("train", [0] * 40 + [1] * 40), ("test", [0, 1])):
+    for split, labels in (("train", [0] * counts[0] + [1] * counts[1]), ("test", [0, 1])):
         rows = {"image": [Image.new("RGB", (4, 3))] * len(labels), "label": labels}
         datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
     with pytest.raises(ValueError, match="sorted by class: the 30 images .* are of 1 of 2 classes"):
@@ -501,3 +503,201 @@ def test_the_head_of_a_checkpoint_follows_the_names_of_its_classes(distilled, tm
     assert torch.equal(built(["cat", "dog", "fox"])(images).logits, wanted[:, [1, 2, 0]])
     other = built(["cat", "dog", "emu"])  # other classes start from what it was
     assert torch.equal(other(images).logits, wanted)
+
+
+# Kinds of the above that public reports tell of
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("seg_train/cat", "seg_train/dog", "seg_test/cat", "seg_test/dog"),
+        ("cat_train", "cat_test", "dog_train", "dog_test"),
+        ("trainA", "trainB", "testA", "testB"),
+    ],
+    ids=["nested", "flat", "capitals"],
+)
+def test_folders_that_differ_in_the_word_of_a_split_are_refused(folders, tmp_path):
+    for folder in folders:
+        put(tmp_path / folder, 2)
+    with pytest.raises(ValueError, match="these names may mean parts of the data.*`--eval-split`"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("TrainData", "TestData"), ("traindata", "testdata"), ("Training Set", "test-set")])
+def test_words_of_splits_may_be_written_together(names, tmp_path):
+    for name in names:
+        put(tmp_path / name / "cat", 2)
+        put(tmp_path / name / "dog", 2)
+    assert sizes(load(tmp_path)) == (4, 4)
+
+
+def test_split_folders_may_lie_in_folders_of_their_own_name(tmp_path):
+    for split in ("training_set", "test_set"):
+        for label in ("cat", "dog"):
+            put(tmp_path / split / split / label, 2)
+    splits = load(tmp_path)
+    assert splits.label_names == ["cat", "dog"]
+    assert sizes(splits) == (4, 4)
+
+
+def test_hidden_and_empty_folders_are_counted(tmp_path):
+    for folder in ("cat", "dog", ".hidden"):
+        put(tmp_path / folder, 3)
+    (tmp_path / "fox").mkdir()
+    table = describe_splits(load(tmp_path))
+    assert "3 files in hidden folders" in table
+    assert "1 folders without pictures (fox)" in table
+
+
+def test_zip_files_are_read_by_name_and_again_when_they_change(tmp_path):
+    for count in (3, 5):
+        put(tmp_path / "z" / "cat", count)
+        put(tmp_path / "z" / "dog", count)
+        shutil.make_archive(tmp_path / "animals", "zip", tmp_path / "z")
+        assert used(load(tmp_path / "animals.zip")) == {"cat": count, "dog": count}
+    (tmp_path / "animals.zip").write_text("no archive")
+    with pytest.raises(ValueError, match="could not be extracted: File is not a zip file"):
+        load(tmp_path / "animals.zip")
+
+
+def test_a_home_folder_in_a_recipe_is_found(tmp_path, monkeypatch):
+    put(tmp_path / "animals" / "cat", 3)
+    put(tmp_path / "animals" / "dog", 3)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert used(load("~/animals")) == {"cat": 3, "dog": 3}
+
+
+def test_pictures_that_no_table_names_are_counted(tmp_path, pictures):
+    write(tmp_path / "metadata.csv", pictures[:10])
+    assert "Left out: 6 pictures that no table names." in describe_splits(load(tmp_path))
+
+
+def test_a_table_with_other_labels_than_the_class_folders_is_refused(tmp_path):
+    for folder in ("patient1", "patient2"):
+        put(tmp_path / folder, 4)
+    rows = [(f"patient{k}/{i}.png", ("ill", "well")[i % 2]) for k in (1, 2) for i in range(4)]
+    table = write(tmp_path / "labels.csv", rows)
+    with pytest.raises(
+        ValueError, match=r"class folders, \['patient1', 'patient2'\], and `labels.csv` with other lab"
+    ):
+        load(tmp_path)
+    assert used(load(table)) == {"ill": 4, "well": 4}
+
+
+def test_two_tables_of_the_same_pictures_are_refused(tmp_path, pictures):
+    write(tmp_path / "metadata.csv", pictures)
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": x, "label": y}) for x, y in pictures))
+    with pytest.raises(ValueError, match="Several tables of the train split name the same pictures, 16 in all"):
+        load(tmp_path)
+
+
+def test_pictures_in_several_rows_are_counted(tmp_path, pictures):
+    splits = load(write(tmp_path / "all.csv", [*pictures, *pictures[:3]]))
+    assert "3 pictures are in several rows of the training split; each row counts." in describe_splits(splits)
+
+
+@pytest.mark.parametrize("head", ["Filename,Label", "Image,CLASS", "file_name,label"])
+def test_columns_may_be_written_in_capitals_and_paths_as_windows_does(head, tmp_path, pictures):
+    (tmp_path / "in").mkdir()
+    for name, _ in pictures:
+        shutil.move(tmp_path / name, tmp_path / "in" / name)
+    table = write(tmp_path / "all.csv", [(f"in\\{name}", label) for name, label in pictures], head)
+    assert used(load(table)) == used(load(tmp_path)) == {"cat": 8, "dog": 8}
+
+
+@pytest.mark.parametrize("head", ["file_name,label,Split", "file_name,label,dataset", "file_name,label,Usage"])
+def test_a_column_of_split_words_tells_the_split_whatever_its_name(head, tmp_path, pictures):
+    rows = [(*row, ("Train", "val")[i // 2 % 4 == 0]) for i, row in enumerate(pictures)]
+    assert sizes(load(write(tmp_path / "all.csv", rows, head))) == (12, 4)
+    labels = [(name, ("train", "test")[i % 2]) for i, (name, _) in enumerate(pictures)]
+    assert used(load(write(tmp_path / "labels.csv", labels))) == {"train": 8, "test": 8}
+
+
+def test_columns_that_are_not_used_are_named(tmp_path, pictures):
+    rows = [(*row, i % 4, "me") for i, row in enumerate(pictures)]
+    table = describe_splits(load(write(tmp_path / "all.csv", rows, "file_name,label,fold,photographer")))
+    assert "Columns that are not used: fold, photographer." in table
+
+
+@pytest.mark.parametrize("form", ["{}|{}|{}", "{} {} {}", "[{} {} {}]", "{};{};{}", "{}.0|{}.0|{}.0"])
+def test_zeros_and_ones_in_text_are_not_two_classes(form, tmp_path, pictures):
+    rows = [(name, form.format(i % 2, (i + 1) % 2, 1)) for i, (name, _) in enumerate(pictures)]
+    splits = load(write(tmp_path / "all.csv", rows))
+    assert splits.multi_label
+    assert used(splits) == {"0": 8, "1": 8, "2": 16}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"file_name": {"0": "0.png"}, "label": {"0": "cat"}}', "holds dict in row 1, not a path"),
+        ('{"file_name": "0.png", "label": 1}\n{"file_name": "1.png", "label": "a"}', "Column `label`.*several kinds"),
+        ('{"file_name": "0.png", "label": NaN}', "1 images without a label"),
+        ('{"file_name": "0.png", "label": 1}', "one class"),
+        ("[]", "must hold one JSON object for each image"),
+        (f'{{"file_name": "/9j/{"A" * 5000}", "label": 1}}', "names `/9j/A{96}` in row 1"),
+    ],
+    ids=["columns", "kinds", "nan", "one class", "empty", "base64"],
+)
+def test_json_that_cannot_be_used_is_refused_with_the_cause(text, message, tmp_path, pictures):
+    (tmp_path / "all.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "all.json")
+
+
+def test_json_lines_may_hold_any_character(tmp_path, pictures):
+    rows = [json.dumps({"file_name": x, "label": f"{y}\u2028!"}, ensure_ascii=False) for x, y in pictures]
+    (tmp_path / "all.jsonl").write_text("\n".join(rows), "utf-8")
+    assert used(load(tmp_path / "all.jsonl")) == {"cat\u2028!": 8, "dog\u2028!": 8}
+
+
+def test_parquet_with_paths_in_structs_or_pictures_in_a_column_of_any_name(tmp_path, pictures):
+    labels = [label for _, label in pictures]
+    paths = {"image": [{"bytes": None, "path": name} for name, _ in pictures], "label": labels}
+    pd.DataFrame(paths).to_parquet(tmp_path / "paths.parquet")
+    assert used(load(tmp_path / "paths.parquet")) == {"cat": 8, "dog": 8}
+    content = {"img_data": [(tmp_path / name).read_bytes() for name, _ in pictures], "label": labels}
+    pd.DataFrame(content).to_parquet(tmp_path / "bytes.parquet")
+    assert used(load(tmp_path / "bytes.parquet")) == {"cat": 8, "dog": 8}
+
+
+@pytest.mark.parametrize(
+    ("path", "is_allowed"),
+    [
+        ("/data/a/b.png", True),
+        ("zip://b.png::/data/a/c.zip", True),
+        ("/data/a/../../etc/passwd", False),
+        ("/database/a.png", False),
+        ("http://127.0.0.1/a.png", False),
+        ("file:///data/a/b.png", False),
+        ("zip://b.png::http://127.0.0.1/c.zip", False),
+        ("simplecache::http://127.0.0.1/c.png", False),
+        ("http://127.0.0.1/a.png::/data/a/c.zip", False),
+        ("hf://datasets/org/name@abc/b.png", True),
+        ("zip://b.png::hf://datasets/org/name@abc/c.zip", True),
+        ("hf://datasets/org/name2/b.png", False),
+    ],
+)
+def test_which_files_lie_inside_the_data_set(path, is_allowed, monkeypatch):
+    monkeypatch.chdir("/")  # where a URL would look like a folder
+    assert is_inside(path, ("/data", "hf://datasets/org/name")) == is_allowed
+    assert not is_inside("http://127.0.0.1/a.png", ("/",))
+
+
+def test_a_file_outside_the_data_set_is_not_skipped(tmp_path, pictures):
+    splits = load(write(tmp_path / "all.csv", pictures))
+    outside = replace(splits, roots=("/elsewhere",))
+    with pytest.raises(OutsideFileError, match="which is outside the data set"):
+        LabelledImages(outside, "train", as_rgb, on_bad_image="skip").image(0)
+    with pytest.raises(OutsideFileError, match="if you trust it.$"):
+        check_images(outside, 10)
+
+
+def test_a_data_set_may_not_read_data_files_elsewhere(tmp_path):
+    put(tmp_path / "secret" / "cat", 2)
+    put(tmp_path / "secret" / "dog", 2)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "README.md").write_text("---\nconfigs:\n- config_name: a\n  data_files: ../secret/**\n---\n")
+    with pytest.raises(ValueError, match="secret/cat/0.png`, which is outside the data set.*--allow-outside-files"):
+        load(tmp_path / "in")

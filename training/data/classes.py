@@ -1,6 +1,7 @@
 """Labels of a split as class numbers, whatever form they come in: names, numbers, `a|b`, lists, zeros and ones."""
 
 import ast
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,8 +77,12 @@ def flattened_labels(dataset: datasets.Dataset, column: str, split: str, several
     feature = dataset.features[column]
     inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) else None)
     values = dataset.select_columns(column).with_format("arrow")[:][column].to_pylist()
+    # Only NaN differs from itself.
     missing = [
-        i for i, x in enumerate(values) if x is None or x == "" or (isinstance(x, list) and (None in x or "" in x))
+        i
+        for i, row in enumerate(values)
+        for x in (row if isinstance(row, list) else [row])
+        if x in (None, "") or x != x
     ]
     if missing:
         raise ValueError(
@@ -104,7 +109,9 @@ def flattened_labels(dataset: datasets.Dataset, column: str, split: str, several
 
 
 def _parsed(values: list[str], several: bool | None) -> list[Any]:
-    """Text as lists where it is `[1, 0, 1]` everywhere, or `a|b` somewhere."""
+    """Text as lists where it is zeros and ones (`1|0|1`, `[1 0 1]`), `[...]` everywhere, or `a|b` somewhere."""
+    if values and all(re.fullmatch(r"\[?\s*[01]\.?0*(\s*[,;|\s]\s*[01]\.?0*)+\s*\]?", x.strip()) for x in values):
+        return [[int(float(number)) for number in re.findall(r"[01]\.?0*", x)] for x in values]
     if all(x[:1] == "[" and x[-1:] == "]" for x in map(str.strip, values)):
         try:
             return [ast.literal_eval(x) for x in values]
@@ -175,7 +182,7 @@ def matched_by_name(labels: Labels, names: list[str], split: str) -> Labels:
     if unknown:
         raise ValueError(
             f"The {split} split has classes that the training split has not: {unknown}. Add pictures of them to the "
-            "training split, or remove them."
+            "training split, remove them, or pass `--allow-missing-classes`."
         )
     number_of = {i: names.index(name) for i, name in enumerate(own) if name in names}
     return Labels([[number_of[x] for x in row] for row in labels.rows], labels.several, names)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .names import class_name, is_part, split_of
+from .names import class_name, is_part, split_of, split_siblings
 
 
 Parts = tuple[str, ...]  # a path below the data set's folder
@@ -58,13 +58,14 @@ def list_pictures(root: Path) -> tuple[list[Parts], list[Parts], Counter[str]]:
     left_out: Counter[str] = Counter()
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder) + os.sep
+        hidden = [name for name in folders if _is_hidden(name)]
+        for name in hidden:
+            left_out["files in hidden folders"] += sum(len(x) for *_, x in os.walk(os.path.join(folder, name)))
         # A link to a folder that it lies in would never end.
         folders[:] = sorted(
             name
             for name in folders
-            if not name.startswith(".")
-            and name != "__MACOSX"
-            and not real.startswith(os.path.realpath(os.path.join(folder, name)) + os.sep)
+            if name not in hidden and not real.startswith(os.path.realpath(os.path.join(folder, name)) + os.sep)
         )
         inside = Path(folder).relative_to(root).parts
         for name in sorted(files):
@@ -79,6 +80,10 @@ def list_pictures(root: Path) -> tuple[list[Parts], list[Parts], Counter[str]]:
                 plugin = f", which `pip install {_PLUGINS[suffix]}` would read" if suffix in _PLUGINS else ""
                 left_out[f"{suffix or 'without suffix'}{plugin}"] += 1
     return pictures, unreadable, left_out
+
+
+def _is_hidden(folder: str) -> bool:
+    return folder.startswith(".") or folder == "__MACOSX"
 
 
 def _opens(path: str) -> bool:
@@ -118,7 +123,22 @@ def read_picture_folder(root: Path, named_splits: Collection[str] = ()) -> Pictu
             f"`{root}` has classes without a picture that can be read, {names}: {reasons(left_out)}. Convert the "
             "files, install what reads them, or remove the folders."
         )
+    empty = _folders_without_pictures(root, pictures, found.class_level)
+    if empty:
+        found.left_out[f"folders without pictures ({', '.join(empty[:5])})"] += len(empty)
     return found
+
+
+def _folders_without_pictures(root: Path, pictures: list[Parts], class_level: int) -> list[str]:
+    """Folders next to those of splits and classes that hold no pictures, at any depth."""
+    known = {parts[:length] for parts in pictures for length in range(len(parts))}
+    above = sorted(parts for parts in known if len(parts) <= class_level)
+    return [
+        "/".join((*parts, entry.name))
+        for parts in above
+        for entry in sorted(root.joinpath(*parts).iterdir())
+        if entry.is_dir() and not _is_hidden(entry.name) and (*parts, entry.name) not in known
+    ]
 
 
 def _by_split(
@@ -145,8 +165,11 @@ def _by_split(
             found.left_out[f"pictures in `{top}`, which is neither `--train-split` nor `--eval-split`"] += len(
                 tops[top]
             )
+        chosen = {top: files for top, files in tops.items() if splits[top]}
         found.class_level = level + 1
-        return _split_folders({top: files for top, files in tops.items() if splits[top]}, splits, where, level, found)
+        if all(_is_doubled(top, files, level) for top, files in chosen.items()):
+            found.class_level = level + 2
+        return _split_folders(chosen, splits, where, found)
     if not others:
         raise ValueError(
             f"`{where}` has {_listed(tops)} with pictures but without class folders. If these are classes, put them "
@@ -158,10 +181,9 @@ def _by_split(
             "that of a split. Remove or rename it, or name it with `--train-split` or `--eval-split`. If all are "
             "classes, put them into a folder `train`."
         )
-    parts_of_data = [top for top in others if is_part(top) and top in nested]
-    if parts_of_data:
+    if any(is_part(top) and top in nested for top in others) or split_siblings(tops):
         raise ValueError(
-            f"`{where}` has {_listed(tops)}, which look like parts of the data: say with `--train-split` and "
+            f"`{where}` has {_listed(tops)}: these names may mean parts of the data. Say with `--train-split` and "
             "`--eval-split` which is which, or put the class folders into folders `train` and `test`."
         )
     below = {parts[level + 1] for top in nested for parts in tops[top] if len(parts) > level + 2}
@@ -196,10 +218,16 @@ def _splits_in_classes(
     return by_split
 
 
+def _is_doubled(top: str, files: list[Parts], level: int) -> bool:
+    """Whether a folder holds only a folder of its own name, as archives leave it: `train/train/cat/1.png`."""
+    return all(len(parts) > level + 3 and parts[level + 1].casefold() == top.casefold() for parts in files)
+
+
 def _split_folders(
-    tops: dict[str, list[Parts]], splits: dict[str, str | None], where: Path, level: int, found: PictureFolder
+    tops: dict[str, list[Parts]], splits: dict[str, str | None], where: Path, found: PictureFolder
 ) -> dict[str, dict[str, list[Parts]]]:
     """Pictures of split folders by class folder; a split without class folders is left out, and said so."""
+    level = found.class_level
     by_split: dict[str, dict[str, list[Parts]]] = {}
     for top, files in tops.items():
         split = splits[top] or ""
@@ -208,8 +236,8 @@ def _split_folders(
             raise ValueError(f"`{where}` has {_listed(same)}, which are all the {split} split: keep one of them.")
         classes: dict[str, list[Parts]] = {}
         for parts in files:
-            if len(parts) > level + 2:
-                classes.setdefault(parts[level + 1], []).append(parts)
+            if len(parts) > level + 1:
+                classes.setdefault(parts[level], []).append(parts)
         num_loose = len(files) - sum(map(len, classes.values()))
         if num_loose:
             found.left_out[f"pictures in `{top}` without a class folder"] += num_loose

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -32,7 +33,11 @@ class BadImageError(ValueError):
 
     def __init__(self, message: str) -> None:
         # The message from a worker process is its whole traceback; the reader needs the last line of it.
-        super().__init__(message.rsplit("BadImageError: ", 1)[-1].strip())
+        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
+
+
+class OutsideFileError(BadImageError):
+    """An image that is a file or a URL outside the data set; it is never skipped."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +72,13 @@ def decoded(value: dict[str, Any], place: str, roots: Sequence[str] | None = Non
         place: where it is, for the message.
         roots: where a file may be that the data names, see `ImageSplits`.
 
-    Raises: BadImageError if it is missing, may not be read, or cannot be decoded.
+    Raises: BadImageError if it is missing or cannot be decoded, OutsideFileError if it may not be read.
     """
     if value is None or (value.get("bytes") is None and value.get("path") is None):
         raise BadImageError(f"{place} is missing.")
     path = value.get("path")
     if value.get("bytes") is None and not is_inside(path, roots):
-        raise BadImageError(
+        raise OutsideFileError(
             f"{place} is `{path}`, which is outside the data set: data from others should not say what is read here. "
             "Pass `--allow-outside-files` if you trust it."
         )
@@ -91,16 +96,21 @@ def decoded(value: dict[str, Any], place: str, roots: Sequence[str] | None = Non
 
 def is_inside(path: str, roots: Sequence[str] | None) -> bool:
     """Whether a file, perhaps inside archives (`zip://a.png::b.zip`), is below a folder or an address on the Hub."""
-    if roots is None:
+    if roots is None or any(_is_below(path, root) for root in roots):
         return True
-    *_, outermost = path.split("::")
-    for root in roots:
-        if root.startswith("hf://"):
-            if outermost.startswith((root + "/", root + "@")) and ".." not in outermost.split("/"):
-                return True
-        elif os.path.abspath(path).startswith(os.path.abspath(root) + os.sep):
-            return True
-    return False
+    *inner, outermost = path.split("::")
+    return (
+        all(re.match(r"(zip|tar|gzip|bz2|xz|zstd|lz4)://", part) for part in inner)
+        and "://" not in outermost.removeprefix("hf://")
+        and any(_is_below(outermost, root) for root in roots)
+    )
+
+
+def _is_below(path: str, root: str) -> bool:
+    if root.startswith("hf://"):
+        return path.startswith((root + "/", root + "@")) and ".." not in path.split("/") and "::" not in path
+    is_url = "://" in path and not os.path.exists(path)
+    return not is_url and os.path.abspath(path).startswith(os.path.abspath(root) + os.sep)
 
 
 def target(label: int | list[int], num_labels: int, multi_label: bool) -> int | torch.Tensor:
@@ -136,8 +146,8 @@ class _Pictures:
         """Picture of a row, None for a bad one that may be skipped; BadImageError for one that may not."""
         try:
             return decoded(row[self.splits.image_column], place, self.splits.roots)
-        except BadImageError:
-            if self.on_bad_image == "error":
+        except BadImageError as error:
+            if self.on_bad_image == "error" or isinstance(error, OutsideFileError):
                 raise
             return None
 

@@ -2,23 +2,26 @@
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
 _WORDS = {
-    "train": ("train", "training", "trainset", "trn"),
-    "validation": ("validation", "val", "valid", "valset", "dev", "eval", "evaluation"),
-    "test": ("test", "testing", "testset", "tst"),
+    "train": ("train", "training", "trn"),
+    "validation": ("validation", "val", "valid", "dev", "eval", "evaluation"),
+    "test": ("test", "testing", "tst"),
 }
 SPLIT_OF_WORD = {word: split for split, words in _WORDS.items() for word in words}
-_FILLERS = {"set", "data", "dataset", "image", "images", "img", "imgs", "picture", "pictures", "split", "folder"}
+_FILLERS = ("set", "dataset", "data", "images", "image", "imgs", "img", "pictures", "picture", "split", "folder")
 # Folders of these names, with class folders inside, are parts of a data set and never classes.
 _PART = re.compile(r"(k?fold|cv|split|part|subset|hold[-_ ]?out|batch)s?[-_ ]?\d*", re.IGNORECASE)
 
 
 def _words(name: str) -> list[str]:
-    return re.findall(r"[^\W\d_]+", name.casefold())
+    """Words of a name without digits; `TrainData` has two, and `traindata` is `train` as well."""
+    words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).casefold())
+    bare = ([word.removesuffix(filler) for filler in _FILLERS] for word in words)
+    return [next((x for x in some if x in SPLIT_OF_WORD), word) for word, some in zip(words, bare, strict=True)]
 
 
 def split_of(name: str) -> str | None:
@@ -45,6 +48,18 @@ def split_in(name: str) -> str | None:
 def is_part(name: str) -> bool:
     """Whether a name is that of a part of a data set without saying which: `fold1`, `holdout`."""
     return _PART.fullmatch(name.strip()) is not None
+
+
+def split_siblings(names: Iterable[str]) -> list[str]:
+    """Names that differ only in the word of a split: `seg_train` and `seg_test`, `cat_train` and `cat_test`."""
+    groups: dict[tuple[str, ...], dict[str, set[str]]] = {}
+    for name in names:
+        words = [word for word in _words(name) if word not in _FILLERS]
+        splits = {SPLIT_OF_WORD[word] for word in words if word in SPLIT_OF_WORD}
+        rest = tuple(word for word in words if word not in SPLIT_OF_WORD)
+        if rest and len(splits) == 1:
+            groups.setdefault(rest, {}).setdefault(splits.pop(), set()).add(name)
+    return sorted(name for group in groups.values() if len(group) > 1 for some in group.values() for name in some)
 
 
 def class_name(value: Any) -> str:

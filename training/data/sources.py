@@ -1,8 +1,11 @@
 """Where data comes from: folders, files, archives, a packaged data set or the Hub; read into splits."""
 
+import contextlib
 import glob
+import hashlib
 import os
 import re
+import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Sequence
@@ -11,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import datasets
+import pyarrow.compute
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from .folders import read_picture_folder
-from .images import DatasetLike
+from .folders import list_pictures, read_picture_folder
+from .images import DatasetLike, OutsideFileError, is_inside
 from .names import split_in, split_of
-from .tables import FILE_TYPES, IMAGE_COLUMNS, LABEL_COLUMNS, by_split, file_type, read_table
+from .tables import FILE_TYPES, by_split, file_type, labels_of_text, read_table
 
 
 if TYPE_CHECKING:
@@ -53,7 +57,7 @@ class Source:
 
 def load_source(arguments: "DataArguments") -> Source:
     """All splits of a folder, files, a packaged data set, or a Hub id, in that order."""
-    sources = arguments.dataset
+    sources = [os.path.expanduser(source) for source in arguments.dataset]
     files = [
         file
         for source in sources
@@ -61,6 +65,8 @@ def load_source(arguments: "DataArguments") -> Source:
     ]
     if len(sources) == 1 and Path(sources[0]).is_dir():
         return _load_folder(Path(sources[0]), arguments)
+    if all(Path(file).is_file() and _is_archive(Path(file)) for file in files):
+        return _load_archives([Path(file) for file in files], arguments)
     if all(Path(file).is_file() for file in files):
         return _load_files([(file, Path(file).stem) for file in files], arguments)
     if len(sources) == 1 and sources[0] in (path.name for path in PACKAGED.iterdir()):
@@ -87,8 +93,23 @@ def _binary_files(root: Path) -> list[Path]:
 
 def _load_with_datasets(name: str, arguments: "DataArguments", roots: tuple[str, ...]) -> Source:
     """A data set that the library `datasets` reads by itself: from the Hub, or a folder of its own kinds."""
+    allowed = (*roots, *CACHES)
     try:
-        splits = datasets.load_dataset(name, arguments.dataset_config, streaming=arguments.streaming)
+        builder = datasets.load_dataset_builder(name, arguments.dataset_config)
+        files = [str(file) for some in (builder.config.data_files or {}).values() for file in some]
+        outside = [] if arguments.allow_outside_files else [file for file in files if not is_inside(file, allowed)]
+        if outside:
+            raise OutsideFileError(
+                f"`--dataset {name}` reads `{outside[0]}`, which is outside the data set: data from others should not "
+                "say what is read here. Pass `--allow-outside-files` if you trust it."
+            )
+        if arguments.streaming:
+            splits = builder.as_streaming_dataset()
+        else:
+            builder.download_and_prepare()
+            splits = builder.as_dataset()
+    except OutsideFileError:
+        raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())
         if isinstance(error, PermissionError):
@@ -96,7 +117,7 @@ def _load_with_datasets(name: str, arguments: "DataArguments", roots: tuple[str,
         elif not Path(name).exists():
             reason = f"it is not a file or folder here, and as a Hub id: {reason}"
         raise ValueError(f"`--dataset {name}` could not be loaded: {reason}") from None
-    return Source(dict(splits), (*roots, *CACHES))
+    return Source(dict(splits), allowed)
 
 
 def _load_folder(folder: Path, arguments: "DataArguments") -> Source:
@@ -116,30 +137,39 @@ def _load_folder(folder: Path, arguments: "DataArguments") -> Source:
     binary = _binary_files(root)
     if binary:
         return _load_files([(str(path), _name_below(path, root)) for path in binary], arguments)
-    tables = [path for path in _data_files(root) if _has_columns(path, arguments)]
+    found_labels = {
+        path: labels_of_text(path, arguments.image_column, arguments.label_column) for path in _data_files(root)
+    }
+    labels = {path: some for path, some in found_labels.items() if some is not None}
+    tables = [path for path in labels if path.stem.casefold() == "metadata"] or list(labels)
+    is_metadata = any(path.stem.casefold() == "metadata" for path in tables)
     named = {name for name in (arguments.train_split, arguments.eval_split) if name not in (None, "train")}
-    metadata = [path for path in tables if path.stem == "metadata"]
-    if metadata:
-        return _load_files([(str(path), _name_below(path, root)) for path in metadata], arguments)
     try:
-        found = read_picture_folder(root, named)
+        found = None if is_metadata else read_picture_folder(root, named)
     except ValueError:
         if not tables:
             raise
         found = None
     classes = {label for files in found.splits.values() for _, label in files} if found else set()
     if tables and len(classes) < 2:
-        return _load_files([(str(path), _name_below(path, root)) for path in tables], arguments)
+        source = _load_files([(str(path), _name_below(path, root)) for path in tables], arguments)
+        return _with_pictures_left_out(source, root)
     if found is not None:
         if len(classes) < 2:
             raise ValueError(
                 f"`--dataset {folder}` has one class folder with pictures, {sorted(classes)}: two are needed."
             )
+        different = next((path for path in tables if labels[path] != classes), None)
+        if different is not None:
+            raise ValueError(
+                f"`--dataset {folder}` has class folders, {sorted(classes)[:5]}, and `{different.name}` with other "
+                f"labels, {sorted(labels[different])[:5]}: name that file with `--dataset`, or move it away."
+            )
         splits = {name: _listed(files) for name, files in found.splits.items()}
         return Source(splits, (str(root),), found.left_out)
-    archives = sorted(path for path in root.iterdir() if zipfile.is_zipfile(path))
+    archives = sorted(path for path in root.iterdir() if _is_archive(path))
     if archives:
-        return _load_archives(archives, root, arguments)
+        return _load_archives(archives, arguments)
     if any(path.suffix in (".tar", ".gz", ".tgz") for path in root.iterdir()):
         return _load_with_datasets(str(folder), arguments, (str(root),))
     raise ValueError(
@@ -148,22 +178,70 @@ def _load_folder(folder: Path, arguments: "DataArguments") -> Source:
     )
 
 
-def _load_archives(archives: list[Path], root: Path, arguments: "DataArguments") -> Source:
+def _with_pictures_left_out(source: Source, root: Path) -> Source:
+    """The data of the tables of a folder, with the number of pictures there that they do not name."""
+    named = {path for split in source.splits.values() for path, _ in files_of(split)}
+    pictures, *_ = list_pictures(root)
+    source.left_out["pictures that no table names"] += sum(str(root.joinpath(*x)) not in named for x in pictures)
+    source.left_out += Counter()  # drops zeros
+    return source
+
+
+def files_of(dataset: DatasetLike, image_column: str | None = None) -> list[tuple[str | None, int | None]]:
+    """Path and number of bytes of each undecoded picture; the bytes are None where a file has them.
+
+    Args:
+        dataset: the data; of a streamed one nothing is known.
+        image_column: with the pictures, by default the first such column.
+    """
+    pictures = [x for x, feature in (dataset.features or {}).items() if isinstance(feature, datasets.Image)]
+    if isinstance(dataset, datasets.IterableDataset) or not pictures:
+        return []
+    column = dataset.data.column(image_column or pictures[0])
+    paths = pyarrow.compute.struct_field(column, "path").to_pylist()
+    sizes = pyarrow.compute.binary_length(pyarrow.compute.struct_field(column, "bytes")).to_pylist()
+    numbers = range(len(paths)) if dataset._indices is None else dataset._indices.column(0).to_pylist()
+    return [(paths[i], sizes[i]) for i in numbers]
+
+
+def _is_archive(path: Path) -> bool:
+    return path.suffix.lower() == ".zip" or zipfile.is_zipfile(path)
+
+
+def _extracted(archive: Path) -> Path:
+    """Folder with the files of an archive in the cache of `datasets`; a changed archive is extracted again.
+
+    Raises: ValueError if that is not possible.
+    """
+    state = archive.stat()
+    key = f"{archive.resolve()} {state.st_size} {state.st_mtime_ns}"
+    folder = Path(datasets.config.EXTRACTED_DATASETS_PATH, hashlib.blake2b(key.encode(), digest_size=16).hexdigest())
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as partial:
+            with zipfile.ZipFile(archive) as file:
+                file.extractall(partial)
+            with contextlib.suppress(OSError):  # another process was faster
+                os.rename(partial, folder)
+    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:  # RuntimeError: it needs a password
+        raise ValueError(f"`{archive}` could not be extracted: {error}") from None
+    return folder
+
+
+def _load_archives(archives: list[Path], arguments: "DataArguments") -> Source:
     """Zip files of pictures in class folders: one for each split, or one with all of them."""
     source = Source({})
     for archive in archives:
-        try:
-            folder = datasets.DownloadManager().extract(str(archive))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"`{archive}` could not be extracted: {error}") from None
-        part = _load_folder(Path(folder), arguments)
+        part = _load_folder(_extracted(archive), arguments)
         split = split_in(archive.stem)
         if split is None and len(archives) > 1:
             raise ValueError(f"`{archive}` does not tell its split: put train, validation or test into its name.")
         if split is not None and len(part.splits) == 1:
             part.splits = {split: next(iter(part.splits.values()))}
         if source.splits.keys() & part.splits.keys():
-            raise ValueError(f"`{root}` has several archives of the same split: extract them, and name their folder.")
+            raise ValueError(f"`{archive}` has a split that another archive has too: extract them into one folder.")
         source.splits |= part.splits
         source.roots += part.roots
         source.left_out += part.left_out
@@ -187,15 +265,6 @@ def _data_files(root: Path) -> list[Path]:
     return [path for path in found if path.suffix.lower() != ".json"]
 
 
-def _has_columns(path: Path, arguments: "DataArguments") -> bool:
-    """Whether the first line of a text table names a column of pictures and one of labels."""
-    with path.open(errors="replace") as file:
-        words = {word.strip().lstrip("\ufeff") for word in re.split(r'[,;\t|":{}\s]', file.readline())}
-    images = (arguments.image_column,) if arguments.image_column else IMAGE_COLUMNS
-    labels = (arguments.label_column,) if arguments.label_column else LABEL_COLUMNS
-    return bool(words & set(images)) and bool(words & set(labels))
-
-
 def _name_below(path: Path, root: Path) -> str:
     """Words that may tell the split of a data file: of its own name, or else of the folders that it is in."""
     own, folders = path.stem, path.relative_to(root).parts[:-1]
@@ -207,8 +276,8 @@ def _load_files(files: list[tuple[str, str]], arguments: "DataArguments") -> Sou
     for file, _ in files:
         if file_type(file) is None:
             raise ValueError(
-                f"`--dataset` names the file `{file}`: files must be {', '.join(FILE_TYPES)}; give a folder for "
-                "images."
+                f"`--dataset` names the file `{file}`: files must be {', '.join(FILE_TYPES)} or .zip; give a folder "
+                "for images."
             )
     source = Source({}, tuple({str(Path(file).resolve().parent) for file, _ in files}))
     named = [name for name in (arguments.train_split, arguments.eval_split) if name is not None]
@@ -220,12 +289,21 @@ def _load_files(files: list[tuple[str, str]], arguments: "DataArguments") -> Sou
             file, arguments.image_column, arguments.allow_outside_files, arguments.streaming, source.notes
         )
         told = name if name in named else split_in(name)
-        splits = by_split(table, file, told, named)
+        splits = by_split(table, file, told, named, arguments.label_column)
         if None in splits and len(files) > 1 and not are_shards:
             raise ValueError(f"`{file}` does not tell its split: put train, validation or test into its name.")
         for split, part in splits.items():
             parts.setdefault(split or arguments.train_split, []).append(part)
     for split, tables in parts.items():
+        seen: set[str | None] = set()
+        for table in tables:
+            paths = {path for path, size in files_of(table) if size is None and path is not None}
+            if seen & paths:
+                raise ValueError(
+                    f"Several tables of the {split} split name the same pictures, {len(seen & paths)} in all, the "
+                    f"first is `{min(map(str, seen & paths))}`: keep one table."
+                )
+            seen |= paths
         try:
             source.splits[split] = datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0]
         except (ValueError, datasets.exceptions.DatasetsError) as error:

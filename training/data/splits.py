@@ -8,18 +8,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import datasets
-import pyarrow.compute
 import torch
 
 from evit_hf.pictures import as_rgb
 
 from .classes import hot_columns, numbered, with_hot_columns, with_labels
 from .folders import reasons
-from .images import BadImageError, DatasetLike, ImageSplits, LabelledImages
+from .images import BadImageError, DatasetLike, ImageSplits, LabelledImages, OutsideFileError
 from .names import class_numbers
 from .sampling import seed_for
-from .sources import Source, load_source
-from .tables import LABEL_COLUMNS
+from .sources import Source, files_of, load_source
+from .tables import LABEL_COLUMNS, usual_column
 
 
 if TYPE_CHECKING:
@@ -40,22 +39,22 @@ def load_splits(arguments: "DataArguments", seed: int) -> ImageSplits:
     """
     source = load_source(arguments)
     train, evaluation = _chosen(source, arguments)
-    image_column, train = image_column_of(train, arguments.image_column)
-    train, label_column, hot = _label_column(train, arguments.label_column, image_column)
-    if evaluation is not None:
-        if hot and set(hot) <= set(evaluation.column_names):
-            several = not isinstance(train.features[label_column], datasets.ClassLabel)
-            evaluation = with_hot_columns(evaluation, hot, label_column, several)
-        for column in (image_column, label_column):
-            if column not in evaluation.column_names:
-                raise ValueError(f"The evaluation split has no column `{column}`, only {evaluation.column_names}.")
-        _, evaluation = image_column_of(evaluation, image_column)
+    train, evaluation, image_column, label_column = _with_columns(train, evaluation, arguments)
     columns = {"image_column": image_column, "label_column": label_column}
     if isinstance(train, datasets.IterableDataset):
         return _streamed(train, evaluation, arguments, columns, source)
 
+    files = Counter(path for path, size in files_of(train, image_column) if path and size is None)
+    if files and max(files.values()) > 1:
+        double = sum(count > 1 for count in files.values())
+        source.notes.append(f"{double} pictures are in several rows of the training split; each row counts.")
+    unused = sorted({*train.column_names} - {image_column, label_column, ""})
+    if unused:
+        source.notes.append(f"Columns that are not used: {', '.join(unused[:10])}.")
     is_declared = isinstance(train.features[label_column], datasets.ClassLabel)
     train, names, multi_label = numbered(train, label_column, "train")
+    if len(names) < 2 and not multi_label:
+        raise ValueError(f"The data has one class, {names}: two are needed.")
     if evaluation is None:
         train, evaluation = held_out(train, label_column, arguments.eval_fraction, len(names), seed)
     else:
@@ -85,6 +84,23 @@ def load_splits(arguments: "DataArguments", seed: int) -> ImageSplits:
         roots=None if arguments.allow_outside_files else source.roots,
         notes=_notes(source),
     )
+
+
+def _with_columns(
+    train: DatasetLike, evaluation: DatasetLike | None, arguments: "DataArguments"
+) -> tuple[DatasetLike, DatasetLike | None, str, str]:
+    """Both splits with undecoded pictures and one column of labels, and the names of these columns."""
+    image_column, train = image_column_of(train, arguments.image_column)
+    train, label_column, hot = _label_column(train, arguments.label_column, image_column)
+    if evaluation is not None:
+        if hot and set(hot) <= set(evaluation.column_names):
+            several = not isinstance(train.features[label_column], datasets.ClassLabel)
+            evaluation = with_hot_columns(evaluation, hot, label_column, several)
+        for column in (image_column, label_column):
+            if column not in evaluation.column_names:
+                raise ValueError(f"The evaluation split has no column `{column}`, only {evaluation.column_names}.")
+        _, evaluation = image_column_of(evaluation, image_column)
+    return train, evaluation, image_column, label_column
 
 
 def _chosen(source: Source, arguments: "DataArguments") -> tuple[DatasetLike, DatasetLike | None]:
@@ -236,15 +252,10 @@ def fingerprint(splits: ImageSplits) -> dict[str, Any]:
     digest = hashlib.blake2b(digest_size=16)
     for dataset in (splits.train, splits.evaluation):
         digest.update(repr(dataset[splits.label_column][:]).encode())
-        column = dataset.data.column(splits.image_column)
-        paths = pyarrow.compute.struct_field(column, "path").to_pylist()
-        sizes = pyarrow.compute.binary_length(pyarrow.compute.struct_field(column, "bytes")).to_pylist()
-        numbers = range(len(paths)) if dataset._indices is None else dataset._indices.column(0).to_pylist()
-        for i in numbers:
-            size = sizes[i]
-            if size is None and paths[i] is not None and os.path.isfile(paths[i]):
-                size = os.path.getsize(paths[i])
-            digest.update(repr((_below(paths[i], splits.roots), size)).encode())
+        for path, size in files_of(dataset, splits.image_column):
+            if size is None and path is not None and os.path.isfile(path):
+                size = os.path.getsize(path)
+            digest.update(repr((_below(path, splits.roots), size)).encode())
     return {
         "label_names": splits.label_names,
         "num_train": len(splits.train),
@@ -274,6 +285,8 @@ def check_images(splits: ImageSplits, num_images: int) -> None:
         for i in range(count):
             try:
                 images.image(i * len(images) // count)
+            except OutsideFileError:
+                raise
             except BadImageError as error:
                 bad.append(str(error))
         if bad:
@@ -295,6 +308,10 @@ def image_column_of(dataset: DatasetLike, name: str | None) -> tuple[str, Datase
         name = columns[0]
     if name not in columns:
         problem = f"`--image-column` is `{name}`" if name else f"The data has {len(columns)} columns of images"
+        if not columns:
+            raise ValueError(
+                f"{problem}, and no column of the data holds pictures as files, bytes or paths ({dataset.features})."
+            )
         raise ValueError(
             f"{problem}: name one of {columns} with `--image-column` (all columns: {dataset.column_names})."
         )
@@ -303,7 +320,7 @@ def image_column_of(dataset: DatasetLike, name: str | None) -> tuple[str, Datase
 
 def _label_column(dataset: DatasetLike, name: str | None, image_column: str) -> tuple[DatasetLike, str, list[str]]:
     """The data, its column of labels, and the columns of zeros and ones of which that was made, if it was."""
-    guess = next((column for column in LABEL_COLUMNS if column in dataset.column_names), None)
+    guess = usual_column(dataset.column_names, LABEL_COLUMNS)
     if (name or guess) in dataset.column_names:
         return dataset, name or guess or "", []
     if name is None and isinstance(dataset, datasets.Dataset):
@@ -357,7 +374,8 @@ def _streamed(
 def _refuse_sorted(train: datasets.IterableDataset, column: str, names: list[str], shuffle_buffer: int) -> None:
     """Raise ValueError if the stream comes class by class and the buffer is too small to mix the classes.
 
-    The first 256 labels show whether it does; only then as many as the buffer holds are read.
+    The first 256 labels show whether it does; only then as many as the buffer holds are read, and as many again, which
+    must be of all classes too.
     """
 
     def first(count: int) -> list[int]:
@@ -369,12 +387,13 @@ def _refuse_sorted(train: datasets.IterableDataset, column: str, names: list[str
 
     if len(names) < 2 or not comes_sorted(first(256)):
         return
-    labels = first(shuffle_buffer)
-    if len(set(labels)) < len(names):
+    labels = first(2 * shuffle_buffer)
+    fewest = min(len(set(part)) for part in (labels[:shuffle_buffer], labels[-shuffle_buffer:]))
+    if fewest < len(names):
         raise ValueError(
-            f"The streamed data is sorted by class: the {len(labels)} images that `--shuffle-buffer` holds are of "
-            f"{len(set(labels))} of {len(names)} classes, so batches would be too. Raise it to the number of images, "
-            "shuffle the data once before, or leave out `--streaming`."
+            f"The streamed data is sorted by class: the {min(shuffle_buffer, len(labels))} images that "
+            f"`--shuffle-buffer` holds are of {fewest} of {len(names)} classes, so batches would be too. Raise it to "
+            "the number of images, shuffle the data once before, or leave out `--streaming`."
         )
 
 

@@ -6,15 +6,17 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.compute
 
 from .folders import picture_suffixes
-from .images import DatasetLike
-from .names import SPLIT_OF_WORD
+from .images import DatasetLike, OutsideFileError
+from .names import SPLIT_OF_WORD, class_name
 
 
 FILE_TYPES = {
@@ -24,6 +26,12 @@ FILE_TYPES = {
 IMAGE_COLUMNS = ("image", "img", "pixel_values", "file_name", "filename", "file", "path", "image_path", "filepath")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category")
 SPLIT_COLUMNS = ("split", "subset", "partition", "set")
+
+
+def usual_column(columns: Iterable[str], words: Sequence[str]) -> str | None:
+    """The column that has one of some usual names, in capitals or not; the earlier names first."""
+    by_word = {column.strip().casefold(): column for column in reversed(list(columns))}
+    return next((by_word[word] for word in words if word in by_word), None)
 
 
 def file_type(file: str | Path) -> str | None:
@@ -48,18 +56,42 @@ def read_table(file: str, image_column: str | None, allow_outside: bool, streami
     kind = file_type(file)
     if kind in ("csv", "json"):
         columns = _read_csv(file, notes) if kind == "csv" else _read_json(file)
-        name = image_column or next((x for x in IMAGE_COLUMNS if x in columns), None)
+        name = image_column or usual_column(columns, IMAGE_COLUMNS)
         if name not in columns:
-            raise ValueError(f"`{file}` has the columns {list(columns)}: name that of the images' paths.")
+            raise ValueError(
+                f"`{file}` has the columns {list(columns)}: name that of the images' paths with `--image-column`. "
+                "The first line of a CSV file must hold the names of its columns."
+            )
+        if not columns[name]:
+            raise ValueError(f"`{file}` has no rows.")
         if kind == "csv":
             columns = {x: values if x == name else _numbers(values) for x, values in columns.items()}
         columns[name] = resolved(columns[name], file, name, allow_outside)
-        try:
-            table = datasets.Dataset.from_dict(columns)
-        except (ValueError, TypeError, OverflowError) as error:
-            raise ValueError(f"`--dataset {file}` could not be read: {error}") from None
-        return table.cast_column(name, datasets.Image(decode=False))
+        for column, values in columns.items():
+            try:
+                pyarrow.array(values)
+            except (pyarrow.ArrowException, TypeError, OverflowError) as error:
+                raise ValueError(f"Column `{column}` of `{file}` holds values of several kinds: {error}") from None
+        return datasets.Dataset.from_dict(columns).cast_column(name, datasets.Image(decode=False))
     return _with_images(_load_binary(file, kind, streaming), file, kind, image_column, allow_outside, streaming)
+
+
+def labels_of_text(file: Path, image_column: str | None, label_column: str | None) -> set[str] | None:
+    """Labels of a CSV or JSON-lines file; None if it has no column of pictures, or none of labels.
+
+    Columns of zeros and ones are labels too: their names.
+    """
+    try:
+        columns: dict[str, list[Any]] = _read_csv(str(file), []) if file_type(file) == "csv" else _read_json(str(file))
+    except ValueError:
+        return None
+    label_column = label_column or usual_column(columns, LABEL_COLUMNS)
+    if (image_column or usual_column(columns, IMAGE_COLUMNS)) not in columns:
+        return None
+    if label_column in columns:
+        return {class_name(value) for value in columns[label_column]}
+    hot = {name for name, values in columns.items() if {str(value) for value in values} <= {"0", "1", "0.0", "1.0"}}
+    return hot if len(hot) > 1 else None
 
 
 def _load_binary(file: str, kind: str | None, streaming: bool) -> DatasetLike:
@@ -79,39 +111,40 @@ def _with_images(
     """A Parquet or Arrow table whose pictures are pictures, also where no program has said so in its metadata."""
     if table.features is None or any(isinstance(x, datasets.Image) for x in table.features.values()):
         return table
-    name = name or next((x for x in IMAGE_COLUMNS if x in table.column_names), None)
+    pictures = [column for column, feature in table.features.items() if _holds_bytes(feature)]
+    name = name or usual_column(table.column_names, IMAGE_COLUMNS) or (pictures[0] if len(pictures) == 1 else None)
     feature = table.features.get(name)
     dtype = getattr(feature, "dtype", None)
-    is_struct = isinstance(feature, dict) and "bytes" in feature
-    if dtype in ("binary", "large_binary", "binary_view") or is_struct:
-        if is_struct and set(feature) != {"bytes", "path"}:
-            return table.map(lambda row: {name: {"bytes": row[name]["bytes"], "path": None}}).cast_column(
-                name, datasets.Image(decode=False)
-            )
+    if name in pictures:
+        if isinstance(feature, dict) and not streaming:
+            values = table.data.column(name)
+            if pyarrow.compute.all(pyarrow.compute.is_null(pyarrow.compute.struct_field(values, "bytes"))).as_py():
+                paths = pyarrow.compute.struct_field(values, "path") if "path" in feature else [None] * len(table)
+                return _with_paths(table, resolved(pyarrow.array(paths).to_pylist(), file, name, allow_outside), name)
+        if isinstance(feature, dict) and set(feature) != {"bytes", "path"}:
+            table = table.map(lambda row: {name: {"bytes": row[name]["bytes"], "path": None}})
         return table.cast_column(name, datasets.Image(decode=False))
     if dtype is not None and (dtype.endswith(("string", "string_view")) or dtype.startswith("int")):
         if streaming:
             table = _load_binary(file, kind, streaming=False)
-        paths = resolved(table[name][:], file, name, allow_outside)
-        table = table.remove_columns(name).add_column(name, paths)
-        return table.cast_column(name, datasets.Image(decode=False))
+        return _with_paths(table, resolved(table[name][:], file, name, allow_outside), name)
     return table
+
+
+def _holds_bytes(feature: Any) -> bool:
+    """Whether a column may hold encoded pictures: bytes, or a struct with them."""
+    if isinstance(feature, dict):
+        return "bytes" in feature
+    return getattr(feature, "dtype", None) in ("binary", "large_binary", "binary_view")
+
+
+def _with_paths(table: datasets.Dataset, paths: list[str], name: str) -> datasets.Dataset:
+    return table.remove_columns(name).add_column(name, paths).cast_column(name, datasets.Image(decode=False))
 
 
 def _read_csv(file: str, notes: list[str]) -> dict[str, list[str]]:
     """Columns of a CSV file as text, with its own separator and encoding: no value is taken for a missing one."""
-    data = Path(file).read_bytes()
-    encodings = ["utf-16"] if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ["utf-8-sig", "cp1252", "latin-1"]
-    for encoding in encodings:
-        try:
-            text = data.decode(encoding)
-            break
-        except UnicodeDecodeError:
-            continue
-    else:
-        raise ValueError(f"`{file}` is not text in UTF-8 or UTF-16: save it as UTF-8.")
-    if encoding not in ("utf-8-sig", "utf-16"):
-        notes.append(f"`{file}` is not UTF-8, and was read as {encoding}.")
+    text = _decoded(file, notes)
     header = text.split("\n", 1)[0].rstrip("\r")
     separator = max(",;\t|", key=header.count)
     rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator) if any(map(str.strip, row))]
@@ -127,13 +160,33 @@ def _read_csv(file: str, notes: list[str]) -> dict[str, list[str]]:
     return {name: [row[i].strip() for row in rows[1:]] for i, name in enumerate(names)}
 
 
+def _decoded(file: str, notes: list[str]) -> str:
+    """Text of a CSV file in its own encoding; a note says so if it is not Unicode.
+
+    Raises: ValueError if it is not text.
+    """
+    data = Path(file).read_bytes()
+    encodings = ["utf-16"] if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ["utf-8-sig", "cp1252", "latin-1"]
+    for encoding in encodings:
+        try:
+            text = data.decode(encoding)
+            break
+        except UnicodeDecodeError:
+            continue
+    else:
+        text = "\0"
+    if "\0" in text:
+        raise ValueError(f"`{file}` is not text in UTF-8 or UTF-16: save it as UTF-8.")
+    if encoding not in ("utf-8-sig", "utf-16"):
+        notes.append(f"`{file}` is not UTF-8, and was read as {encoding}.")
+    return text
+
+
 def _read_json(file: str) -> dict[str, list[Any]]:
     """Columns of JSON lines, or of one list of objects."""
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
-        rows = (
-            json.loads(text) if text.lstrip()[:1] == "[" else [json.loads(x) for x in text.splitlines() if x.strip()]
-        )
+        rows = json.loads(text) if text.lstrip()[:1] == "[" else [json.loads(x) for x in text.split("\n") if x.strip()]
     except (ValueError, UnicodeDecodeError) as error:
         raise ValueError(f"`--dataset {file}` could not be read as JSON lines: {error}") from None
     if not rows or not all(isinstance(row, dict) for row in rows):
@@ -166,19 +219,26 @@ def resolved(values: Sequence[Any], file: str, column: str, allow_outside: bool)
     listings: dict[str, dict[str, list[str]]] = {}
     found, missing = [], []
     for number, value in enumerate(values, 1):
+        if not (value is None or isinstance(value, (str, int))):
+            raise ValueError(
+                f"Column `{column}` of `{file}` holds {type(value).__name__} in row {number}, not a path: write one "
+                "row for each picture."
+            )
         text = "" if value is None else str(value).strip()
         if not text:
             raise ValueError(
                 f"Column `{column}` of `{file}` is empty in row {number}: name a file, or remove the row."
             )
         path = os.path.normpath(folder / text)
+        if "\\" in text and not os.path.exists(path):  # as Windows writes paths
+            path = os.path.normpath(folder / text.replace("\\", "/"))
         is_outside = not path.startswith(str(folder) + os.sep)
         is_remote = ("://" in text or "::" in text) and not os.path.exists(path)
         if (is_outside or is_remote) and not allow_outside:
-            raise ValueError(
-                f"Column `{column}` of `{file}` names `{text}` in row {number}, "
-                f"{'a URL' if is_remote else f'which is outside {folder}'}: data from others should not say what is "
-                "read here. Pass `--allow-outside-files` if you trust it."
+            raise OutsideFileError(
+                f"Column `{column}` of `{file}` names `{text[:100]}` in row {number}, "
+                f"{'a URL' if is_remote else f'which is outside the data set in {folder}'}: data from others should "
+                "not say what is read here. Pass `--allow-outside-files` if you trust it."
             )
         path = text if is_remote else _existing(path, listings)
         if path is None:
@@ -188,7 +248,7 @@ def resolved(values: Sequence[Any], file: str, column: str, allow_outside: bool)
     if missing:
         raise ValueError(
             f"Column `{column}` of `{file}` names files that are not in {folder}: {len(missing)} of {len(values)}, "
-            f"the first is `{missing[0][1]}` in row {missing[0][0]}."
+            f"the first is `{missing[0][1][:100]}` in row {missing[0][0]}."
         )
     return found
 
@@ -214,7 +274,9 @@ def _existing(path: str, listings: dict[str, dict[str, list[str]]]) -> str | Non
     return os.path.join(folder, matches[0]) if len(matches) == 1 else None
 
 
-def by_split(table: DatasetLike, file: str, told: str | None, named: Sequence[str]) -> dict[str | None, DatasetLike]:
+def by_split(
+    table: DatasetLike, file: str, told: str | None, named: Sequence[str], label_column: str | None
+) -> dict[str | None, DatasetLike]:
     """The splits of one table: by its column `split`, or the one that its name tells, which may be None.
 
     Args:
@@ -222,16 +284,22 @@ def by_split(table: DatasetLike, file: str, told: str | None, named: Sequence[st
         file: its path.
         told: the split that its name tells.
         named: splits that the settings name; values of the column may be these, or usual words.
+        label_column: setting of that name; classes may be called train and test.
 
-    Raises: ValueError for other values.
+    Raises: ValueError for other values, or for such a column in streamed data.
     """
-    column = next((x for x in SPLIT_COLUMNS if x in table.column_names), None)
-    if column is None or isinstance(table, datasets.IterableDataset):
+    column = usual_column(table.column_names, SPLIT_COLUMNS)
+    if isinstance(table, datasets.IterableDataset):
+        if column is not None and told is None:
+            raise ValueError(f"Column `{column}` of `{file}` may tell the split: leave out `--streaming`.")
+        return {told: table}
+    column = column or _column_of_split_words(table, label_column or usual_column(table.column_names, LABEL_COLUMNS))
+    if column is None:
         return {told: table}
     values = [str(value).strip() for value in table[column][:]]
     meaning = {value: value if value in named else SPLIT_OF_WORD.get(value.casefold()) for value in set(values)}
     unknown = sorted(value for value, split in meaning.items() if split is None)
-    if len(unknown) == len(meaning) and (len(unknown) < 2 or column == "set"):
+    if len(unknown) == len(meaning) and (len(unknown) < 2 or column.casefold() == "set"):
         return {told: table}  # something else that is called so
     if unknown:
         raise ValueError(
@@ -239,8 +307,21 @@ def by_split(table: DatasetLike, file: str, told: str | None, named: Sequence[st
             "or name them with `--train-split` and `--eval-split`."
         )
     splits = [meaning[value] for value in values]
+    table = table.remove_columns(column)
     return {
         split: table.select([i for i, value in enumerate(splits) if value == split])
         for split in dict.fromkeys(splits)
         if split is not None
     }
+
+
+def _column_of_split_words(table: datasets.Dataset, label_column: str | None) -> str | None:
+    """A column of text that holds nothing but the words of at least two splits, whatever its name."""
+    for column, feature in table.features.items():
+        if column == label_column or getattr(feature, "dtype", None) not in ("string", "large_string"):
+            continue
+        values = table.data.column(column).unique().to_pylist()
+        splits = {SPLIT_OF_WORD.get(str(value).strip().casefold()) for value in values}
+        if len(splits) > 1 and None not in splits:
+            return column
+    return None
