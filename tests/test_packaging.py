@@ -23,6 +23,14 @@ MODELING_FILES += (
 )
 
 
+@pytest.mark.slow
+def test_api_reference_is_built_without_a_warning(tmp_path):
+    process = subprocess.run([sys.executable, ROOT / "docs" / "api.py", tmp_path], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    page = (tmp_path / "evit_hf.html").read_text()
+    assert all(f'id="{name}"' in page for name in evit_hf.__all__)
+
+
 def test_code_passes_ruff():
     for command in (["check"], ["format", "--check"]):
         process = subprocess.run(
