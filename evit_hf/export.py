@@ -1,4 +1,4 @@
-"""Exports of EViT that run without Python: torch.export, AOTInductor, ONNX and OpenVINO, checked against the model.
+"""Exports that run without Python: torch.export, AOTInductor, ONNX and OpenVINO, checked against the model.
 
 An exported folder holds the model, the names of its classes, `export.json` (what it is and how it was checked), the
 `config.json` and `preprocessor_config.json` that Optimum and transformers.js read, and `example.py`, which classifies
@@ -9,6 +9,7 @@ import copy
 import inspect
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -20,15 +21,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
-from .configuration_evit import height_and_width, keep_rate_by_layer, python_value
-from .modeling_evit import EViTForImageClassificationWithTeacher, EViTModel, EViTPreTrainedModel
+from .configuration_evit import keep_rate_by_layer, python_value
+from .modeling_evit import EViTForImageClassificationWithTeacher, EViTPreTrainedModel
 from .modeling_evit_lv import EViTLVForImageClassification
 from .pictures import as_rgb
 from .pixels import processed_pixels, robust_keep_rates
+from .towers import example_inputs, tower_of
 
 
 logger = transformers_logging.get_logger(__name__)
@@ -53,10 +55,10 @@ class Answer(nn.Module):
     """The model as a function of one tensor, which is what deployment formats know.
 
     Args:
-        model: classifier, which answers logits, or `EViTModel`, which answers its last hidden state.
+        model: classifier, which answers logits, or a model without one, which answers its last hidden state.
     """
 
-    def __init__(self, model: EViTPreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
@@ -69,6 +71,11 @@ def answer_of(outputs: Any) -> torch.Tensor:
     """Logits of a classifier, (batch_size, num_labels), or features, (batch_size, num_tokens_left, hidden_size)."""
     logits = getattr(outputs, "logits", None)
     return outputs.last_hidden_state if logits is None else logits
+
+
+def gives_features(model: nn.Module) -> bool:
+    """Whether a model has no classifier, so that its answer is its last hidden state."""
+    return not any("ForImageClassification" in base.__name__ for base in type(model).__mro__)
 
 
 class AnswerAtKeepRate(nn.Module):
@@ -149,36 +156,42 @@ ALL_ATTENTION_FUNCTIONS.register("evit_export", _plain_attention)
 
 
 def exported_program(
-    model: EViTPreTrainedModel, keep_rate_is_input: bool = False
+    model: PreTrainedModel, keep_rate_is_input: bool = False, image_size: int | Sequence[int] | None = None
 ) -> tuple[torch.export.ExportedProgram, tuple[torch.Tensor, ...]]:
     """Trace a model with `torch.export`, for batches of any size.
 
     Args:
-        model: any EViT; its own keep rate is part of the graph unless it is an input.
+        model: any EViT, or a model that `reorganize` was called on; its own keep rate is part of the graph unless it
+            is an input.
         keep_rate_is_input: whether each call gives its keep rates, see `AnswerAtKeepRate.forward`.
+        image_size: pixels, (height, width) or one number for both; by default the model's own.
 
     Returns: the program, and the inputs it was traced with.
 
-    Raises: ExportError for LV-ViT with the keep rate as an input, or a model that reorganizes nothing.
+    Raises: ExportError for a model whose keep rate cannot be an input.
     """
     _check_keep_rate_input(model, keep_rate_is_input)
-    config = model.config
     model = copy.deepcopy(model).eval()
-    model.config._attn_implementation = "evit_export"
-    pixel_values = torch.randn(2, config.num_channels, *height_and_width(config.image_size))
-    inputs: tuple[torch.Tensor, ...] = (pixel_values.to(next(model.parameters()).device),)
+    if isinstance(model, EViTPreTrainedModel):
+        model.config._attn_implementation = "evit_export"
+    inputs: tuple[torch.Tensor, ...] = (torch.randn_like(example_inputs(model, image_size, batch_size=2)).float(),)
     dynamic: list[Any] = [{0: torch.export.Dim("batch_size", min=1, max=MAX_BATCH_SIZE)}]
     wrapper: nn.Module = Answer(model)
     if keep_rate_is_input:
         wrapper = AnswerAtKeepRate(model)
-        inputs += (torch.full((len(config.reorganization_layers),), 0.7, dtype=torch.float64),)
+        inputs += (torch.full((len(model.config.reorganization_layers),), 0.7, dtype=torch.float64),)
         dynamic.append(None)
     with torch.no_grad(), _quiet():
         return torch.export.export(wrapper.eval(), inputs, dynamic_shapes=tuple(dynamic)), inputs
 
 
-def _check_keep_rate_input(model: EViTPreTrainedModel, keep_rate_is_input: bool) -> None:
+def _check_keep_rate_input(model: PreTrainedModel, keep_rate_is_input: bool) -> None:
     """Raise ExportError if the keep rate is to be an input and cannot be one."""
+    if keep_rate_is_input and not isinstance(model, EViTPreTrainedModel):
+        raise ExportError(
+            f"The layers of `{type(model).__name__}` count their tokens in Python, so its keep rate has to be fixed: "
+            "leave out the input."
+        )
     if keep_rate_is_input and isinstance(model, EViTLVForImageClassification):
         raise ExportError("LV-ViT classifies every token, so its keep rate has to be fixed: leave out the input.")
     if keep_rate_is_input and not model.config.reorganization_layers:
@@ -186,11 +199,12 @@ def _check_keep_rate_input(model: EViTPreTrainedModel, keep_rate_is_input: bool)
 
 
 def export_model(
-    model: EViTPreTrainedModel,
+    model: PreTrainedModel,
     folder: str | os.PathLike,
     export_format: str,
     keep_rate_is_input: bool = False,
     processor: BaseImageProcessor | None = None,
+    image_size: int | Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Export a model and make sure that the export answers as the model does.
 
@@ -198,11 +212,13 @@ def export_model(
     is written whole or not at all.
 
     Args:
-        model: any EViT; `EViTModel` is exported as a function that returns its last hidden state.
+        model: any EViT, or a model that `reorganize` was called on; one without classifier is exported as a function
+            that returns its last hidden state.
         folder: written to; made if needed. Files of an earlier export are replaced.
         export_format: "onnx", "openvino", "torch-export" or "aoti".
         keep_rate_is_input: see `exported_program`.
         processor: of the model, for `example.py`.
+        image_size: pixels, (height, width) or one number for both; by default the model's own.
 
     Returns: what `export.json` holds: format, sizes, keep rate, largest difference found.
 
@@ -214,9 +230,8 @@ def export_model(
         raise ExportError(f"There is no format `{export_format}`: take one of {', '.join(FORMATS)}.")
     _needs(*PACKAGES.get(export_format, ()))
     _check_keep_rate_input(model, keep_rate_is_input)
-    config = model.config
-    gives_features = isinstance(model, EViTModel)
-    if not gives_features and sorted(config.id2label) != list(range(config.num_labels)):
+    config, tower, features = model.config, tower_of(model), gives_features(model)
+    if not features and sorted(config.id2label) != list(range(config.num_labels)):
         raise ExportError(
             f"`id2label` must number the {config.num_labels} classes from 0, as the model's logits are numbered, got "
             f"{sorted(config.id2label)[:5]}: set `model.config.id2label`."
@@ -224,45 +239,50 @@ def export_model(
     if export_format in ("onnx", "openvino") and next(model.parameters()).dtype == torch.bfloat16:
         logger.warning(f"{export_format} has no arithmetic for bfloat16: the model is exported in float32.")
         model = copy.deepcopy(model).float()
+    num_channels, height, width = example_inputs(model, image_size).shape[1:]
     record = {
         "format": export_format,
         "file": FORMATS[export_format],
-        "output": "last_hidden_state" if gives_features else "logits",
+        "output": "last_hidden_state" if features else "logits",
         "problem_type": config.problem_type,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "image_size": list(height_and_width(config.image_size)),
-        "num_channels": config.num_channels,
-        "keep_rate": "input" if keep_rate_is_input else config.keep_rate,
-        "num_keep_rates": len(config.reorganization_layers) if keep_rate_is_input else 0,
-        "default_keep_rate": config.keep_rate,
-        "num_patches": model.base_model.embeddings.patch_embeddings.num_patches,
-        "fuse_inattentive_tokens": config.fuse_inattentive_tokens,
+        "image_size": [height, width],
+        "num_channels": num_channels,
+        "keep_rate": "input" if keep_rate_is_input else tower.config.keep_rate,
+        "num_keep_rates": len(tower.config.reorganization_layers) if keep_rate_is_input else 0,
+        "default_keep_rate": tower.config.keep_rate,
+        "num_patches": math.prod(tower.patch_grid((height, width))),
+        "fuse_inattentive_tokens": tower.config.fuse_inattentive_tokens,
         "torch": torch.__version__,
     }
     with complete_folder(folder) as work:
         _write_settings(model, work, record, processor)
-        program, inputs = exported_program(model, keep_rate_is_input)
+        program, inputs = exported_program(model, keep_rate_is_input, image_size)
         path = work / FORMATS[export_format]
         path.parent.mkdir(exist_ok=True)
         with torch.no_grad(), _quiet():
             _WRITERS[export_format](program, inputs, path, record["output"])
         write_record(work, record)
-        record["largest_difference"] = check_parity(model, load_exported(work), keep_rate_is_input)
+        record["largest_difference"] = check_parity(
+            model, load_exported(work), keep_rate_is_input, image_size=image_size
+        )
         write_record(work, record)
     return record
 
 
 def _write_settings(
-    model: EViTPreTrainedModel, folder: Path, record: dict[str, Any], processor: BaseImageProcessor | None
+    model: PreTrainedModel, folder: Path, record: dict[str, Any], processor: BaseImageProcessor | None
 ) -> None:
     """Write what others read: config.json, labels.json, preprocessor_config.json and example.py."""
     config = model.config.to_dict()
     config.pop("auto_map", None)
-    kind = "ViTModel" if record["output"] == "last_hidden_state" else "ViTForImageClassification"
-    # Optimum and transformers.js know ViT, and an exported EViT is called as one.
-    config |= {"model_type": "vit", "architectures": [kind]}
+    gives_features = record["output"] == "last_hidden_state"
+    if isinstance(model, EViTPreTrainedModel):
+        # Optimum and transformers.js know ViT, and an exported EViT is called as one.
+        kind = "ViTModel" if gives_features else "ViTForImageClassification"
+        config |= {"model_type": "vit", "architectures": [kind]}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if kind != "ViTModel":
+    if not gives_features:
         names = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
         (folder / "labels.json").write_text(json.dumps(names, ensure_ascii=False) + "\n", encoding="utf-8")
     if processor is None:
@@ -307,10 +327,11 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 
 def check_parity(
-    model: EViTPreTrainedModel,
+    model: PreTrainedModel,
     exported: Callable[..., torch.Tensor],
     keep_rate_is_input: bool = False,
     batch_sizes: Sequence[int] = (1, 2, 5),
+    image_size: int | Sequence[int] | None = None,
 ) -> float:
     """Compare an exported model with the one it was made from, on random images in batches of several sizes.
 
@@ -319,13 +340,15 @@ def check_parity(
         exported: see `load_exported`.
         keep_rate_is_input: whether to compare at several keep rates too, 1.0 among them.
         batch_sizes: of the images.
+        image_size: pixels, (height, width) or one number for both; by default the model's own.
 
     Returns: the largest difference of answers, relative to the largest answer.
 
     Raises: ExportError if it is more than rounding (1e-3; 0.1 in float16, 0.3 in bfloat16), or a shape differs.
     """
     model = copy.deepcopy(model).eval()
-    num_layers = len(model.config.reorganization_layers)
+    settings = tower_of(model).config
+    num_layers = len(settings.reorganization_layers)
     keep_rates: list[Any] = [None]
     if keep_rate_is_input:
         keep_rates = [[rate] * num_layers for rate in (1.0, 0.7, 0.5)] + [[0.9 - 0.1 * i for i in range(num_layers)]]
@@ -334,8 +357,8 @@ def check_parity(
     parameter = next(model.parameters())
     tolerance = TOLERANCE[parameter.dtype]
     for batch_size in batch_sizes:
-        size = height_and_width(model.config.image_size)
-        images = torch.randn(batch_size, model.config.num_channels, *size, generator=generator).to(parameter.device)
+        shape = example_inputs(model, image_size, batch_size).shape
+        images = torch.randn(shape, generator=generator).to(parameter.device)
         for keep_rate in keep_rates:
             with torch.no_grad():
                 expected = answer_of(model(images, keep_rate=keep_rate)).float().cpu()
@@ -346,7 +369,7 @@ def check_parity(
             if not difference <= tolerance:
                 raise ExportError(
                     f"The exported model answers {tuple(answer.shape)} with a relative difference of {difference:.2g} "
-                    f"for {batch_size} images at keep rate {keep_rate or model.config.keep_rate}; rounding explains "
+                    f"for {batch_size} images at keep rate {keep_rate or settings.keep_rate}; rounding explains "
                     f"{tolerance}. Do not use it."
                 )
             worst = max(worst, difference)

@@ -25,7 +25,6 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput, TransformersKwargs
 
@@ -47,7 +46,8 @@ from .token_reorganization import (
 from .tokens_left import TokensLeft, bias_of_pairs, tokens_of_a_pass
 
 
-# Transformers' sdpa attention that also tells what the class token looks at, where a layer asks for it.
+# Transformers' sdpa attention that also tells what the class token looks at, where a layer asks for it. No function
+# for masks is registered for it: none is needed, and while tracing Transformers would make a mask of full length.
 SDPA_WITH_CLASS_ROW = "sdpa_with_class_row"
 DEFAULT_KEEP_RATE = 0.7
 # What a saved model needs to be reorganized without this package.
@@ -99,7 +99,6 @@ def sdpa_with_class_row(
 
 
 ALL_ATTENTION_FUNCTIONS.register(SDPA_WITH_CLASS_ROW, sdpa_with_class_row)
-ALL_MASK_ATTENTION_FUNCTIONS.register(SDPA_WITH_CLASS_ROW, sdpa_mask)
 
 
 class ReorganizingLayer:

@@ -42,7 +42,7 @@ class Tower:
 
     @property
     def is_reorganized(self) -> bool:
-        """Whether the model gives up tokens: an EViT, or a model that `reorganize` was called on."""
+        """See `reorganizes`."""
         return hasattr(self.owner, "training_keep_rate")
 
     @property
@@ -65,6 +65,31 @@ class Tower:
         else:
             size = getattr(self.config, "image_size", None)
         return None if size is None else height_and_width(size)
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the images."""
+        if hasattr(self.owner, "patch_embed"):
+            return self.owner.patch_embed.proj.in_channels
+        return self.config.num_channels
+
+    def patch_grid(self, image_size: int | Sequence[int] | None = None) -> tuple[int, int]:
+        """Rows and columns of patches of an image.
+
+        Args:
+            image_size: pixels, (height, width) or one number for both, instead of the model's own.
+
+        Raises: ValueError if no size is known.
+        """
+        size = self.image_size if image_size is None else height_and_width(image_size)
+        if size is None:
+            raise ValueError(f"`image_size` must be given: a model of type '{self.config.model_type}' names none.")
+        return size[0] // self.patch_size[0], size[1] // self.patch_size[1]
+
+
+def reorganizes(model: nn.Module) -> bool:
+    """Whether a model gives up tokens: an EViT, or one that `reorganize` was called on; any other does not."""
+    return any(hasattr(module, "training_keep_rate") for module in model.modules())
 
 
 def tower_of(model: nn.Module) -> Tower:
@@ -115,11 +140,9 @@ def example_inputs(
         size = tower.image_size if image_size is None else height_and_width(image_size)
         if size is None:
             raise ValueError(f"`image_size` must be given: a model of type '{config.model_type}' names none.")
-        patch_embed = getattr(tower.owner, "patch_embed", None)
-        channels = config.num_channels if patch_embed is None else patch_embed.proj.in_channels
         frames = (config.num_frames,) if hasattr(config, "num_frames") else ()
-        shape = (*frames, channels, *size)
+        shape = (*frames, tower.num_channels, *size)
     return torch.zeros(batch_size, *shape, device=parameter.device, dtype=parameter.dtype)
 
 
-__all__ = ["Tower", "example_inputs", "tower_of"]
+__all__ = ["Tower", "example_inputs", "reorganizes", "tower_of"]

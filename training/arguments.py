@@ -137,7 +137,9 @@ class ModelArguments:
     """Which network to train: a checkpoint, or one from scratch."""
 
     model: str | None = setting(
-        None, "ViT, DeiT or EViT checkpoint to fine-tune, a folder or Hub id; by default a model from scratch."
+        None,
+        "Checkpoint to fine-tune, a folder or Hub id: EViT, ViT, DeiT, DINOv2, CLIP, BEiT or timm; by default a model "
+        "from scratch.",
     )
     preset: str | None = setting(
         None, "Model of the paper to train from scratch, for example evit-deit-s or evit-lvvit-s."
@@ -160,7 +162,8 @@ class ModelArguments:
     )
     image_size: int | None = setting(
         None,
-        "Pixels; by default the checkpoint's or preset's, 224 from scratch. Positions are interpolated.",
+        "Pixels; by default the checkpoint's (of DINOv2 and others its processor's) or preset's, 224 from scratch. "
+        "Positions are interpolated.",
         AT_LEAST_ONE,
     )
     drop_path_rate: float = setting(

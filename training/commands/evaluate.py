@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
         "were launched. MODEL is a model folder, a run folder or a Hub id.",
         leave_out=lambda field: field.metadata.get("only_for_training", False),
     )
-    parser.add_argument("model", help="Model folder, run folder or Hub id of a ViT, DeiT or EViT classifier.")
+    parser.add_argument("model", help="Model folder, run folder or Hub id of an image classifier.")
     (arguments, data), rest, _ = parser.parse(argv)
     from ..learning.sources import resolve_model
 
@@ -52,7 +52,7 @@ def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments
     """Measure a model.
 
     Args:
-        model: folder or Hub id of an image classifier that EViT can be.
+        model: folder or Hub id of an image classifier, see `load_classifier`.
         arguments: keep rates and where to write.
         data: evaluation images; classes are matched with the model's by name.
 

@@ -11,7 +11,7 @@ from .errors import command
 
 
 if TYPE_CHECKING:
-    from evit_hf import EViTPreTrainedModel
+    from transformers import PreTrainedModel
 
     from ..data.images import ImageSplits
 
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
         "labels.json, export.json, config.json, preprocessor_config.json and example.py, which needs no part of this "
         "package. A bare model is exported as a function that returns features.",
     )
-    parser.add_argument("model", help="Model folder, run folder or Hub id of a ViT, DeiT or EViT.")
+    parser.add_argument("model", help="Model folder, run folder or Hub id.")
     parser.add_argument("dest", type=Path, help="Folder to write; it must not exist or be empty.")
     (arguments, data), rest, given = parser.parse(argv)
     if rest.dest.exists() and (not rest.dest.is_dir() or any(rest.dest.iterdir())):
@@ -89,51 +89,37 @@ def export(name: str, dest: Path, arguments: ExportArguments, data: DataArgument
         ValueError: for settings that cannot work.
         ExportError: if the result differs from the original.
     """
+    from evit_hf import EViTPreTrainedModel, reorganize
     from evit_hf.export import complete_folder, export_model, write_record
 
-    from ..data.augmentation import image_processor
-    from ..learning.models import load_processor
+    from ..data.augmentation import image_processor, output_size
+    from ..learning.models import load_model, load_processor
 
     if arguments.int8 != "no" and (arguments.format != "onnx" or data is None):
         raise ValueError("`--int8` needs `--format onnx`, and `--dataset` to measure what it does to the accuracy.")
     if arguments.int8 == "static" and arguments.keep_rate_input:
         raise ValueError("`--int8 static` calibrates one keep rate: leave out `--keep-rate-input`.")
     model = load_model(name).eval()
-    processor = load_processor(name)
-    if arguments.keep_rate is not None:
-        rates = arguments.keep_rate
-        model.set_keep_rate(rates[0] if len(rates) == 1 else rates)
+    rates = arguments.keep_rate
+    reorganize(model, rates[0] if rates is not None and len(rates) == 1 else rates)
+    processor, image_size = load_processor(name), arguments.image_size
+    if isinstance(model, EViTPreTrainedModel):
+        if image_size is not None:
+            model.set_image_size(image_size)
+    else:  # takes images of several sizes as it is, or of one
+        image_size = image_size or output_size(processor)
     if arguments.image_size is not None:
-        model.set_image_size(arguments.image_size)
         processor = image_processor(name, arguments.image_size)
     with complete_folder(dest) as work:
-        record = export_model(model, work, arguments.format, arguments.keep_rate_input, processor)
+        record = export_model(model, work, arguments.format, arguments.keep_rate_input, processor, image_size)
         if arguments.int8 != "no":
             record |= quantize(model, work, arguments, data, processor)
             write_record(work, record)
     return record
 
 
-def load_model(name: str) -> "EViTPreTrainedModel":
-    """Load a classifier, or the bare model where a folder holds no more than that.
-
-    Args:
-        name: folder or Hub id.
-    """
-    from transformers import PreTrainedConfig
-
-    from evit_hf import EViTLVModel, EViTModel
-
-    from ..learning.models import load_classifier
-
-    config, _ = PreTrainedConfig.get_config_dict(name)
-    bare = {"EViTModel": EViTModel, "ViTModel": EViTModel, "DeiTModel": EViTModel, "EViTLVModel": EViTLVModel}
-    architecture = (config.get("architectures") or [""])[0]
-    return bare[architecture].from_pretrained(name) if architecture in bare else load_classifier(name)
-
-
 def quantize(
-    model: "EViTPreTrainedModel", dest: Path, arguments: ExportArguments, data: DataArguments, processor: Any
+    model: "PreTrainedModel", dest: Path, arguments: ExportArguments, data: DataArguments, processor: Any
 ) -> dict[str, Any]:
     """Put an ONNX model's matrix products into 8 bits, and measure the accuracy before and after.
 
@@ -147,12 +133,12 @@ def quantize(
         quantize_static,
     )
 
-    from evit_hf.export import FORMATS, load_exported, write_record
+    from evit_hf.export import FORMATS, gives_features, load_exported, write_record
 
     from ..data.loaders import batches
     from ..data.splits import load_evaluation_split, load_splits, with_classes_of
 
-    if not hasattr(model, "num_labels") or not hasattr(model, "vit"):
+    if gives_features(model):
         raise ValueError("`--int8` measures top-1 accuracy, and this model gives features: name a classifier.")
     if model.config.problem_type == "multi_label_classification":
         raise ValueError("`--int8` measures top-1 accuracy, and this model can give several labels.")
@@ -197,7 +183,7 @@ def quantize(
 
 
 def accuracy(
-    exported: Any, splits: "ImageSplits", processor: Any, arguments: ExportArguments, model: "EViTPreTrainedModel"
+    exported: Any, splits: "ImageSplits", processor: Any, arguments: ExportArguments, model: "PreTrainedModel"
 ) -> float:
     """Share of evaluation images whose class an exported model names."""
     keep_rate = None

@@ -17,7 +17,7 @@ def main(argv: list[str]) -> None:
         "calibration images. MODEL is a model folder, a run folder or a Hub id.",
         leave_out=lambda field: field.metadata.get("only_for_training", False),
     )
-    parser.add_argument("model", help="Model folder, run folder or Hub id of a ViT, DeiT or EViT classifier.")
+    parser.add_argument("model", help="Model folder, run folder or Hub id of an image classifier.")
     parser.add_argument("target", help="0.6 (share of the dense operations), 2.5gmacs, or 40ms for a batch.")
     (arguments, data), rest, _ = parser.parse(argv)
     parse_target(rest.target)

@@ -12,6 +12,8 @@ from torchvision.transforms import InterpolationMode, v2
 from transformers import AutoImageProcessor, BaseImageProcessor, ViTImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from evit_hf.image_processors import timm_processor
+
 
 if TYPE_CHECKING:
     from ..arguments import AugmentationArguments
@@ -28,7 +30,7 @@ def image_processor(model: str | None, image_size: int) -> BaseImageProcessor:
         as DeiT does, and resizes to a square below that.
     """
     if model is not None:
-        processor = AutoImageProcessor.from_pretrained(model)
+        processor = plain_processor(AutoImageProcessor.from_pretrained(model))
         if output_size(processor) == (image_size, image_size):
             return processor
         style = {name: getattr(processor, name) for name in ("image_mean", "image_std", "resample")}
@@ -44,6 +46,15 @@ def image_processor(model: str | None, image_size: int) -> BaseImageProcessor:
     return ViTImageProcessor(
         size={"shortest_edge": round(image_size * 8 / 7)}, do_center_crop=True, crop_size=square, **style
     )
+
+
+def plain_processor(processor: BaseImageProcessor) -> BaseImageProcessor:
+    """A processor whose settings a folder of Transformers can hold: that of timm becomes one of ViT."""
+    data = getattr(processor, "data_config", None)
+    if data is None:
+        return processor
+    num_channels, *image_size = data["input_size"]
+    return timm_processor(data, image_size, num_channels)[0]
 
 
 def output_size(processor: BaseImageProcessor) -> tuple[int, int] | None:

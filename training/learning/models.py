@@ -4,13 +4,16 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 
 from evit_hf import (
@@ -18,17 +21,25 @@ from evit_hf import (
     EViTForImageClassification,
     EViTForImageClassificationWithTeacher,
     EViTLVForImageClassification,
+    EViTLVModel,
+    EViTModel,
     EViTPreTrainedModel,
     preset_config,
+    reorganize,
 )
-from evit_hf.profiling import keep_rate_for_macs, num_macs
+from evit_hf.checkpoint_files import ConversionError
+from evit_hf.configuration_evit import height_and_width
+from evit_hf.profiling import MacsFormula, keep_rate_for_macs, num_macs
+from evit_hf.reorganization import FAMILIES
+from evit_hf.towers import example_inputs, tower_of
 
-from ..arguments import TrainArguments
+from ..arguments import ModelArguments, TrainArguments
+from ..data.augmentation import output_size, plain_processor
 from ..data.images import ImageSplits
 from ..data.names import class_numbers
 
 
-def build_model(arguments: TrainArguments, splits: ImageSplits) -> EViTPreTrainedModel:
+def build_model(arguments: TrainArguments, splits: ImageSplits) -> PreTrainedModel:
     """Build the network of a run.
 
     Args:
@@ -48,7 +59,10 @@ def build_model(arguments: TrainArguments, splits: ImageSplits) -> EViTPreTraine
     }
     if model.model is not None:
         network = load_classifier(model.model, **settings)
-        match_head(network, PreTrainedConfig.get_config_dict(model.model)[0], splits.label_names)
+        match_head(network, saved_classes(model.model), splits.label_names)
+    if model.model is not None and not isinstance(network, EViTPreTrainedModel):
+        check_family(network, arguments)
+    elif model.model is not None:
         config = network.config
         if not isinstance(config.image_size, int) or not isinstance(config.patch_size, int):
             raise ValueError(
@@ -85,24 +99,61 @@ def build_model(arguments: TrainArguments, splits: ImageSplits) -> EViTPreTraine
     return network
 
 
+def check_family(network: PreTrainedModel, arguments: TrainArguments) -> None:
+    """Raise ValueError for a setting that only EViT's own classes know."""
+    for is_asked, name in (
+        (arguments.optimization.mix_token, "`--mix-token`"),
+        (arguments.model.match_macs_of, "`--match-macs-of`"),
+    ):
+        if is_asked:
+            raise ValueError(
+                f"{name} is for EViT, ViT and DeiT, not for a '{network.config.model_type}': leave it out."
+            )
+
+
+def leave_out_unused(network: PreTrainedModel, image_size: int) -> None:
+    """Exclude from training what no answer depends on, for whose gradients several processes would wait.
+
+    Classifiers of some families pass by a norm, or have a mask token; those of EViT use all that they have.
+
+    Args:
+        network: a classifier that reorganizes, in training mode again afterwards.
+        image_size: pixels.
+    """
+    if isinstance(network, EViTPreTrainedModel):
+        return
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    answer = network.eval()(example_inputs(network, image_size)).logits.sum()
+    gradients = torch.autograd.grad(answer, parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)
+    network.train()
+
+
 @torch.no_grad()
-def match_head(network: EViTPreTrainedModel, saved: dict[str, Any], label_names: list[str]) -> None:
+def match_head(network: PreTrainedModel, id2label: dict[int, str], label_names: list[str]) -> None:
     """Put the rows of a loaded head into the order of the data's classes, which are found by name.
 
     Args:
         network: loaded for `label_names`, with the rows as they were saved.
-        saved: configuration that the weights were saved with.
+        id2label: classes that the weights were saved with.
         label_names: classes of the data. If they are not those of the checkpoint, the head starts from what it was, or
             from random weights where the number of classes differs.
     """
-    id2label = {int(number): name for number, name in (saved.get("id2label") or {}).items()}
     numbers, unknown = class_numbers(label_names, id2label)
     if unknown or len(id2label) != len(label_names) or sorted(numbers) != list(range(len(numbers))):
         return
-    for name, layer in network.named_modules():
-        if name.rpartition(".")[2].endswith("classifier") and isinstance(layer, nn.Linear):
-            layer.weight.copy_(layer.weight[numbers])
-            layer.bias.copy_(layer.bias[numbers])
+    for head in heads_of(network).values():
+        head.weight.copy_(head.weight[numbers])
+        if head.bias is not None:
+            head.bias.copy_(head.bias[numbers])
+
+
+def saved_classes(name_or_path: str) -> dict[int, str]:
+    """Names of the classes that a checkpoint was saved with, by number; empty if it does not say."""
+    saved = PreTrainedConfig.get_config_dict(name_or_path)[0]
+    names = saved.get("id2label") or dict(enumerate(saved.get("label_names") or []))  # the latter are timm's
+    return {int(number): name for number, name in names.items()}
 
 
 def label_maps(label_names: list[str]) -> dict[str, dict]:
@@ -113,23 +164,35 @@ def label_maps(label_names: list[str]) -> dict[str, dict]:
     }
 
 
-def load_classifier(name_or_path: str, **settings: Any) -> EViTPreTrainedModel:
-    """Load a checkpoint as the EViT classifier that its configuration asks for; a ViT or DeiT becomes one.
+def load_classifier(name_or_path: str, **settings: Any) -> PreTrainedModel:
+    """Load a checkpoint as an image classifier that reorganizes its tokens.
+
+    ViT and DeiT become an EViT, as do the ViTs of timm that EViT computes. Models of other families keep their class,
+    see `evit_hf.reorganize`.
 
     Args:
         name_or_path: a folder or Hub id, see `resolve_model`.
-        **settings: fields of the configuration to change.
+        **settings: fields of the configuration to change. With `id2label` a head that the checkpoint lacks, or that is
+            for a different number of classes, starts from random weights.
 
-    Raises: ValueError if there is no such checkpoint, or it is not an image classifier that EViT can be.
+    Raises: ValueError if there is no such checkpoint, or it is not an image classifier that can be reorganized.
     """
     try:
         config_dict, _ = PreTrainedConfig.get_config_dict(name_or_path)
+        model_type = config_dict.get("model_type")
         model_class: type[EViTPreTrainedModel] = EViTForImageClassification
-        if config_dict.get("model_type") == "evit_lv":
+        if model_type == "evit_lv":
             model_class = EViTLVForImageClassification
         elif (config_dict.get("architectures") or [""])[0].endswith("WithTeacher"):
             model_class = EViTForImageClassificationWithTeacher
-        return model_class.from_pretrained(name_or_path, **settings)
+        elif model_type not in (None, "evit", "vit", "deit", "timm_wrapper"):
+            return _load_family(name_or_path, **settings)
+        try:
+            return model_class.from_pretrained(name_or_path, **settings)
+        except ConversionError:
+            if model_type != "timm_wrapper":
+                raise
+        return _load_family(name_or_path, **settings)
     except (OSError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, UnpicklingError) as error:
         if hasattr(error, "status"):  # of our own, which says it all
             raise
@@ -138,13 +201,119 @@ def load_classifier(name_or_path: str, **settings: Any) -> EViTPreTrainedModel:
         raise ValueError(f"`{name_or_path}` cannot be loaded as an image classifier: {kind}{reason}") from error
 
 
+def load_model(name_or_path: str) -> PreTrainedModel:
+    """Load a classifier, or the bare model where a folder holds no more than that.
+
+    Args:
+        name_or_path: a folder or Hub id, see `resolve_model`.
+
+    Raises: ValueError for a model that cannot be reorganized.
+    """
+    config, _ = PreTrainedConfig.get_config_dict(name_or_path)
+    own = {"EViTModel": EViTModel, "ViTModel": EViTModel, "DeiTModel": EViTModel, "EViTLVModel": EViTLVModel}
+    architecture = (config.get("architectures") or [""])[0]
+    if architecture in own:
+        return own[architecture].from_pretrained(name_or_path)
+    if any(architecture in family.models for family in FAMILIES.values()) and "Classification" not in architecture:
+        return reorganize(getattr(transformers, architecture).from_pretrained(name_or_path))
+    return load_classifier(name_or_path)
+
+
+def _load_family(
+    name_or_path: str,
+    keep_rate: float | list[float] | None = None,
+    reorganization_layers: list[int] | None = None,
+    fuse_inattentive_tokens: bool | None = None,
+    drop_path_rate: float = 0.0,
+    id2label: dict[int, str] | None = None,
+    image_size: int | None = None,
+    **fields: Any,
+) -> PreTrainedModel:
+    """Load a classifier of a family, see `load_classifier`; `image_size` changes nothing in it."""
+    labels = {} if id2label is None else {"id2label": id2label, "num_labels": len(id2label)}
+    config = AutoConfig.from_pretrained(name_or_path, **labels, **fields)
+    model_class = AutoModelForImageClassification._model_mapping.get(type(config), None)
+    if model_class is None:
+        raise ValueError(
+            f"`{name_or_path}` cannot be an image classifier: Transformers has none for models of type "
+            f"'{config.model_type}'."
+        )
+    if drop_path_rate:
+        _set_drop_path_rate(config, drop_path_rate)
+    model, info = model_class.from_pretrained(
+        name_or_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    wrong = {*info["missing_keys"], *(key for key, _, _ in info["mismatched_keys"])}
+    heads = [f"{name}." for name in heads_of(model)] if id2label is not None else []
+    # The norm in front of BEiT's head, which models without a head lack.
+    lost = sorted(key for key in wrong if not key.startswith((*heads, "beit.pooler.")))
+    if lost:
+        raise ValueError(
+            f"`{name_or_path}` does not fill {len(lost)} parameters of a {type(model).__name__}, which would be left "
+            f"at random values: {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}."
+        )
+    return reorganize(
+        model,
+        keep_rate,
+        reorganization_layers=reorganization_layers,
+        fuse_inattentive_tokens=fuse_inattentive_tokens,
+    )
+
+
+def _set_drop_path_rate(config: PreTrainedConfig, rate: float) -> None:
+    if config.model_type == "timm_wrapper":
+        config.model_args = {**(config.model_args or {}), "drop_path_rate": rate}
+    elif hasattr(config, "drop_path_rate"):
+        config.drop_path_rate = rate
+    else:
+        raise ValueError(
+            f"`--drop-path-rate`: models of type '{config.model_type}' have no stochastic depth, leave it out."
+        )
+
+
+def heads_of(model: nn.Module) -> dict[str, nn.Linear]:
+    """The classifiers of a model by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2].endswith(("classifier", "head", "head_dist"))
+    }
+
+
+def square_image_size(network: nn.Module, arguments: ModelArguments) -> int:
+    """Pixels of the images that a network is trained on.
+
+    Those that are asked for; by default those of an EViT's configuration, and of a family what the image processor of
+    the checkpoint returns, since many of them take images of any size.
+
+    Raises: ValueError if they are not square, or the network does not take them.
+    """
+    if isinstance(network, EViTPreTrainedModel):
+        return network.config.image_size
+    size = arguments.image_size or output_size(load_processor(arguments.model)) or tower_of(network).image_size
+    height, width = height_and_width(size)
+    if height != width:
+        raise ValueError(
+            f"`{arguments.model}` takes images of {height}x{width} pixels: this trainer takes square ones, "
+            "`transformers.Trainer` takes all."
+        )
+    MacsFormula.of(network, height)  # raises for images that it does not take
+    return height
+
+
+def was_reorganized(name_or_path: str) -> bool:
+    """Whether the config.json of a model has a keep rate, in the part of a model of several parts that sees images."""
+    config, _ = PreTrainedConfig.get_config_dict(name_or_path)
+    return any("keep_rate" in part for part in (config, *config.values()) if isinstance(part, dict))
+
+
 def load_processor(name_or_path: str) -> BaseImageProcessor:
     """Load the image processor of a model.
 
     Raises: ValueError if it has none.
     """
     try:
-        return AutoImageProcessor.from_pretrained(name_or_path)
+        return plain_processor(AutoImageProcessor.from_pretrained(name_or_path))
     except OSError as error:
         raise ValueError(
             f"`{name_or_path}` has no readable preprocessor_config.json, which says how images are resized and "
@@ -159,11 +328,11 @@ def random_classifier(config: EViTConfig) -> EViTPreTrainedModel:
     return AutoModelForImageClassification.from_config(config)
 
 
-def compile_layers(model: EViTPreTrainedModel) -> None:
+def compile_layers(model: nn.Module) -> None:
     """Compile the layers of a model in place, one graph for all of them and for any number of tokens.
 
     A whole model would be compiled again for each number of tokens, that is for each step of a schedule of the keep
     rate, and its graph with unknown numbers is slower than eager code. `evit benchmark --schedule` measures both.
     """
-    for layer in model.base_model.layers:
+    for layer in tower_of(model).layers:
         layer.compile(dynamic=True)

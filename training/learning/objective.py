@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torchvision.transforms import v2
+from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
-from evit_hf import EViTConfig
 from evit_hf.keep_rate_schedule import KeepRate
 from evit_hf.token_labelling import mix_targets, random_mix_box, token_labelling_loss
 
@@ -27,7 +27,8 @@ class Objective:
     """What a model learns from a micro-batch; called, it returns the loss.
 
     Args:
-        config: of the model; says whether images have several labels (`problem_type`), and its grid of patches.
+        config: of the model; says whether images have several labels (`problem_type`), and for `mix_token` its grid
+            of patches.
         label_smoothing: share of the target that is spread over all classes.
         mix_token: probability of mixing the tokens of a micro-batch.
         mixing: MixUp or CutMix, from (images, labels) to (images, probabilities).
@@ -38,7 +39,7 @@ class Objective:
         autocast: context in which oracle and teacher run, for example `accelerator.autocast`.
     """
 
-    config: EViTConfig
+    config: PreTrainedConfig
     label_smoothing: float = 0.0
     mix_token: float = 0.0
     mixing: v2.Transform | None = None
@@ -71,7 +72,8 @@ class Objective:
             scores = self.oracle(images, mix_box) if asks_oracle else None
             taught = self.teacher(images, mix_box) if self.teacher is not None else None
         model.train()
-        outputs = model(images, keep_rate=keep_rate, patch_scores=scores, mix_box=mix_box)
+        mixing = {} if mix_box is None else {"mix_box": mix_box}  # of EViT's own classes
+        outputs = model(images, keep_rate=keep_rate, patch_scores=scores, **mixing)
         if taught is None:
             return self.label_loss(outputs, labels, mix_box)
         teacher_logits, token_targets = taught

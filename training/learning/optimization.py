@@ -10,57 +10,62 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
+from evit_hf.towers import tower_of
+
 from ..arguments import OptimizationArguments
 
 
-TOKENS = ("cls_token", "distillation_token", "position_embeddings")
-CLASSIFIERS = ("classifier.", "cls_classifier.", "distillation_classifier.", "aux_classifier.")
+# Tokens, positions and biases of pairs of positions, in the words of all families.
+TOKENS = re.compile(r"(tokens?|pos_embed|position_embeddings?(\.weight)?|relative_position_bias_table)$")
+EMBEDDINGS = re.compile(r"(^|\.)(embeddings|patch_embed|(cls|dist|reg)_token|pos_embed|pre_layrnorm|norm_pre)(\.|$)")
+CLASSIFIER = re.compile(r"(classifier|\bhead(_dist)?)\.(weight|bias)$")
 
 
 def layer_number(name: str, num_layers: int) -> int:
     """Depth of a parameter: 0 for the embeddings, 1 to `num_layers` for the layers, one more for what follows.
 
     Args:
-        name: of the parameter in an EViT classifier, for example "vit.layers.3.mlp.fc1.weight".
+        name: of the parameter, for example "vit.layers.3.mlp.fc1.weight".
         num_layers: layers of the model.
     """
-    if match := re.search(r"\blayers\.(\d+)\.", name):
+    if match := re.search(r"\b(?:layers?|blocks)\.(\d+)\.", name):
         return int(match.group(1)) + 1
-    return 0 if ".embeddings." in f".{name}" else num_layers + 1
+    return 0 if EMBEDDINGS.search(name) else num_layers + 1
 
 
 def freeze(model: nn.Module, trainable: str, num_frozen_layers: int) -> None:
     """Exclude parameters from training.
 
     Args:
-        model: an EViT classifier.
+        model: a classifier that reorganizes.
         trainable: "all", or "head" for only the classifiers.
         num_frozen_layers: this many of the first layers, and the embeddings below them, stay as they are.
 
     Raises: ValueError if there are not as many layers.
     """
-    num_layers = model.config.num_hidden_layers
+    num_layers = len(tower_of(model).layers)
     if num_frozen_layers > num_layers:
         raise ValueError(f"`--freeze-layers` is {num_frozen_layers}, but the model has {num_layers} layers.")
     for name, parameter in model.named_parameters():
         is_below = num_frozen_layers > 0 and layer_number(name, num_layers) <= num_frozen_layers
-        parameter.requires_grad_(not is_below and (trainable == "all" or name.startswith(CLASSIFIERS)))
+        is_trained = trainable == "all" or CLASSIFIER.search(name) is not None
+        parameter.requires_grad_(is_trained and not is_below)
 
 
 def build_optimizer(model: nn.Module, arguments: OptimizationArguments, learning_rate: float) -> torch.optim.AdamW:
     """Build AdamW without weight decay on norms, biases, positions and tokens, slower for lower layers if wanted.
 
     Args:
-        model: an EViT classifier; parameters that need no gradient are left out.
+        model: a classifier that reorganizes; parameters that need no gradient are left out.
         arguments: weight decay, and the layer decay d: a layer that is n layers below the head has d ** n of the
             learning rate.
         learning_rate: peak of the head's.
     """
-    num_layers = model.config.num_hidden_layers
+    num_layers = len(tower_of(model).layers)
     groups: dict[tuple[int, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_spared = parameter.ndim < 2 or name.endswith(TOKENS)
+            is_spared = parameter.ndim < 2 or TOKENS.search(name) is not None
             depth = layer_number(name, num_layers) if arguments.layer_decay != 1 else num_layers + 1
             groups.setdefault((depth, 0.0 if is_spared else arguments.weight_decay), []).append(parameter)
     return torch.optim.AdamW(

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torchvision.transforms.v2 import functional as F
-from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
+from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
 from evit_hf import EViTPreTrainedModel
+from evit_hf.profiling import MacsFormula
+from evit_hf.towers import reorganizes, tower_of
 
-from ..data.augmentation import output_size
+from ..data.augmentation import output_size, plain_processor
 from ..data.names import class_numbers, has_no_names
 
 
@@ -30,7 +32,7 @@ class Oracle(nn.Module):
     """Scores of all patches by a frozen dense ViT: its class token's attention, averaged over heads.
 
     Args:
-        model: an EViT classifier; it runs at keep rate 1.0.
+        model: a classifier that reorganizes; it runs at keep rate 1.0.
         layers: zero-based layers of the student that reorganize; each takes the attention of the oracle's layer of the
             same number, or of the last one.
         from_layer: "same" or "last".
@@ -38,13 +40,14 @@ class Oracle(nn.Module):
     Raises: ValueError if the oracle has fewer layers than the student needs.
     """
 
-    def __init__(self, model: EViTPreTrainedModel, layers: list[int], from_layer: str = "same") -> None:
+    def __init__(self, model: PreTrainedModel, layers: list[int], from_layer: str = "same") -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
-        self.layers = [len(model.vit.layers) - 1] * len(layers) if from_layer == "last" else layers
-        if max(self.layers) >= len(model.vit.layers):
+        num_layers = len(tower_of(model).layers)
+        self.layers = [num_layers - 1] * len(layers) if from_layer == "last" else layers
+        if max(self.layers) >= num_layers:
             raise ValueError(
-                f"`--oracle` has {len(model.vit.layers)} layers, but layer {max(self.layers)} of the student "
+                f"`--oracle` has {num_layers} layers, but layer {max(self.layers)} of the student "
                 "reorganizes: take a deeper one, or `--oracle-layer last`."
             )
 
@@ -62,48 +65,53 @@ class Oracle(nn.Module):
             pixel_values: what the student sees.
             mix_box: what the student is given, see `EViTModel.forward`.
         """
-        outputs = self.model(pixel_values, keep_rate=1.0, mix_box=mix_box, output_class_attention=self.layers)
+        mixing = {} if mix_box is None else {"mix_box": mix_box}
+        outputs = self.model(pixel_values, keep_rate=1.0, output_class_attention=self.layers, **mixing)
         return list(outputs.class_attention.unbind(dim=1))
 
 
 def build_oracle(
-    arguments: "TeacherArguments", student: EViTPreTrainedModel, load: Any, **settings: Any
+    arguments: "TeacherArguments", student: PreTrainedModel, load: Any, image_size: int | None = None
 ) -> Oracle | None:
     """Build the oracle of a run, or None if it has none.
 
     Args:
         arguments: which oracle.
         student: the model to be trained, with the weights that it starts from.
-        load: function from a folder or Hub id to an EViT classifier.
-        **settings: handed to `load`.
+        load: function from a folder or Hub id to a classifier that reorganizes.
+        image_size: pixels that both see; by default their own.
 
     Raises: ValueError if the oracle sees other patches than the student.
     """
     if arguments.oracle is None:
         return None
-    model = copy.deepcopy(student) if arguments.oracle == "initial" else load(arguments.oracle, **settings)
+    size = {} if image_size is None else {"image_size": image_size}
+    model = copy.deepcopy(student) if arguments.oracle == "initial" else load(arguments.oracle, **size)
     model.gradient_checkpointing_disable()
-    grids = []
-    for config in (model.config, student.config):
-        grids.append(config.patch_grid())
+    MacsFormula.of(model, image_size)  # raises for images that it does not take
+    grids = [
+        # Positions of an EViT are for images of one size, and families take images of several.
+        tower_of(network).patch_grid(None if isinstance(network, EViTPreTrainedModel) else image_size)
+        for network in (model, student)
+    ]
     if grids[0] != grids[1]:
         raise ValueError(
             f"`--oracle {arguments.oracle}` has {grids[0][0]}x{grids[0][1]} patches and the student "
             f"{grids[1][0]}x{grids[1][1]}: scores are by patch, so take an oracle for the same grid."
         )
-    return Oracle(model, student.config.reorganization_layers, arguments.oracle_layer)
+    return Oracle(model, tower_of(student).config.reorganization_layers, arguments.oracle_layer)
 
 
 class Teacher(nn.Module):
     """Logits of a frozen classifier for the images that the student sees.
 
     Args:
-        model: any image classifier of Transformers; an EViT runs at keep rate 1.0.
+        model: any image classifier of Transformers; one that reorganizes runs at keep rate 1.0.
         from_normalization: (mean, standard deviation) of the student's images.
         to_normalization: of the teacher's.
         image_size: (height, width) in pixels that the teacher wants, None for the student's.
         class_numbers: the teacher's number of each of the student's classes.
-        patch_size: the student's, in pixels.
+        patch_size: the student's, (height, width) in pixels.
     """
 
     def __init__(
@@ -113,7 +121,7 @@ class Teacher(nn.Module):
         to_normalization: tuple[list[float], list[float]],
         image_size: tuple[int, int] | None,
         class_numbers: list[int],
-        patch_size: int,
+        patch_size: tuple[int, int],
     ) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
@@ -146,12 +154,14 @@ class Teacher(nn.Module):
         """
         images = pixel_values * self.scale + self.shift
         if mix_box is not None:
-            top, left, height, width = (size * self.patch_size for size in mix_box)
+            top, left, height, width = (
+                size * pixels for size, pixels in zip(mix_box, 2 * self.patch_size, strict=True)
+            )
             box = (..., slice(top, top + height), slice(left, left + width))
             images[box] = images.flip(0)[box]
         if self.image_size is not None and images.shape[-2:] != self.image_size:
             images = F.resize(images, list(self.image_size), F.InterpolationMode.BICUBIC, antialias=True)
-        outputs = self.model(images, **({"keep_rate": 1.0} if isinstance(self.model, EViTPreTrainedModel) else {}))
+        outputs = self.model(images, **({"keep_rate": 1.0} if reorganizes(self.model) else {}))
         logits = outputs.logits.float()[:, self.class_numbers]
         patch_logits = outputs.get("aux_logits")
         if patch_logits is None:
@@ -161,7 +171,7 @@ class Teacher(nn.Module):
 
 def build_teacher(
     arguments: "TeacherArguments",
-    student: EViTPreTrainedModel,
+    student: PreTrainedModel,
     processor: BaseImageProcessor,
     label_names: list[str],
 ) -> Teacher | None:
@@ -184,9 +194,9 @@ def build_teacher(
     if arguments.teacher == "initial":
         model = copy.deepcopy(student)
         model.gradient_checkpointing_disable()
-        return Teacher(model, own, own, None, list(range(len(label_names))), student.config.patch_size)
+        return Teacher(model, own, own, None, list(range(len(label_names))), tower_of(student).patch_size)
     model = AutoModelForImageClassification.from_pretrained(arguments.teacher)
-    its_processor = AutoImageProcessor.from_pretrained(arguments.teacher)
+    its_processor = plain_processor(AutoImageProcessor.from_pretrained(arguments.teacher))
     id2label = model.config.id2label
     numbers, unknown = class_numbers(label_names, id2label)
     if has_no_names(id2label) and len(id2label) == len(label_names):
@@ -198,4 +208,4 @@ def build_teacher(
         )
     mean, std = getattr(its_processor, "image_mean", None), getattr(its_processor, "image_std", None)
     theirs = (list(mean), list(std)) if getattr(its_processor, "do_normalize", False) else ([0.0] * 3, [1.0] * 3)
-    return Teacher(model, own, theirs, output_size(its_processor), numbers, student.config.patch_size)
+    return Teacher(model, own, theirs, output_size(its_processor), numbers, tower_of(student).patch_size)

@@ -10,13 +10,15 @@ from accelerate.utils import DistributedType, set_seed
 from transformers import BaseImageProcessor
 
 from evit_hf.keep_rate_schedule import KeepRateSchedule
+from evit_hf.profiling import MacsFormula
+from evit_hf.towers import tower_of
 
 from ..arguments import TrainArguments
 from ..data.augmentation import batch_mixing, image_processor
 from ..data.images import ImageSplits
 from ..data.sampling import StepPlan
 from ..data.splits import check_images, describe_splits, fingerprint, load_splits
-from ..learning.models import build_model, compile_layers, load_classifier
+from ..learning.models import build_model, compile_layers, leave_out_unused, load_classifier, square_image_size
 from ..learning.objective import Objective
 from ..learning.optimization import WeightAverage, build_optimizer, freeze
 from ..learning.teachers import build_oracle, build_teacher
@@ -33,18 +35,22 @@ class Parts:
         arguments: settings of the run.
         splits: the data.
         processor: image processor of the model.
+        image_size: pixels of the images, which are square.
         plan: how images are cut into optimizer steps.
         num_steps: optimizer steps of the run.
         keep_rates: keep rate of each of them.
+        macs: operations of an image at a keep rate.
         objective: what the model learns.
     """
 
     arguments: TrainArguments
     splits: ImageSplits
     processor: BaseImageProcessor
+    image_size: int
     plan: StepPlan
     num_steps: int
     keep_rates: KeepRateSchedule
+    macs: MacsFormula
     objective: Objective
 
 
@@ -104,8 +110,9 @@ def build_parts(arguments: TrainArguments, accelerator: Accelerator) -> tuple[Pa
 
     set_seed(seed)  # the same weights on every process
     network = build_model(arguments, splits)
-    processor = image_processor(arguments.model.model, network.config.image_size)
-    oracle = build_oracle(arguments.teacher, network, load_classifier, image_size=network.config.image_size)
+    image_size = square_image_size(network, arguments.model)
+    processor = image_processor(arguments.model.model, image_size)
+    oracle = build_oracle(arguments.teacher, network, load_classifier, image_size=image_size)
     teacher = build_teacher(arguments.teacher, network, processor, splits.label_names)
     for helper in (oracle, teacher):
         if helper is not None:
@@ -123,7 +130,7 @@ def build_parts(arguments: TrainArguments, accelerator: Accelerator) -> tuple[Pa
         autocast=accelerator.autocast,
     )
     keep_rates = KeepRateSchedule.in_epochs(
-        network.config.keep_rate,
+        tower_of(network).config.keep_rate,
         optimization.keep_rate_dense_epochs,
         optimization.keep_rate_shrink_epochs,
         plan.steps_per_epoch,
@@ -131,7 +138,9 @@ def build_parts(arguments: TrainArguments, accelerator: Accelerator) -> tuple[Pa
         range=optimization.keep_rate_range,
         seed=seed,
     )
+    macs = MacsFormula.of(network, image_size)
     freeze(network, arguments.model.trainable, arguments.model.freeze_layers)
+    leave_out_unused(network, image_size)
     optimizer = build_optimizer(network, optimization, arguments.learning_rate)
     if arguments.run.compile:
         compile_layers(network)
@@ -144,4 +153,4 @@ def build_parts(arguments: TrainArguments, accelerator: Accelerator) -> tuple[Pa
         Progress(settings=arguments.as_dict(), num_processes=accelerator.num_processes, data=fingerprint(splits)),
         Path(arguments.run.output_dir) / "checkpoints",
     )
-    return Parts(arguments, splits, processor, plan, num_steps, keep_rates, objective), state
+    return Parts(arguments, splits, processor, image_size, plan, num_steps, keep_rates, macs, objective), state

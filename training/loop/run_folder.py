@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, PreTrainedModel
 
-from evit_hf import EViTPreTrainedModel
+from evit_hf.towers import tower_of
 from evit_hf.visualization import attentive_patch_picture
 
 from ..arguments import TrainArguments
@@ -148,7 +148,7 @@ def resume(state: TrainingState, path: Path, arguments: TrainArguments, num_step
 
 
 def export(
-    network: EViTPreTrainedModel, processor: BaseImageProcessor, weights: dict[str, torch.Tensor], folder: Path
+    network: PreTrainedModel, processor: BaseImageProcessor, weights: dict[str, torch.Tensor], folder: Path
 ) -> None:
     """Save model and image processor; they replace an earlier one when all is written.
 
@@ -167,7 +167,7 @@ def export(
 
 
 def draw_kept_patches(
-    model: EViTPreTrainedModel, processor: BaseImageProcessor, splits: ImageSplits, num_images: int, output_dir: Path
+    model: PreTrainedModel, processor: BaseImageProcessor, splits: ImageSplits, num_images: int, output_dir: Path
 ) -> None:
     """Draw evaluation images with the patches that each reorganization layer keeps, into kept_patches.png."""
     images = EvaluationImages(splits, ProcessorTransform(processor), on_bad_image="skip")
@@ -176,7 +176,7 @@ def draw_kept_patches(
     with torch.no_grad():
         attentive_index = model.eval()(pixel_values.to(model.device)).attentive_index
     mean, std = (torch.tensor(stat).view(1, -1, 1, 1) for stat in (processor.image_mean, processor.image_std))
-    picture = attentive_patch_picture(pixel_values * std + mean, attentive_index, model.config.patch_size)
+    picture = attentive_patch_picture(pixel_values * std + mean, attentive_index, tower_of(model).patch_size)
     picture.save(output_dir / "kept_patches.png")
 
 

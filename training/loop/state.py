@@ -14,8 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-
-from evit_hf import EViTPreTrainedModel
+from transformers import PreTrainedModel
 
 from ..learning.optimization import WeightAverage
 from .checkpoints import (
@@ -59,7 +58,7 @@ class TrainingState:
         self.failures: list[str] = []
 
     @property
-    def network(self) -> EViTPreTrainedModel:
+    def network(self) -> PreTrainedModel:
         """The model without what Accelerate wrapped around it."""
         return self.accelerator.unwrap_model(self.model)
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from evit_hf.keep_rate_schedule import KeepRate
-from evit_hf.profiling import num_macs
+from evit_hf.towers import tower_of
 
 from ..arguments import TrainArguments
 from ..data.augmentation import training_transform
@@ -234,7 +234,7 @@ def log_step(
         "epoch": progress.step / parts.plan.steps_per_epoch,
         "learning_rate": learning_rate,
         "keep_rate": keep_rate,
-        "gmacs": num_macs(state.network.config, keep_rate) / 1e9,
+        "gmacs": parts.macs(keep_rate) / 1e9,
         "skipped_steps": progress.skipped_steps,
         "bad_images": progress.bad_images,
         **window.summarize(state.accelerator),
@@ -299,7 +299,7 @@ def finish(parts: Parts, state: TrainingState, eval_loader: DataLoader) -> list[
     if accelerator.is_main_process:
         export(state.network, parts.processor, weights, output_dir / "model")
         timed_model = load_classifier(str(output_dir / "model")).to(accelerator.device)
-    keep_rate = state.network.config.keep_rate
+    keep_rate = parts.keep_rates.target
     keep_rates = [1.0, *(arguments.optimization.keep_rate_range or [])[::-1], keep_rate]
     keep_rates += arguments.run.compare_keep_rates or []
     keep_rates = [rate for i, rate in enumerate(keep_rates) if rate not in keep_rates[:i]]
@@ -330,7 +330,7 @@ def micro_batches_from_here(parts: Parts, state: TrainingState) -> Iterator[Batc
     arguments, step = parts.arguments, state.progress.step
     if step >= parts.num_steps:
         return iter(())
-    augment = training_transform(arguments.augmentation, state.network.config.image_size, parts.processor)
+    augment = training_transform(arguments.augmentation, parts.image_size, parts.processor)
     return iter(
         training_loader(parts.splits, augment, parts.plan, arguments, state.accelerator, parts.num_steps, step)
     )
@@ -445,11 +445,11 @@ def dry_run(parts: Parts, state: TrainingState) -> list:
     except TypeError:
         eval_seconds = 0.0  # streamed data has no length
     total = seconds[-1] * parts.num_steps + eval_seconds
-    config = state.network.config
+    target = parts.keep_rates.target
     accelerator.print(
         f"Dry run: loss {loss.item():.3f}, {memory_gib(accelerator.device):.2f} GiB at the peak, "
-        f"{num_macs(config, 1.0) / 1e9:.4f} GMACs dense and {num_macs(config) / 1e9:.4f} at keep rate "
-        f"{three_digits(config.keep_rate)}, {seconds[-1]:.3f} s for a step of {plan.batch_size} images at keep rate "
+        f"{parts.macs(1.0) / 1e9:.4f} GMACs dense and {parts.macs(target) / 1e9:.4f} at keep rate "
+        f"{three_digits(target)}, {seconds[-1]:.3f} s for a step of {plan.batch_size} images at keep rate "
         f"{three_digits(keep_rate)}. {parts.num_steps} steps and {num_epochs} evaluations would take "
         f"{datetime.timedelta(seconds=round(total))} or less, plus the time to load images. Nothing was saved."
     )
@@ -464,7 +464,8 @@ def three_digits(keep_rate: KeepRate) -> str:
 
 def describe(parts: Parts, state: TrainingState) -> str:
     """Settings of the run, and what they come to, as text."""
-    arguments, accelerator, config = parts.arguments, state.accelerator, state.network.config
+    arguments, accelerator, target = parts.arguments, state.accelerator, parts.keep_rates.target
+    tower, num_labels = tower_of(state.network), state.network.config.num_labels
     num_parameters = sum(parameter.numel() for parameter in state.model.parameters())
     num_trained = sum(parameter.numel() for parameter in state.model.parameters() if parameter.requires_grad)
     frozen = "" if num_trained == num_parameters else f" ({num_trained / 1e6:.2f} M trained)"
@@ -477,9 +478,9 @@ def describe(parts: Parts, state: TrainingState) -> str:
     passes = parts.plan.accumulation_steps * state.progress.accumulation_factor
     return (
         f"{settings}\n"
-        f"{counts}, {config.num_labels} classes, {num_parameters / 1e6:.2f} M parameters{frozen}, layers "
-        f"{config.reorganization_layers} of {config.num_hidden_layers} reorganize at keep rate "
-        f"{three_digits(config.keep_rate)}, {num_macs(config) / 1e9:.4f} GMACs ({num_macs(config, 1.0) / 1e9:.4f} "
+        f"{counts}, {num_labels} classes, {num_parameters / 1e6:.2f} M parameters{frozen}, layers "
+        f"{tower.config.reorganization_layers} of {len(tower.layers)} reorganize at keep rate "
+        f"{three_digits(target)}, {parts.macs(target) / 1e9:.4f} GMACs ({parts.macs(1.0) / 1e9:.4f} "
         f"dense), learning rate {arguments.learning_rate:g}, {parts.num_steps} steps of {parts.plan.batch_size} "
         f"images on {accelerator.num_processes} x {accelerator.device.type}, {passes} forward passes for each"
     )

@@ -28,9 +28,11 @@ class BenchmarkArguments:
         "compile-reduce-overhead, compile-max-autotune, torch-export, aoti, onnx, onnx-int8, openvino.",
         modes=TIMED,
     )
-    baselines: list[str] = setting(
-        ["timm", "timm-unfused", "transformers", "transformers-eager"],
-        "Dense ViTs with the same weights in eager code; `none` for none, then keep rate 1.0 comes first.",
+    baselines: list[str] | None = setting(
+        None,
+        "Dense ViTs with the same weights in eager code: timm, timm-unfused, transformers, transformers-eager; by "
+        "default all, of other families than ViT those of Transformers; `none` for none, then keep rate 1.0 comes "
+        "first.",
         modes=TIMED,
     )
     dtypes: list[str] = setting(["float32"], "float32, float16, bfloat16.")

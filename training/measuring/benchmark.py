@@ -14,8 +14,7 @@ from .arguments import BenchmarkArguments
 
 if TYPE_CHECKING:
     import torch
-
-    from evit_hf import EViTPreTrainedModel
+    from transformers import PreTrainedModel
 
     from .timing import Variant
 
@@ -147,15 +146,18 @@ def measure(
     """Build, check and time all variants of one setting."""
     import torch
 
+    from evit_hf.towers import example_inputs, tower_of
+
     from . import timing
-    from .variants import build_model
+    from .variants import build_model, default_baselines
 
     torch.manual_seed(0)
     model = build_model(name, image_size, arguments.inattentive_tokens)
+    shape = example_inputs(model, image_size, batch).shape
     model.to(device, getattr(torch, dtype))
-    size = model.config.image_size
-    images = torch.randn(batch, model.config.num_channels, size, size).to(device, getattr(torch, dtype))
-    baselines = [] if arguments.baselines == ["none"] else arguments.baselines
+    images = torch.randn(shape).to(device, getattr(torch, dtype))
+    baselines = default_baselines(model) if arguments.baselines is None else arguments.baselines
+    baselines = [] if baselines == ["none"] else baselines
     peak = timing.matmul_peak(device, getattr(torch, dtype), arguments.clock)
     with tempfile.TemporaryDirectory() as folder:
         if arguments.training:
@@ -185,12 +187,12 @@ def measure(
         model=name,
         what="training step" if arguments.training else "inference",
         batch_size=batch,
-        image_size=size,
+        image_size=shape[-1],
         dtype=dtype,
         threads=torch.get_num_threads(),
         clock=arguments.clock,
         rounds=arguments.rounds,
-        fuse=model.config.fuse_inattentive_tokens,
+        fuse=tower_of(model).config.fuse_inattentive_tokens,
         device=str(device),
         matmul_peak_gflops=peak,
         rows=rows,
@@ -198,7 +200,7 @@ def measure(
 
 
 def checked_inference(
-    model: "EViTPreTrainedModel",
+    model: "PreTrainedModel",
     images: "torch.Tensor",
     arguments: BenchmarkArguments,
     baselines: Sequence[str],
@@ -222,7 +224,7 @@ def checked_inference(
 
 
 def checked_training_steps(
-    model: "EViTPreTrainedModel",
+    model: "PreTrainedModel",
     images: "torch.Tensor",
     arguments: BenchmarkArguments,
     baselines: Sequence[str],
@@ -234,9 +236,13 @@ def checked_training_steps(
     """
     import torch
 
+    from evit_hf.export import gives_features
+
     from .timing import MeasurementError
     from .variants import training_variants
 
+    if gives_features(model):
+        raise ValueError(f"`--training` needs a classifier, and `{type(model).__name__}` has none.")
     labels = torch.randint(model.config.num_labels, (len(images),), device=images.device)
     variants = training_variants(model, images, labels, arguments.keep_rates, arguments.backends, baselines)
     losses: dict[str, tuple[str, float]] = {}

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
-from evit_hf.profiling import num_macs
+from evit_hf.profiling import MacsFormula
 
 from ..learning.teachers import Oracle
 from .machine import device_name
@@ -145,11 +145,13 @@ def compare_keep_rates(
         speeds = images_per_second(network, pixel_values, keep_rates)
     accelerator.wait_for_everyone()
     height, width = pixel_values.shape[-2:]
+    # Only by the main process: one forward pass may be counted.
+    macs = MacsFormula.of(network, (height, width)) if accelerator.is_main_process else None
     return [
         Measurement(
             keep_rate=keep_rate,
             metrics=evaluate(accelerator, model, loader, keep_rate),
-            gmacs=num_macs(network.config, keep_rate, (height, width)) / 1e9,
+            gmacs=float("nan") if macs is None else macs(keep_rate) / 1e9,
             images_per_second=speed,
             device=device_name(network.device),
             dtype=str(network.dtype).removeprefix("torch."),

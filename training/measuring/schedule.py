@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from evit_hf import EViTPreTrainedModel
+from evit_hf.towers import example_inputs
 
 from ..learning.models import compile_layers
 from .arguments import BenchmarkArguments
@@ -21,7 +22,7 @@ from .variants import build_model
 
 
 # Way to compile, and in how many steps the keep rate falls.
-STRATEGIES: dict[str, tuple[Callable[[EViTPreTrainedModel], Any], int]] = {
+STRATEGIES: dict[str, tuple[Callable[[PreTrainedModel], Any], int]] = {
     "eager, exact schedule": (lambda model: None, 16),
     "layers, any number of tokens, exact schedule": (compile_layers, 16),
     "whole model, 2 levels": (lambda model: model.compile(), 2),
@@ -112,7 +113,7 @@ def timed_passes(
     name: str,
     arguments: BenchmarkArguments,
     device: torch.device,
-    prepare: Callable[[EViTPreTrainedModel], Any],
+    prepare: Callable[[PreTrainedModel], Any],
     rates: Sequence[float],
 ) -> tuple[list[list[float]], list[int]]:
     """Train three times through a schedule.
@@ -127,9 +128,8 @@ def timed_passes(
     model = build_model(name, inattentive_tokens=arguments.inattentive_tokens)
     model = model.to(device, getattr(torch, arguments.dtypes[0])).train()
     prepare(model)
-    size, config = model.config.image_size, model.config
-    images = torch.randn(arguments.batch_sizes[0], config.num_channels, size, size, device=device, dtype=model.dtype)
-    labels = torch.randint(config.num_labels, (len(images),), device=device)
+    images = torch.randn_like(example_inputs(model, batch_size=arguments.batch_sizes[0]))
+    labels = torch.randint(model.config.num_labels, (len(images),), device=device)
     passes: list[list[float]] = []
     graphs = []
     for _ in range(3):

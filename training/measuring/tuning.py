@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, PreTrainedModel
 
-from evit_hf import EViTPreTrainedModel
 from evit_hf.configuration_evit import default_reorganization_layers
-from evit_hf.profiling import num_macs
+from evit_hf.profiling import MacsFormula
+from evit_hf.towers import tower_of
 
 from ..arguments import DataArguments
 from ..data.loaders import batches
@@ -106,7 +106,7 @@ def tune(name: str, target: str, arguments: TuneArguments, data: DataArguments) 
 
 
 def search(
-    model: EViTPreTrainedModel,
+    model: PreTrainedModel,
     calibration: list,
     goal: Target,
     target: str,
@@ -117,7 +117,7 @@ def search(
     Returns: operations of a setting as a function, and settings by name: "dense", "tuned", and "paper_layers" where
         one rate in the paper's layers meets the target.
     """
-    cost, budget = cost_and_budget(model, goal, milliseconds)
+    cost, budget = cost_and_budget(model, tuple(calibration[0][0].shape[-2:]), goal, milliseconds)
     sys.stdout.write(f"Target {target}: at most {budget / 1e9:.3f} GMACs of {cost({}) / 1e9:.3f}.\n")
     tuned = greedy(model, calibration, cost, budget, lambda line: sys.stdout.write(f"{line}\n"))
     paper = uniform(model, cost, budget)
@@ -141,7 +141,7 @@ def choose(candidates: dict[str, Candidate], goal: Target) -> str:
 def save(
     report: dict[str, Any],
     arguments: TuneArguments,
-    model: EViTPreTrainedModel,
+    model: PreTrainedModel,
     rates: dict[int, float],
     processor: BaseImageProcessor,
 ) -> None:
@@ -151,32 +151,34 @@ def save(
         Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
         (Path(arguments.output_dir) / "tune.json").write_text(json.dumps(report, indent=2) + "\n")
     if arguments.save:
-        set_rates(model.config, rates)
+        set_rates(tower_of(model).config, rates)
         model.save_pretrained(arguments.save)
         processor.save_pretrained(arguments.save)
         sys.stdout.write(f"Saved the model with these settings in {arguments.save}.\n")
 
 
 def cost_and_budget(
-    model: EViTPreTrainedModel,
+    model: PreTrainedModel,
+    image_size: tuple[int, int],
     goal: Target,
     milliseconds: Callable[[Sequence[dict[int, float]]], list[float]],
 ) -> tuple[Callable[[dict[int, float]], float], float]:
     """Operations of a setting as a function, and how many of them the target allows.
 
+    Args:
+        model: to be tuned.
+        image_size: height and width, in pixels.
+        goal: the target.
+        milliseconds: time of a batch in each of some settings.
+
     A time becomes operations along a line through three measured points: dense, 0.7 and 0.5 in the paper's layers.
 
     Raises: ValueError for a target beyond reach.
     """
-
-    def cost(rates: dict[int, float]) -> float:
-        config = copy.deepcopy(model.config)
-        set_rates(config, rates)
-        return num_macs(config)
-
+    cost = MacsFormula.of(model, image_size)
     dense, lowest = cost({}), cost({layer: LOWEST_KEEP_RATE for layer in candidate_layers(model)})
     if goal.kind == "ms":
-        layers = default_reorganization_layers(model.config.num_hidden_layers)
+        layers = default_reorganization_layers(len(tower_of(model).layers))
         points = [{}, *({layer: rate for layer in layers} for rate in (0.7, 0.5))]
         times, costs = milliseconds(points), [cost(point) for point in points]
         slope, intercept = statistics.linear_regression(times, costs)
@@ -193,13 +195,13 @@ def cost_and_budget(
     return cost, budget
 
 
-def candidate_layers(model: EViTPreTrainedModel) -> list[int]:
+def candidate_layers(model: PreTrainedModel) -> list[int]:
     """Layers that may reorganize: in the first one the class token has not looked at anything yet."""
-    return list(range(1, model.config.num_hidden_layers - 1)) or [0]
+    return list(range(1, len(tower_of(model).layers) - 1)) or [0]
 
 
 def greedy(
-    model: EViTPreTrainedModel,
+    model: PreTrainedModel,
     calibration: list,
     cost: Callable[[dict[int, float]], float],
     budget: float,
@@ -241,10 +243,10 @@ def next_step(
 
 
 def uniform(
-    model: EViTPreTrainedModel, cost: Callable[[dict[int, float]], float], budget: float
+    model: PreTrainedModel, cost: Callable[[dict[int, float]], float], budget: float
 ) -> dict[int, float] | None:
     """One rate in the paper's layers, the highest in hundredths that meets the budget; None if there is none."""
-    layers = default_reorganization_layers(model.config.num_hidden_layers)
+    layers = default_reorganization_layers(len(tower_of(model).layers))
     for hundredths in range(99, 0, -1):
         rates = {layer: hundredths / 100 for layer in layers}
         if cost(rates) <= budget:
@@ -260,9 +262,9 @@ def set_rates(config: Any, rates: dict[int, float]) -> None:
 
 
 @torch.no_grad()
-def loss_and_accuracy(model: EViTPreTrainedModel, calibration: list, rates: dict[int, float]) -> tuple[float, float]:
+def loss_and_accuracy(model: PreTrainedModel, calibration: list, rates: dict[int, float]) -> tuple[float, float]:
     """Mean cross-entropy and share of right answers on the calibration images."""
-    set_rates(model.config, rates)
+    set_rates(tower_of(model).config, rates)
     loss = right = total = 0.0
     for images, labels in calibration:
         logits = model(images).logits.float()
@@ -273,7 +275,7 @@ def loss_and_accuracy(model: EViTPreTrainedModel, calibration: list, rates: dict
 
 
 def measured_milliseconds(
-    model: EViTPreTrainedModel,
+    model: PreTrainedModel,
     images: torch.Tensor,
     settings: Sequence[dict[int, float]],
     device: torch.device,
@@ -284,7 +286,7 @@ def measured_milliseconds(
 
     def runner(rates: dict[int, float]) -> Callable[[], None]:
         fixed = copy.deepcopy(model)
-        set_rates(fixed.config, rates)
+        set_rates(tower_of(fixed).config, rates)
 
         def run() -> None:
             with torch.no_grad():

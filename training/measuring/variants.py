@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
-from evit_hf import EViTForImageClassification, EViTPreTrainedModel, preset_config
-from evit_hf.export import FORMATS, export_model, load_exported
+from evit_hf import EViTForImageClassification, EViTPreTrainedModel, preset_config, reorganize
+from evit_hf.export import FORMATS, answer_of, export_model, gives_features, load_exported
 from evit_hf.presets import PRESETS
-from evit_hf.profiling import num_macs
+from evit_hf.profiling import MacsFormula
 
-from ..learning.models import compile_layers, load_classifier, random_classifier
+from ..learning.models import compile_layers, load_classifier, load_model, random_classifier
 from .timing import Variant
 
 
@@ -38,14 +38,12 @@ COMPILE_MODES = {
 BACKENDS = ("sdpa", "sdpa-mkl", "eager", "compile-layers", *COMPILE_MODES, *FORMATS, "onnx-int8")
 
 
-def build_model(
-    name: str, image_size: int | None = None, inattentive_tokens: str | None = None
-) -> EViTPreTrainedModel:
-    """Classifier of that name with its weights, or of that preset with random ones; speed does not depend on them.
+def build_model(name: str, image_size: int | None = None, inattentive_tokens: str | None = None) -> PreTrainedModel:
+    """Model of that name with its weights, or of that preset with random ones; speed does not depend on them.
 
     Args:
-        name: preset, folder or Hub id.
-        image_size: pixels instead of the model's own.
+        name: preset, folder or Hub id; of a family also a model without a classifier.
+        image_size: pixels instead of the model's own; families take images of several sizes as they are.
         inattentive_tokens: "fused" or "dropped" instead of the model's own.
 
     Raises: ValueError for an unknown preset or folder.
@@ -54,23 +52,52 @@ def build_model(
         # Attention that is far from uniform, so that rounding rarely changes which tokens are kept.
         model = random_classifier(preset_config(name, initializer_range=0.05))
     else:
-        model = load_classifier(name)
-    if image_size is not None and image_size != model.config.image_size:
+        model = load_model(name)
+        if isinstance(model, EViTPreTrainedModel) and gives_features(model):
+            model = load_classifier(name)
+    if isinstance(model, EViTPreTrainedModel) and image_size not in (None, model.config.image_size):
         model.set_image_size(image_size)
     if inattentive_tokens is not None:
-        model.config.fuse_inattentive_tokens = inattentive_tokens == "fused"
+        reorganize(model, fuse_inattentive_tokens=inattentive_tokens == "fused")
     return model.eval()
 
 
-def dense_baseline(model: EViTPreTrainedModel, name: str) -> nn.Module:
-    """The dense ViT with the weights of an EViT in another code base.
+def default_baselines(model: PreTrainedModel) -> list[str]:
+    """Dense code that a model is compared with where nobody says which.
+
+    All that there are for EViT; of a family its own code in Transformers. timm's code knows no eager attention there.
+    """
+    if isinstance(model, EViTPreTrainedModel):
+        return list(BASELINES)
+    return ["transformers"] if model.config.model_type == "timm_wrapper" else ["transformers", "transformers-eager"]
+
+
+def dense_family(model: PreTrainedModel, name: str) -> nn.Module:
+    """A model of a family in its own dense code, with the same weights.
+
+    Raises: ValueError for a baseline other than those of `default_baselines`.
+    """
+    known = default_baselines(model)
+    if name not in known:
+        raise ValueError(f"`--baselines {name}` has no {type(model).__name__}: take {' '.join(known)}, or none.")
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "eager" if name.endswith("eager") else "sdpa"
+    dense = type(model)(config)
+    dense.load_state_dict(model.state_dict())
+    return dense.eval()
+
+
+def dense_baseline(model: PreTrainedModel, name: str) -> nn.Module:
+    """The dense ViT with the weights of a model in a different code base.
 
     Args:
-        model: an `EViTForImageClassification` without distillation token.
+        model: an `EViTForImageClassification` without distillation token, or a model of a family.
         name: one of `BASELINES`.
 
     Raises: ValueError for models that those code bases lack, or if timm is not installed.
     """
+    if not isinstance(model, EViTPreTrainedModel):
+        return dense_family(model, name)
     config = model.config
     if type(model) is not EViTForImageClassification or config.use_distillation_token:
         raise ValueError(
@@ -88,7 +115,7 @@ def dense_baseline(model: EViTPreTrainedModel, name: str) -> nn.Module:
     return _timm_vit(model, is_fused=name == "timm")
 
 
-def _timm_vit(model: EViTPreTrainedModel, is_fused: bool) -> nn.Module:
+def _timm_vit(model: PreTrainedModel, is_fused: bool) -> nn.Module:
     try:
         import timm.layers
         from timm.models.vision_transformer import VisionTransformer
@@ -142,24 +169,30 @@ def _timm_state_dict(ours: dict[str, torch.Tensor], num_layers: int) -> dict[str
     return theirs
 
 
-def reference_logits(model: EViTPreTrainedModel, pixel_values: torch.Tensor) -> Callable[[Any], torch.Tensor]:
+def reference_logits(model: PreTrainedModel, pixel_values: torch.Tensor) -> Callable[[Any], torch.Tensor]:
     """The plainest implementation as a function of the keep rate: eager, float32, every token, no oneDNN."""
     plain = copy.deepcopy(model).float()
-    plain.set_attn_implementation("eager")
+    set_attention(plain, "eager")
+    plain_road = {"output_hidden_states": True} if isinstance(plain, EViTPreTrainedModel) else {}
     answers: dict[str, torch.Tensor] = {}
 
     def logits(keep_rate: Any) -> torch.Tensor:
         if str(keep_rate) not in answers:
             with torch.no_grad(), without_onednn():
-                outputs = plain(pixel_values.float(), keep_rate=keep_rate, output_hidden_states=True)
-            answers[str(keep_rate)] = outputs.logits
+                answers[str(keep_rate)] = answer_of(plain(pixel_values.float(), keep_rate=keep_rate, **plain_road))
         return answers[str(keep_rate)]
 
     return logits
 
 
+def set_attention(model: PreTrainedModel, implementation: str) -> None:
+    """Let a model attend in "sdpa" or "eager"."""
+    model.set_attn_implementation(implementation)
+    reorganize(model)
+
+
 def inference_variants(
-    model: EViTPreTrainedModel,
+    model: PreTrainedModel,
     pixel_values: torch.Tensor,
     keep_rates: Sequence[Any],
     backends: Sequence[str],
@@ -186,7 +219,8 @@ def inference_variants(
         for name in names:
             if name not in known:
                 raise ValueError(f"`{flag}` knows {', '.join(known)}, got {name!r}.")
-    dense_macs = num_macs(model.config, 1.0)
+    macs = MacsFormula.of(model, tuple(pixel_values.shape[-2:]))
+    dense_macs = macs(1.0)
     if pixel_values.dtype == torch.bfloat16 and {"onnx", "onnx-int8", "openvino"} & set(backends):
         raise ValueError("`--dtypes bfloat16` does not reach ONNX Runtime and OpenVINO: take float32 or float16.")
     variants = [
@@ -199,8 +233,8 @@ def inference_variants(
                 Variant(
                     f"EViT {shown(keep_rate)} {backend}",
                     _backend(model, pixel_values, keep_rate, backend, folder, num_threads),
-                    num_macs(model.config, keep_rate),
-                    num_macs(model.config, keep_rate, executed=True),
+                    macs(keep_rate),
+                    macs(keep_rate, executed=True),
                     keep_rate,
                     is_exact=not backend.endswith("int8"),
                 )
@@ -214,7 +248,7 @@ def _runner(network: nn.Module, pixel_values: torch.Tensor, **keywords: Any) -> 
     def run() -> torch.Tensor:
         with torch.no_grad():
             outputs = network(pixel_values, **keywords)
-        return getattr(outputs, "logits", outputs)
+        return outputs if isinstance(outputs, torch.Tensor) else answer_of(outputs)
 
     return run
 
@@ -234,7 +268,7 @@ def without_onednn() -> Iterator[None]:
 
 
 def _backend(
-    model: EViTPreTrainedModel,
+    model: PreTrainedModel,
     pixel_values: torch.Tensor,
     keep_rate: Any,
     backend: str,
@@ -242,10 +276,9 @@ def _backend(
     num_threads: int | None,
 ) -> Callable[[], torch.Tensor]:
     """One model on one backend at one keep rate, ready to run."""
-    fixed = copy.deepcopy(model)
-    fixed.set_keep_rate(keep_rate)
+    fixed = reorganize(copy.deepcopy(model), keep_rate)
     if backend in ("sdpa", "eager"):
-        fixed.set_attn_implementation(backend)
+        set_attention(fixed, backend)
         return _runner(fixed, pixel_values)
     if backend == "sdpa-mkl":
         return without_onednn()(_runner(fixed, pixel_values))
@@ -259,9 +292,10 @@ def _backend(
             run()
         return run
     export_format = "onnx" if backend == "onnx-int8" else backend
-    path = folder / f"{export_format}-{shown(keep_rate)}-{fixed.config.image_size}"
+    image_size = tuple(pixel_values.shape[-2:])
+    path = folder / f"{export_format}-{shown(keep_rate)}-{image_size[-1]}"
     if not (path / "export.json").exists():
-        export_model(fixed, path, export_format)
+        export_model(fixed, path, export_format, image_size=image_size)
     if backend == "onnx-int8":
         path = quantized_copy(path)
     exported = load_exported(path, num_threads)
@@ -288,7 +322,7 @@ def shown(keep_rate: Any) -> str:
 
 
 def training_variants(
-    model: EViTPreTrainedModel,
+    model: PreTrainedModel,
     pixel_values: torch.Tensor,
     labels: torch.Tensor,
     keep_rates: Sequence[Any],
@@ -307,7 +341,8 @@ def training_variants(
 
     Raises: ValueError for a backend that cannot train.
     """
-    dense_macs = num_macs(model.config, 1.0)
+    macs = MacsFormula.of(model, tuple(pixel_values.shape[-2:]))
+    dense_macs = macs(1.0)
     variants = []
     for name in baselines:
         step, forward, network = _training_step(dense_baseline(model, name), pixel_values, labels)
@@ -316,17 +351,15 @@ def training_variants(
         if backend not in ("sdpa", "eager", "compile", "compile-layers"):
             raise ValueError(f"`--training` runs on sdpa, eager, compile and compile-layers, not on {backend!r}.")
         for keep_rate in keep_rates:
-            fixed = copy.deepcopy(model)
-            fixed.set_keep_rate(keep_rate)
-            fixed.set_attn_implementation("eager" if backend == "eager" else "sdpa")
+            fixed = reorganize(copy.deepcopy(model), keep_rate)
+            set_attention(fixed, "eager" if backend == "eager" else "sdpa")
             if backend == "compile":
                 fixed.compile(dynamic=False)
             if backend == "compile-layers":
                 compile_layers(fixed)
             step, forward, network = _training_step(fixed, pixel_values, labels)
-            macs = num_macs(model.config, keep_rate), num_macs(model.config, keep_rate, executed=True)
-            title = f"EViT {shown(keep_rate)} {backend}"
-            variants.append(Variant(title, step, *macs, keep_rate, model=network, forward=forward))
+            title, operations = f"EViT {shown(keep_rate)} {backend}", (macs(keep_rate), macs(keep_rate, executed=True))
+            variants.append(Variant(title, step, *operations, keep_rate, model=network, forward=forward))
     return variants
 
 

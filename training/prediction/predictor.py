@@ -8,11 +8,12 @@ from typing import Any
 import pyarrow
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+
+from evit_hf.towers import tower_of
 
 from ..data.augmentation import ProcessorTransform
 from ..data.images import BadImageError, decoded
-from ..learning.models import load_classifier, load_processor
+from ..learning.models import load_classifier, load_processor, was_reorganized
 from ..measuring.evaluation import images_per_second
 from ..measuring.machine import best_device
 from .inputs import Inputs
@@ -68,12 +69,12 @@ class Predictor:
         self.device = torch.device(device) if device is not None else best_device()
         self.network = load_classifier(model).eval().to(self.device, getattr(torch, dtype))
         self.transform = ProcessorTransform(load_processor(model))
-        was_reorganized = "keep_rate" in PreTrainedConfig.get_config_dict(model)[0]
-        self.keep_rate = 1.0 if keep_rate is None and not was_reorganized else keep_rate
+        self.keep_rate = 1.0 if keep_rate is None and not was_reorganized(model) else keep_rate
         self.roots = roots
         config = self.network.config
-        if config.num_channels != 3:
-            raise ValueError(f"`{model}` takes images of {config.num_channels} channels: predictions are for RGB.")
+        num_channels = tower_of(self.network).num_channels
+        if num_channels != 3:
+            raise ValueError(f"`{model}` takes images of {num_channels} channels: predictions are for RGB.")
         self.labels = [config.id2label[i] for i in range(config.num_labels)]
         self.top_k = min(top_k, config.num_labels)
         self.is_multi_label = config.problem_type == "multi_label_classification" or config.num_labels == 1
