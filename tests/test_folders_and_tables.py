@@ -561,6 +561,16 @@ def test_zip_files_are_read_by_name_and_again_when_they_change(tmp_path):
         load(tmp_path / "animals.zip")
 
 
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch, pictures):
+    labels = [label for _, label in pictures]
+    content = {"image": [(tmp_path / name).read_bytes() for name, _ in pictures], "label": labels}
+    pd.DataFrame(content).to_parquet(tmp_path / "all.parquet")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "datasets")
+    with pytest.raises(ValueError, match=r"all.parquet` could not be read: .*\(set HF_HOME, now "):
+        load(tmp_path / "all.parquet")
+
+
 def test_a_home_folder_in_a_recipe_is_found(tmp_path, monkeypatch):
     put(tmp_path / "animals" / "cat", 3)
     put(tmp_path / "animals" / "dog", 3)

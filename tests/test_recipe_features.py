@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from transformers import ViTImageProcessor
 
 from evit_hf import EViTForImageClassification, EViTForImageClassificationWithTeacher, preset_config
 from evit_hf.profiling import num_macs
+from evit_training.arguments import parse_train_arguments
+from evit_training.loop.metrics_log import start_trackers
 
 
 FINE_TUNE = [*SMALL, "--max_steps", "4", "--reorganization_layers", "1", "2", "3"]
@@ -197,6 +200,28 @@ def test_tensorboard_gets_the_numbers_of_the_log(tmp_path):
     accumulator = event_accumulator.EventAccumulator(str(events)).Reload()
     losses = [scalar.value for scalar in accumulator.Scalars("loss")]
     assert losses == pytest.approx([entry["loss"] for entry in logged(tmp_path / "run")])
+    assert b"weight_decay: " in events.read_bytes()
+    run([*SMALL, "--max_steps", "3", "--trackers", "tensorboard", "--overwrite"], tmp_path / "run")
+    assert len(list((tmp_path / "run").rglob("events.out*"))) == 1
+
+
+def test_trackers_get_the_names_of_project_and_run_and_the_settings(tmp_path):
+    class Recorder:
+        name = "wandb"
+
+        def store_init_configuration(self, settings):
+            self.settings = settings
+
+    recorder, started = Recorder(), []
+    accelerator = SimpleNamespace(
+        init_trackers=lambda project, init_kwargs: started.append((project, init_kwargs)), trackers=[recorder]
+    )
+    words = ["--trackers", "wandb", "--tracker-project", "cats", "--output-dir", str(tmp_path / "run7")]
+    start_trackers(accelerator, parse_train_arguments(words))
+    start_trackers(accelerator, parse_train_arguments([*words, "--tracker-run", "first"]))
+    assert started == [("cats", {"wandb": {"name": "run7"}}), ("cats", {"wandb": {"name": "first"}})]
+    assert recorder.settings["weight_decay"] == 0.05
+    assert recorder.settings["compare_keep_rates"] == "None"
 
 
 def test_another_resolution_keeps_what_the_model_sees(images):

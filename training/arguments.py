@@ -329,7 +329,14 @@ class RunArguments:
     )
     trackers: list[str] = setting(
         [],
-        "Trackers in addition to metrics.jsonl, through Accelerate: tensorboard, wandb, trackio.",
+        "Trackers in addition to metrics.jsonl, through Accelerate: tensorboard, wandb, trackio and others. They get "
+        "the numbers and all settings; their files are in `trackers/` of the output folder.",
+        changes_training=False,
+    )
+    tracker_project: str = setting("evit_hf", "Name of the project in trackers.", changes_training=False)
+    tracker_run: str | None = setting(
+        None,
+        "Name of the run in trackers that name runs; by default that of the output folder.",
         changes_training=False,
     )
     compare_keep_rates: list[float] | None = setting(

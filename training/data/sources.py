@@ -20,7 +20,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from .folders import list_pictures, read_picture_folder
 from .images import DatasetLike, OutsideFileError, is_inside
 from .names import split_in, split_of
-from .tables import FILE_TYPES, by_split, file_type, labels_of_text, read_table
+from .tables import FILE_TYPES, by_split, file_type, labels_of_text, read_table, reason_of
 
 
 if TYPE_CHECKING:
@@ -111,10 +111,8 @@ def _load_with_datasets(name: str, arguments: "DataArguments", roots: tuple[str,
     except OutsideFileError:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())
-        if isinstance(error, PermissionError):
-            reason += f" (set HF_HOME, now {datasets.config.HF_CACHE_HOME}, to a folder that can be written)"
-        elif not Path(name).exists():
+        reason = reason_of(error)
+        if not Path(name).exists() and "HF_HOME" not in reason:
             reason = f"it is not a file or folder here, and as a Hub id: {reason}"
         raise ValueError(f"`--dataset {name}` could not be loaded: {reason}") from None
     return Source(dict(splits), allowed)
@@ -226,7 +224,7 @@ def _extracted(archive: Path) -> Path:
             with contextlib.suppress(OSError):  # another process was faster
                 os.rename(partial, folder)
     except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:  # RuntimeError: it needs a password
-        raise ValueError(f"`{archive}` could not be extracted: {error}") from None
+        raise ValueError(f"`{archive}` could not be extracted: {reason_of(error)}") from None
     return folder
 
 

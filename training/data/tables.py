@@ -101,8 +101,19 @@ def _load_binary(file: str, kind: str | None, streaming: bool) -> DatasetLike:
         pattern = re.sub(r"([*?\[])", r"[\1]", file)  # the name itself, not what it would match
         return datasets.load_dataset(kind, data_files=pattern, split="train", streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = f"{error}: {error.__cause__}" if error.__cause__ is not None else str(error)
-        raise ValueError(f"`--dataset {file}` could not be read: {' '.join(reason.split())}") from None
+        raise ValueError(f"`--dataset {file}` could not be read: {reason_of(error)}") from None
+
+
+def reason_of(error: Exception) -> str:
+    """What an error of `datasets` says, in one line; of a cache that cannot be written it names the setting."""
+    cause = error.__cause__ or error.__context__
+    reason = " ".join((f"{error}: {cause}" if cause is not None else str(error)).split())
+    caches = (str(datasets.config.HF_CACHE_HOME), str(datasets.config.HF_DATASETS_CACHE))
+    for one in (error, cause):
+        file = str(one.filename) + os.sep if isinstance(one, OSError) and one.filename else None
+        if file and any(file.startswith(x + os.sep) or x.startswith(file) for x in caches):
+            return f"{reason} (set HF_HOME, now {caches[0]}, to a folder that can be written)"
+    return reason
 
 
 def _with_images(

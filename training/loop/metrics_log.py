@@ -10,12 +10,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
-from ..arguments import RunArguments
+from ..arguments import RunArguments, TrainArguments
 from ..measuring.machine import memory_gib
 from .checkpoints import replace_durably
 
 
-def build_trackers(run: RunArguments) -> dict[str, Any]:
+# In the output folder, for what trackers write here.
+TRACKER_FOLDER = "trackers"
+# What the trackers that name runs call the name.
+RUN_NAMES = {
+    **{"wandb": "name", "trackio": "name", "mlflow": "run_name"},
+    **{"swanlab": "experiment_name", "clearml": "task_name"},
+}
+
+
+def tracker_settings(run: RunArguments) -> dict[str, Any]:
     """Arguments of the Accelerator for the trackers of a run.
 
     Raises: ValueError for a tracker that is not installed, which Accelerate would silently leave out.
@@ -27,7 +36,24 @@ def build_trackers(run: RunArguments) -> dict[str, Any]:
             f"`--trackers` names {missing}, which is not installed or not known: install it, or take "
             f"one of {available}."
         )
-    return {"log_with": run.trackers, "project_dir": run.output_dir} if run.trackers else {}
+    return (
+        {"log_with": run.trackers, "project_dir": str(Path(run.output_dir) / TRACKER_FOLDER)} if run.trackers else {}
+    )
+
+
+def start_trackers(accelerator: Accelerator, arguments: TrainArguments) -> None:
+    """Start the trackers of a run, with the names of project and run, and give them its settings."""
+    run = arguments.run
+    name = run.tracker_run or Path(run.output_dir).resolve().name
+    names = {str(tracker): {RUN_NAMES[tracker]: name} for tracker in run.trackers if tracker in RUN_NAMES}
+    accelerator.init_trackers(run.tracker_project, **({"init_kwargs": names} if names else {}))
+    settings = {key: x if isinstance(x, (int, float, str)) else str(x) for key, x in arguments.as_dict().items()}
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":  # which would write hyperparameters as one more run
+            if accelerator.is_main_process:
+                tracker.writer.add_text("settings", "\n".join(f"    {key}: {x}" for key, x in settings.items()))
+        else:
+            tracker.store_init_configuration(settings)
 
 
 class MetricsLog:
@@ -36,14 +62,15 @@ class MetricsLog:
     Args:
         path: of the file.
         accelerator: has the trackers.
+        arguments: settings of the run.
     """
 
-    def __init__(self, path: Path, accelerator: Accelerator) -> None:
+    def __init__(self, path: Path, accelerator: Accelerator, arguments: TrainArguments) -> None:
         self.path = path
         self.accelerator = accelerator
         self.has_complained = False
         if accelerator.log_with:
-            self._try(lambda: accelerator.init_trackers("evit_hf"))
+            self._try(lambda: start_trackers(accelerator, arguments))
 
     def drop_after(self, step: int, keeps_evaluation: bool) -> None:
         """Drop what a resumed run will write again.

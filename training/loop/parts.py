@@ -23,7 +23,7 @@ from ..learning.objective import Objective
 from ..learning.optimization import WeightAverage, build_optimizer, freeze
 from ..learning.teachers import build_oracle, build_teacher
 from .checkpoints import Progress
-from .metrics_log import build_trackers
+from .metrics_log import tracker_settings
 from .state import TrainingState
 
 
@@ -64,7 +64,7 @@ def build_accelerator(arguments: TrainArguments) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=arguments.run.mixed_precision,
         cpu=not torch.accelerator.is_available(),
-        **build_trackers(arguments.run),
+        **tracker_settings(arguments.run),
     )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:

@@ -21,6 +21,7 @@ from ..measuring.machine import package_versions
 from ..sharing.command import command_of_run
 from .checkpoints import CheckpointError, data_that_differ, newest_checkpoint, read_checkpoint, settings_that_differ
 from .interruption import lock, unlock
+from .metrics_log import TRACKER_FOLDER
 from .state import TrainingState
 
 
@@ -102,7 +103,7 @@ def checkpoint_to_resume(accelerator: Accelerator, arguments: TrainArguments) ->
 
 def prepare_output_dir(output_dir: Path, arguments: TrainArguments, keeps_files: bool) -> None:
     """Write down the settings, and clear the folder of what an earlier run left unless this one resumes it."""
-    for name in () if keeps_files else RUN_FILES:
+    for name in () if keeps_files else (*RUN_FILES, TRACKER_FOLDER):
         path = output_dir / name
         if path.is_dir():
             shutil.rmtree(path)

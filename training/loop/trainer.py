@@ -90,7 +90,7 @@ def run_training(parts: Parts, state: TrainingState, is_resumed: bool) -> list[d
         prepare_output_dir(output_dir, arguments, keeps_files=is_resumed)
     accelerator.wait_for_everyone()
     accelerator.print(describe(parts, state))
-    log = MetricsLog(output_dir / "metrics.jsonl", accelerator)
+    log = MetricsLog(output_dir / "metrics.jsonl", accelerator, arguments)
     log.drop_after(progress.step, keeps_evaluation=progress.evaluated_step == progress.step)
     learning_rate = learning_rate_schedule(
         state.optimizer.optimizer,  # the schedule itself is not prepared: it would step once for each process
