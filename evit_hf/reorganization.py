@@ -190,14 +190,28 @@ class ReorganizingLayer:
         """
         if kwargs.get("position_embeddings") is None:
             return attention_mask, kwargs
-        is_fused = (patch_index < 0).unsqueeze(-1)
-        cos, sin = (table[patch_index.clamp(min=0)] for table in kwargs["position_embeddings"])  # by patch
-        rotation = (cos.masked_fill(is_fused, 1.0).unsqueeze(1), sin.masked_fill(is_fused, 0.0).unsqueeze(1))
+        rotation = tokens.of_stage(
+            self.layer_number, "rotation", lambda: rotation_of_tokens(kwargs["position_embeddings"], patch_index)
+        )
         return attention_mask, {**kwargs, "position_embeddings": rotation}
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         """Pickle and copy by way of the dense class, since this one is made when it is needed."""
         return _empty_layer, (type(self).dense_class, type(self).halves), self.__dict__
+
+
+def rotation_of_tokens(
+    tables: tuple[torch.Tensor, torch.Tensor], patch_index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of the image tokens that are left, each (batch_size, 1, num_image_tokens, head_dim).
+
+    Args:
+        tables: cosines and sines of all patches, each (num_patches, head_dim).
+        patch_index: (batch_size, num_image_tokens), patches that are left, -1 for a fused token.
+    """
+    is_fused = (patch_index < 0).unsqueeze(-1)
+    cos, sin = (table[patch_index.clamp(min=0)] for table in tables)
+    return cos.masked_fill(is_fused, 1.0).unsqueeze(1), sin.masked_fill(is_fused, 0.0).unsqueeze(1)
 
 
 class ViTHalves:
@@ -263,15 +277,14 @@ class BeitHalves:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention with its residual; `attention_mask` is the bias that all layers share, or None."""
-        patch_index = tokens.entering(self.layer_number)
         bias = attention_mask
         if self.relative_position_bias is not None:
             window = (resolution[0] // self.patch_size, resolution[1] // self.patch_size)
             num_tokens = tokens.num_prefix_tokens + window[0] * window[1]
             own = self.relative_position_bias(window, interpolate_pos_encoding, dim_size=num_tokens)
             bias = own if bias is None else own + bias
-        if bias is not None and patch_index is not None:
-            bias = bias_of_pairs(bias, patch_index, tokens.num_prefix_tokens)
+        if bias is not None:
+            bias = bias_of_pairs(bias, tokens, self.layer_number)
         normed = self.layernorm_before(hidden_states)
         output, probabilities = self.attention(normed, attention_mask=bias, tokens=tokens, **kwargs)
         return self.drop_path(self.lambda_1 * self.dropout(output)) + hidden_states, probabilities

@@ -53,9 +53,10 @@ class TimmHalves:
         bias, is_post_norm = attention_mask, type(self).__name__ == "EvaBlockPostNorm"
         if getattr(attention, "relative_position_bias_table", None) is not None:
             bias = attention._get_rel_pos_bias() if bias is None else attention._get_rel_pos_bias() + bias
-        if patch_index is not None:
-            bias = None if bias is None else bias_of_pairs(bias, patch_index, tokens.num_prefix_tokens)
-            rope = None if rope is None else rotary_of_tokens(rope, patch_index)
+        if bias is not None:
+            bias = bias_of_pairs(bias, tokens, self.layer_number)
+        if rope is not None and patch_index is not None:
+            rope = rotary_of_tokens(rope, patch_index)
 
         normed = hidden_states if is_post_norm else self.norm1(hidden_states)
         gate = attention.gate(normed).sigmoid() if getattr(attention, "gate", None) is not None else None

@@ -1,6 +1,6 @@
 """The tokens of one forward pass through a model that reorganizes them, on their way through its layers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ class TokensLeft:
         attentive_index: kept tokens as positions in the patch grid, by layer number; -1 for an earlier fused token.
         patch_index: position in the patch grid of the image tokens that leave a layer, by layer number; without the
             layers that all patches leave, in order.
+        by_stage: see `of_stage`.
     """
 
     keep_rates: dict[int, float]
@@ -42,11 +43,25 @@ class TokensLeft:
     class_attention: dict[int, torch.Tensor] = field(default_factory=dict)
     attentive_index: dict[int, torch.Tensor] = field(default_factory=dict)
     patch_index: dict[int, torch.Tensor] = field(default_factory=dict)
+    by_stage: dict[tuple[str, int], Any] = field(default_factory=dict)
 
     def entering(self, layer: int) -> torch.Tensor | None:
         """Position in the patch grid of the image tokens that enter a layer; None where all patches do, in order."""
         earlier = [number for number in self.patch_index if number < layer]
         return self.patch_index[max(earlier)] if earlier else None
+
+    def of_stage(self, layer: int, name: str, make: Callable[[], Any]) -> Any:
+        """What all layers between two reorganizations need alike, made by the first of them.
+
+        Args:
+            layer: number of a layer that fewer tokens enter.
+            name: of what is made.
+            make: makes it, without gradients.
+        """
+        key = (name, max(number for number in self.patch_index if number < layer))
+        if key not in self.by_stage:
+            self.by_stage[key] = make()
+        return self.by_stage[key]
 
     def add_class_attention(self, layer: int, attention: torch.Tensor, patch_index: torch.Tensor | None) -> None:
         """Remember the class token's attention in a layer, by patch of the whole image.
@@ -103,26 +118,41 @@ def tokens_of_a_pass(
     )
 
 
-def bias_of_pairs(bias: torch.Tensor, patch_index: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
-    """Bias for each pair of tokens that are left, of a bias for each pair of positions.
+def bias_of_pairs(bias: torch.Tensor, tokens: TokensLeft, layer: int) -> torch.Tensor:
+    """Bias for each pair of tokens that enter a layer, of a bias for each pair of positions.
+
+    A fused token has no position: its bias is 0 with other image tokens, and with the prefix and itself that of any
+    patch.
 
     Args:
         bias: ((1,) num_heads, num_tokens, num_tokens), prefix tokens first, then all patches.
-        patch_index: (batch_size, num_image_tokens), patches that are left, -1 for a fused token. That one has no
-            position: its bias is 0 with other image tokens, and with the prefix and itself that of any patch.
-        num_prefix_tokens: tokens before the image tokens.
+        tokens: of this forward pass.
+        layer: its number.
 
-    Returns: (batch_size, num_heads, num_prefix_tokens + num_image_tokens, the same).
+    Returns: (batch_size, num_heads, num_prefix_tokens + num_image_tokens, the same); the bias itself if all patches
+        are there.
     """
+    patch_index = tokens.entering(layer)
+    if patch_index is None:
+        return bias
+    pairs, lacks_distance = tokens.of_stage(
+        layer, "pairs", lambda: _pairs(patch_index, tokens.num_prefix_tokens, bias.shape[-1])
+    )
+    # One long row for each head is read in order, where pairs of indices would be looked up one by one.
+    of_pairs = bias.flatten(0, -3).flatten(1).index_select(1, pairs.flatten())
+    return of_pairs.view(-1, *pairs.shape).transpose(0, 1).masked_fill(lacks_distance, 0.0)
+
+
+def _pairs(patch_index: torch.Tensor, num_prefix_tokens: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Number of each pair of tokens in a map of all positions, and where one of them has no distance to the other."""
     batch_size = patch_index.shape[0]
     prefix = torch.arange(num_prefix_tokens, device=patch_index.device).expand(batch_size, -1)
     position = torch.cat((prefix, patch_index.clamp(min=0) + num_prefix_tokens), dim=1)
-    pairs = bias.flatten(0, -3)[:, position[:, :, None], position[:, None, :]].transpose(0, 1)
     is_fused = nn.functional.pad(patch_index < 0, (num_prefix_tokens, 0))
     is_image = torch.arange(position.shape[1], device=position.device) >= num_prefix_tokens
     lacks_distance = (is_fused[:, :, None] | is_fused[:, None, :]) & is_image & is_image[:, None]
     lacks_distance = lacks_distance & ~torch.eye(position.shape[1], dtype=torch.bool, device=position.device)
-    return pairs.masked_fill(lacks_distance.unsqueeze(1), 0.0)
+    return position[:, :, None] * num_tokens + position[:, None, :], lacks_distance.unsqueeze(1)
 
 
 __all__ = ["TokensLeft", "bias_of_pairs", "tokens_of_a_pass"]
