@@ -319,21 +319,23 @@ def _source_processor(source: str, config: EViTConfig) -> tuple[Any, list[str]]:
 def open_checkpoint(
     model_class: type[EViTPreTrainedModel], source: str | os.PathLike, kwargs: dict[str, Any]
 ) -> tuple[type[EViTPreTrainedModel], str | os.PathLike | None, dict[str, Any]]:
-    """Prepare what `from_pretrained` was given: read timm's folders, check files of Transformers'.
+    """Prepare what `from_pretrained` was given: read timm's folders and single files, check files of Transformers'.
 
     Args:
         model_class: that is loaded.
-        source: folder or Hub id.
+        source: folder, Hub id, or a file of weights.
         kwargs: keywords of `from_pretrained`.
 
-    Returns: class, source and keywords for Transformers. For a timm checkpoint the keywords hold `config` and
-        `state_dict`, the source is None, and a distilled classifier gets the class that has both heads.
+    Returns: class, source and keywords for Transformers. For a timm checkpoint or a file the keywords hold `config`
+        and `state_dict`, the source is None, and a distilled classifier gets the class that has both heads.
 
     Raises: ConversionError for files that are damaged, hold less than the configuration says, or a timm model that
         an EViT cannot be.
     """
     if kwargs.get("state_dict") is not None or kwargs.get("gguf_file") is not None:
         return model_class, source, kwargs
+    if Path(source).is_file():
+        return _opened_weights(model_class, weights_in(read_checkpoint(Path(source)), source, None), kwargs)
     hub = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
     config, folder = _raw_config(source, hub)
     if not is_timm_config(config):
@@ -342,31 +344,32 @@ def open_checkpoint(
         if folder is not None:
             _check_files(model_class, folder, config, kwargs)
         return model_class, source, kwargs
-    if issubclass(model_class.config_class, EViTLVConfig):
-        raise ConversionError(f"`{source}` is a timm checkpoint: load it with EViTForImageClassification.")
-    return _opened_timm(model_class, _timm_weights(source, config, folder, hub), kwargs)
+    return _opened_weights(model_class, _timm_weights(source, config, folder, hub), kwargs)
 
 
-def _opened_timm(
+def _opened_weights(
     model_class: type[EViTPreTrainedModel], found: Weights, kwargs: dict[str, Any]
 ) -> tuple[type[EViTPreTrainedModel], None, dict[str, Any]]:
-    """Class and keywords for Transformers that load weights of timm."""
+    """Class and keywords for Transformers that load weights with other names."""
     features = dinov2_features(found.tensors)
     if features:
         raise ConversionError(
             f"`{found.source}` is a Vision Transformer with {', with '.join(features)}, which no EViT has: "
             "`convert_checkpoint` (`evit convert`) makes a DINOv2 of Transformers of it, with the same outputs."
         )
+    config_class = model_class.config_class
+    if found.is_lvvit != issubclass(config_class, EViTLVConfig):
+        kind, prefix = ("an LV-ViT", "EViTLV") if found.is_lvvit else ("a timm checkpoint", "EViT")
+        raise ConversionError(f"`{found.source}` is {kind}: load it with {prefix}ForImageClassification.")
     kwargs = {name: value for name, value in kwargs.items() if name not in HUB_KEYWORDS}
-    heads = kwargs.pop("num_attention_heads", None)
-    fields = configuration_fields(
-        found, {} if heads is None else {"num_attention_heads": heads}, kwargs.get("image_size")
-    )
-    own, state_dict = translated(found, EViTConfig(**fields), allow_non_finite=True)  # checked after loading
+    given = {name: kwargs.pop(name) for name in ("num_attention_heads", "residual_scale") if name in kwargs}
+    fields = configuration_fields(found, given, kwargs.get("image_size"))
+    own, state_dict = translated(found, config_class(**fields), allow_non_finite=True)  # checked after loading
+    fields |= trained_reorganization(found)[1]
     if model_class is EViTForImageClassification and isinstance(own, EViTForImageClassificationWithTeacher):
         model_class = EViTForImageClassificationWithTeacher
     if not isinstance(kwargs.get("config"), EViTConfig):
-        config, kwargs = EViTConfig.from_dict(
+        config, kwargs = config_class.from_dict(
             {**fields, "architectures": [model_class.__name__]}, return_unused_kwargs=True, **kwargs
         )
         kwargs["config"] = config

@@ -182,7 +182,7 @@ def exported_program(
         inputs += (torch.full((len(model.config.reorganization_layers),), 0.7, dtype=torch.float64),)
         dynamic.append(None)
     with torch.no_grad(), _quiet():
-        return torch.export.export(wrapper.eval(), inputs, dynamic_shapes=tuple(dynamic)), inputs
+        return torch.export.export(wrapper.eval(), inputs, dynamic_shapes=tuple(dynamic), strict=False), inputs
 
 
 def _check_keep_rate_input(model: PreTrainedModel, keep_rate_is_input: bool) -> None:

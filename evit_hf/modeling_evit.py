@@ -311,10 +311,11 @@ class EViTAttention(ViTAttention):
         """
         project = linear if takes_short_cuts else called
         queries = hidden_states if num_queries is None else hidden_states[:, :num_queries]
-        heads = (-1, self.head_dim)
-        query = project(self.q_proj, queries).unflatten(-1, heads).transpose(1, 2)
-        key = project(self.k_proj, hidden_states).unflatten(-1, heads).transpose(1, 2)
-        value = project(self.v_proj, hidden_states).unflatten(-1, heads).transpose(1, 2)
+        # `view` and not `unflatten`, of which `torch.onnx.export(dynamo=False)` makes a graph for one batch size.
+        by_head = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = project(self.q_proj, queries).view(*queries.shape[:-1], -1, self.head_dim).transpose(1, 2)
+        key = project(self.k_proj, hidden_states).view(by_head).transpose(1, 2)
+        value = project(self.v_proj, hidden_states).view(by_head).transpose(1, 2)
 
         implementation = self.config._attn_implementation
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
@@ -643,7 +644,7 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
         allow_non_finite_weights: bool = False,
         **kwargs: Any,
     ) -> "EViTPreTrainedModel | tuple[EViTPreTrainedModel, dict]":
-        """Load an EViT, ViT or DeiT checkpoint of Transformers 4.x or 5.x, or a ViT or DeiT of timm.
+        """Load an EViT, ViT or DeiT of Transformers 4.x or 5.x, or a ViT or DeiT of timm or in a single file.
 
         Keywords such as `keep_rate=0.7` go to the configuration, also to one that is passed as `config=` (which is not
         changed; that of a ViT or DeiT becomes one of ours). A classifier for a different number of classes, or for a
@@ -651,7 +652,8 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
         `EViTModel` without one.
 
         Args:
-            pretrained_model_name_or_path: folder or Hub id.
+            pretrained_model_name_or_path: folder or Hub id, or a file of weights (.pth, .safetensors), which
+                `convert_checkpoint` reads with its image processor.
             *model_args: handed to the model class.
             ignore_mismatched_sizes: False makes a different number of classes an error as well.
             output_loading_info: whether to return the lists of missing and unexpected keys too.

@@ -494,3 +494,56 @@ def test_settings_out_of_range_are_one_sentence(tmp_path):
     for source in (tmp_path, timm_vit()):
         with pytest.raises(ConversionError, match=r"` cannot be an EViT: `keep_rate` must be in \(0, 1\]"):
             convert_checkpoint(source, keep_rate=1.5)
+
+
+# Single files and `from_pretrained`
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_file_loads_in_one_line(suffix, tmp_path):
+    vit, path = timm_vit(), tmp_path / f"vit.{suffix}"
+    torch.save({"model": vit.state_dict()}, path) if suffix == "pth" else save_file(vit.state_dict(), path)
+    pixels = torch.randn(2, 3, 32, 32)
+    model = EViTForImageClassification.from_pretrained(path, keep_rate=1.0, num_attention_heads=2)
+    torch.testing.assert_close(model(pixels).logits, vit(pixels), rtol=1e-4, atol=1e-5)
+    assert not model.training
+    assert model.config.name_or_path == str(path)
+    bare = EViTModel.from_pretrained(str(path), keep_rate=1.0, num_attention_heads=2)
+    torch.testing.assert_close(bare(pixels).last_hidden_state, vit.forward_features(pixels), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConversionError, match="give `num_attention_heads`"):
+        EViTForImageClassification.from_pretrained(path)
+    with pytest.raises(ConversionError, match="is a timm checkpoint: load it with EViTForImageClassification"):
+        EViTLVForImageClassification.from_pretrained(path, num_attention_heads=2)
+
+
+def test_an_official_file_loads_with_its_reorganization(tmp_path):
+    file = write_official(tmp_path / "evit.pth", base_keep_rate=0.5, drop_loc="(3, 6, 9)", fuse_token=False)
+    expected = convert_checkpoint(file, num_attention_heads=3).model
+    model = EViTForImageClassification.from_pretrained(file, num_attention_heads=3)
+    assert (model.config.keep_rate, model.config.fuse_inattentive_tokens) == (0.5, False)
+    pixels = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(model(pixels).logits, expected(pixels).logits)
+    assert (
+        EViTForImageClassification.from_pretrained(file, num_attention_heads=3, keep_rate=0.8).config.keep_rate == 0.8
+    )
+
+
+def test_an_lvvit_file_loads_into_its_own_class(tmp_path):
+    weights = official_weights("lvvit_official_tiny")
+    torch.save(weights, tmp_path / "lvvit.pth.tar")
+    given = {"num_attention_heads": 3, "residual_scale": 2.0}
+    expected = convert_checkpoint(weights, keep_rate=0.7, **given).model
+    model = EViTLVForImageClassification.from_pretrained(tmp_path / "lvvit.pth.tar", keep_rate=0.7, **given)
+    pixels = torch.randn(1, 3, *[expected.config.image_size] * 2)
+    torch.testing.assert_close(model(pixels).logits, expected(pixels).logits)
+    with pytest.raises(ConversionError, match="is an LV-ViT: load it with EViTLVForImageClassification"):
+        EViTForImageClassification.from_pretrained(tmp_path / "lvvit.pth.tar")
+
+
+def test_files_that_are_no_weights_of_a_vit_are_refused_with_the_way_out(tmp_path):
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    ViTForImageClassification(ViTConfig(**size, image_size=32, patch_size=8)).save_pretrained(tmp_path)
+    with pytest.raises(ConversionError, match="for Transformers give the folder"):
+        EViTForImageClassification.from_pretrained(tmp_path / "model.safetensors")
+    with pytest.raises(ConversionError, match="config.json` is not a plain pickle of tensors"):
+        EViTForImageClassification.from_pretrained(tmp_path / "config.json")

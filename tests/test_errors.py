@@ -195,6 +195,24 @@ def test_a_flag_may_be_spelled_with_underscores_and_values_are_left_alone():
     assert given == {"keep_rate", "labels"}
 
 
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        ("push --private ./nowhere org/name", "`nowhere` is not a folder"),
+        ("push --private yes ./nowhere org/name", "`nowhere` is not a folder"),
+        ("push ./nowhere --check org/name", "`nowhere` is not a folder"),
+        ("push --attempts 2 --private ./nowhere org/name more", "`more` is one word too many"),
+        ("export --keep-rate-input ./nowhere out", "there is no folder `./nowhere`"),
+        ("convert --keep-rate 0.7 0.5 ./nowhere out", "there is no folder `./nowhere`"),
+        ("train --dry-run --epochs 2 nowhere", "There is no recipe `nowhere`"),
+        ("train --dry-run digits nowhere", "`nowhere` is one word too many after the recipe"),
+    ],
+)
+def test_flags_may_come_before_what_they_belong_to(argv, sentence, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sentence in one_line(capsys, argv.split())
+
+
 def test_the_version_is_printed_without_heavy_imports(capsys):
     main(["--version"])
     assert capsys.readouterr().out.startswith("evit-hf ")

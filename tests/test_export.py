@@ -31,7 +31,9 @@ def tiny(name, **changes):
     torch.manual_seed(0)
     if name == "lv":
         size = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 4, "initializer_range": 0.2}
-        config = EViTLVConfig(**size, num_attention_heads=4, intermediate_size=64, num_labels=5, keep_rate=0.6)
+        config = EViTLVConfig(
+            **size, num_attention_heads=4, intermediate_size=64, num_labels=5, keep_rate=0.6, **changes
+        )
         return EViTLVForImageClassification(config).eval()
     if name == "distilled":
         config = tiny_config_with(use_distillation_token=True, scoring_tokens="class_and_distillation", **changes)
@@ -105,6 +107,58 @@ def test_exports_keep_as_many_tokens_as_the_model(engine, tmp_path):
         with torch.no_grad():
             expected = model(images, keep_rate=rate).last_hidden_state
         torch.testing.assert_close(exported(images, rate), expected, rtol=1e-4, atol=1e-4)
+
+
+class LogitsAndKeptPatches(torch.nn.Module):
+    """Answers as a tuple of tensors, which is what tracers know."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values):
+        outputs = self.model(pixel_values)
+        return outputs.logits, *outputs.attentive_index
+
+
+def traced_to_onnx(module, images, folder):
+    import onnxruntime
+
+    names, path = ["pixel_values"], folder / "model.onnx"
+    torch.onnx.export(
+        module, (images,), path, dynamo=False, input_names=names, dynamic_axes={"pixel_values": {0: "n"}}
+    )
+    session = onnxruntime.InferenceSession(path)
+    return lambda images: session.run(None, {"pixel_values": images.numpy()})
+
+
+def traced_to_openvino(module, images, folder):
+    import openvino
+
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.compile_model(openvino.convert_model(module, example_input=images), "CPU", settings)
+    return lambda images: list(compiled([images.numpy()]).values())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("implementation", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["evit", "distilled", "lv"])
+@pytest.mark.parametrize("traced", [traced_to_onnx, pytest.param(traced_to_openvino, marks=pytest.mark.slow)])
+def test_older_converters_keep_the_tokens_of_the_model_in_batches_of_any_size(traced, name, implementation, tmp_path):
+    """At 0.6 of 5 x 5 patches a product in float32 would keep 16 instead of 15."""
+    model = tiny(name, reorganization_layers=[0, 2])
+    model.set_attn_implementation(implementation)
+    model.set_image_size(40)
+    module, images = LogitsAndKeptPatches(model).eval(), torch.randn(5, 3, 40, 40)
+    run = traced(module, images[:2], tmp_path)
+    for batch in (images, images[:2], images[:1]):
+        with torch.no_grad():
+            logits, *kept = module(batch)
+        answer, *indices = map(torch.from_numpy, run(batch))
+        torch.testing.assert_close(answer, logits, rtol=1e-4, atol=1e-4)
+        assert [index.shape[1] for index in kept] == [15, 10]
+        for one, other in zip(indices, kept, strict=True):
+            assert torch.equal(one, other)
 
 
 def test_robust_keep_rates_keep_the_same_tokens_in_float32():

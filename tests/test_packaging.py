@@ -1,7 +1,9 @@
 """What is installed, what it needs, how it looks."""
 
 import ast
+import configparser
 import graphlib
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import zipfile
 
 import pytest
 from conftest import ROOT, run_python
+from packaging.version import Version
 
 import evit_hf
 
@@ -216,6 +219,22 @@ def test_wheel_holds_recipes_and_data(tmp_path):
         wanted = {f"{package}/{path}" for path in tracked if "__pycache__" not in path.parts}
         needless = {f"{package}/{path}" for path in tracked if path.name in ("make_digits.py", "RESULTS.md")}
         assert wanted - needless <= names
+
+
+def test_the_oldest_versions_that_are_tested_are_the_bounds():
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    extras = settings["options.extras_require"]
+    text = settings["options"]["install_requires"] + "".join(
+        extras.get(name, raw=True) for name in ("train", "export")
+    )
+    bounds = dict(re.findall(r"^([\w-]+)(?:\[.*\])? *>= *([\d.]+)", text, re.MULTILINE))
+    bounds["gradio"] = re.search(r"gradio >= ([\d.]+)", extras.get("all", raw=True))[1]
+    tested = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / ".ci" / "oldest.txt").read_text(), re.MULTILINE))
+    assert {name: Version(bound) for name, bound in bounds.items()} == {
+        name: Version(version) for name, version in tested.items()
+    }
+    assert "PIP_CONSTRAINT=$PWD/.ci/oldest.txt .ci/run" in (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def test_no_test_is_skipped():

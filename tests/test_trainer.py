@@ -341,5 +341,5 @@ def test_digits_recipe_reaches_97_percent(tmp_path):
 def test_a_silent_single_process_launch_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(parts, "Accelerator", lambda **settings: SimpleNamespace(num_processes=1))
-    with pytest.raises(RuntimeError, match="2 processes were launched but Accelerate uses 1: launch with `torchrun"):
+    with pytest.raises(ValueError, match="2 processes were launched but Accelerate uses 1: launch with `torchrun"):
         parts.build_accelerator(parse_train_arguments([]))

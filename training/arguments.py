@@ -520,7 +520,7 @@ def train_parser() -> FlagParser:
 
 
 def parse_train_arguments(argv: Sequence[str]) -> TrainArguments:
-    """Settings from a command line: an optional recipe first, then flags, which override it.
+    """Settings from a command line: an optional recipe, and flags, which override it.
 
     Args:
         argv: for example ["digits", "--epochs", "5", "--keep-rate", "0.5"].
@@ -530,15 +530,15 @@ def parse_train_arguments(argv: Sequence[str]) -> TrainArguments:
     Raises: SystemExit with status 2 and one line on standard error, as argparse does.
     """
     parser = train_parser()
-    argv = list(argv)
     try:
-        if argv and not argv[0].startswith("-"):
+        words, flags = parser.sorted_apart(argv)
+        if len(words) > 1:
+            raise ValueError(f"`{words[1]}` is one word too many after the recipe: see `evit train --help`.")
+        if words:
             # A flag that chooses the keep rate overrides the rate of the recipe, as every flag does.
-            chooses = any(word.replace("_", "-").startswith("--match-macs-of") for word in argv)
-            if len(argv) > 1 and not argv[1].startswith("-"):
-                raise ValueError(f"`{argv[1]}` is one word too many after the recipe: see `evit train --help`.")
-            argv = recipe_flags(recipe_path(argv[0]), ["keep_rate"] if chooses else []) + argv[1:]
-        parts, _, _ = parser.parse(argv)
+            chooses = any(word.startswith("--match-macs-of") for word in flags)
+            flags = recipe_flags(recipe_path(words[0]), ["keep_rate"] if chooses else []) + flags
+        parts, _, _ = parser.parse(flags)
         arguments = TrainArguments(*parts)
         arguments.check()
     except (ValueError, OSError) as error:

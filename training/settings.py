@@ -35,6 +35,8 @@ LIMIT = Accepted("at least 1", lambda value: value >= 1, " Leave it out for no l
 NOT_NEGATIVE = Accepted("0 or more", lambda value: 0 <= value < float("inf"))
 POSITIVE = Accepted("above 0", lambda value: 0 < value < float("inf"))
 SHARE = Accepted("in [0, 1]", lambda value: 0 <= value <= 1)
+YES = ("yes", "true", "t", "y", "1", "on")
+NO = ("no", "false", "f", "n", "0", "off")
 KEEP_RATE = Accepted("in (0, 1]", lambda value: 0 < value <= 1)
 
 
@@ -140,7 +142,8 @@ class FlagParser(argparse.ArgumentParser):
 
         Raises: SystemExit with status 2 and one line on standard error, as argparse does.
         """
-        words = [_with_hyphens(word) for word in argv]
+        positionals, flags = self.sorted_apart(argv)
+        words = [*positionals, *flags]
         space, unknown = self.parse_known_args(words)
         if unknown:
             self.error(self._about_unknown(unknown[0]))
@@ -156,6 +159,27 @@ class FlagParser(argparse.ArgumentParser):
             except ValueError as error:
                 self.error(str(error))
         return objects, space, given
+
+    def sorted_apart(self, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+        """The words of a command line that belong to no flag, and its flags with their values, in hyphens.
+
+        So flags may come first: argparse would take FOLDER for the value of `--private` in `--private FOLDER NAME`.
+        A flag that is not known has all words up to the next one.
+        """
+        positionals: list[str] = []
+        flags: list[str] = []
+        num_values = None  # that the last flag has taken, None where it takes no more
+        for word in map(_with_hyphens, argv):
+            if word.startswith("-") and not _is_number(word):
+                flags.append(word)
+                action, num_values = self._option_string_actions.get(word), None if "=" in word else 0
+            elif num_values is not None and _takes(action, num_values, word):
+                flags.append(word)
+                num_values += 1
+            else:
+                positionals.append(word)
+                num_values = None
+        return positionals, flags
 
     def error(self, message: str) -> NoReturn:
         """End with one line and status 2."""
@@ -205,9 +229,28 @@ def _add_flag(group: Any, one: dataclasses.Field[Any], hint: Any) -> None:
         )
 
 
-def _truth(word: str) -> bool:
-    if word.lower() in ("yes", "true", "t", "y", "1", "on"):
+def _takes(action: argparse.Action | None, num_values: int, word: str) -> bool:
+    """Whether a flag that has taken `num_values` words takes this one; one that is not known takes all."""
+    if action is None:
         return True
-    if word.lower() in ("no", "false", "f", "n", "0", "off"):
+    if action.nargs == "?":
+        return not num_values and word.lower() in (*YES, *NO)
+    if action.nargs == "+":
+        return not num_values or action.type is str or _is_number(word)
+    return action.nargs is None and not num_values
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _truth(word: str) -> bool:
+    if word.lower() in YES:
+        return True
+    if word.lower() in NO:
         return False
     raise argparse.ArgumentTypeError(f"must be yes or no, got {word!r}")

@@ -58,8 +58,8 @@ def build_accelerator(arguments: TrainArguments) -> Accelerator:
     """Build the Accelerator, on the CPU where there is nothing better, on as many processes as were launched.
 
     Raises:
-        ValueError: for DeepSpeed, FSDP1, fp16 without a GPU, or a tracker that is not installed.
-        RuntimeError: if Accelerate would not connect the processes, as it silently does with some launch commands.
+        ValueError: for DeepSpeed, FSDP1, fp16 without a GPU, a tracker that is not installed, or where Accelerate
+            would not connect the processes, as it silently does with some launch commands.
     """
     accelerator = Accelerator(
         mixed_precision=arguments.run.mixed_precision,
@@ -68,7 +68,7 @@ def build_accelerator(arguments: TrainArguments) -> Accelerator:
     )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
-        raise RuntimeError(
+        raise ValueError(
             f"{launched} processes were launched but Accelerate uses {accelerator.num_processes}: launch with "
             "`torchrun --nproc_per_node N -m evit_training train`."
         )
