@@ -185,10 +185,12 @@ class EViTImageClassifierOutput(AttentiveIndexOutput, ImageClassifierOutput):
         hidden_states: see `EViTModelOutput`.
         attentions: see `EViTModelOutput`.
         attentive_index: see `EViTModelOutput`.
+        patch_index: see `EViTModelOutput`.
         class_attention: see `EViTModelOutput`.
     """
 
     attentive_index: tuple[torch.LongTensor, ...] | None = None
+    patch_index: torch.LongTensor | None = None
     class_attention: torch.Tensor | None = None
 
 
@@ -1043,6 +1045,7 @@ class EViTForImageClassification(EViTPreTrainedModel, ViTForImageClassification)
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             attentive_index=outputs.attentive_index,
+            patch_index=outputs.patch_index,
             class_attention=outputs.class_attention,
         )
 
@@ -1059,6 +1062,7 @@ class EViTForImageClassificationWithTeacherOutput(EViTImageClassifierOutput):
         hidden_states: see `EViTModelOutput`.
         attentions: see `EViTModelOutput`.
         attentive_index: see `EViTModelOutput`.
+        patch_index: see `EViTModelOutput`.
         class_attention: see `EViTModelOutput`.
     """
 
@@ -1112,6 +1116,7 @@ class EViTForImageClassificationWithTeacher(EViTPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             attentive_index=outputs.attentive_index,
+            patch_index=outputs.patch_index,
             class_attention=outputs.class_attention,
             cls_logits=cls_logits,
             distillation_logits=distillation_logits,

@@ -36,15 +36,15 @@ class EViTLVImageClassifierOutput(EViTImageClassifierOutput):
         hidden_states: see `EViTModelOutput`.
         attentions: see `EViTModelOutput`.
         attentive_index: see `EViTModelOutput`.
+        patch_index: see `EViTModelOutput`.
         class_attention: see `EViTModelOutput`.
         cls_logits: (batch_size, num_labels), from the class token.
-        aux_logits: (batch_size, num_image_tokens_left, num_labels), from every image token that is left.
-        patch_index: (batch_size, num_image_tokens_left), original patch position of those tokens, -1 if fused.
+        aux_logits: (batch_size, num_image_tokens_left, num_labels), from every image token that is left, in the order
+            of `patch_index`.
     """
 
     cls_logits: torch.Tensor | None = None
     aux_logits: torch.Tensor | None = None
-    patch_index: torch.LongTensor | None = None
 
 
 class EViTLVPatchEmbeddings(nn.Module):
@@ -170,10 +170,10 @@ class EViTLVForImageClassification(EViTLVPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             attentive_index=outputs.attentive_index,
+            patch_index=outputs.patch_index,
             class_attention=outputs.class_attention,
             cls_logits=cls_logits,
             aux_logits=aux_logits,
-            patch_index=outputs.patch_index,
         )
 
 

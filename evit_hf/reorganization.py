@@ -148,7 +148,7 @@ class ReorganizingLayer:
             tokens.num_patches = num_image_tokens
         if is_scored:
             attention = class_token_attention(probabilities, tokens.num_prefix_tokens, tokens.num_scoring_tokens)
-            tokens.add_class_attention(number, attention, patch_index)
+            tokens.class_attention[number] = attention
         if is_whole and number in tokens.keep_rates:
             patch_index = torch.arange(num_image_tokens, device=hidden_states.device)
             patch_index = patch_index.expand(hidden_states.shape[0], -1)
@@ -757,7 +757,7 @@ def _finish(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any)
     if not isinstance(output, ModelOutput):
         return
     if tokens.class_attention:
-        output.class_attention = torch.stack([tokens.class_attention[layer] for layer in tokens.scored_layers], dim=1)
+        output.class_attention = tokens.class_attention_by_patch()
     if tokens.attentive_index:
         output.attentive_index = tuple(tokens.attentive_index[layer] for layer in sorted(tokens.attentive_index))
         output.patch_index = {**tokens.attentive_index, **tokens.patch_index}[max(tokens.attentive_index)]

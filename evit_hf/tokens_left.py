@@ -26,7 +26,7 @@ class TokensLeft:
         patch_scores: scores from outside that choose the tokens, (batch_size, num_patches), by layer number.
         scored_layers: layers whose class token attention is asked for.
         num_patches: of the whole image; the first layer says.
-        class_attention: that attention, (batch_size, num_patches), by layer number.
+        class_attention: that attention, (batch_size, num_image_tokens), by layer number.
         attentive_index: kept tokens as positions in the patch grid, by layer number; -1 for an earlier fused token.
         patch_index: position in the patch grid of the image tokens that leave a layer, by layer number; without the
             layers that all patches leave, in order.
@@ -63,17 +63,15 @@ class TokensLeft:
             self.by_stage[key] = make()
         return self.by_stage[key]
 
-    def add_class_attention(self, layer: int, attention: torch.Tensor, patch_index: torch.Tensor | None) -> None:
-        """Remember the class token's attention in a layer, by patch of the whole image.
-
-        Args:
-            layer: its number.
-            attention: (batch_size, num_image_tokens), see `class_token_attention`.
-            patch_index: see `entering`.
-        """
-        self.class_attention[layer] = attention
-        if patch_index is not None:
-            self.class_attention[layer] = attention_by_patch(attention, patch_index, self.num_patches)
+    def class_attention_by_patch(self) -> torch.Tensor:
+        """What is asked for, (batch_size, num_layers, num_patches), see `EViTModelOutput.class_attention`."""
+        by_patch = []
+        for layer in self.scored_layers:
+            attention, patch_index = self.class_attention[layer], self.entering(layer)
+            if patch_index is not None:
+                attention = attention_by_patch(attention, patch_index, self.num_patches)
+            by_patch.append(attention)
+        return torch.stack(by_patch, dim=1)
 
 
 def tokens_of_a_pass(

@@ -269,9 +269,10 @@ def test_hidden_states_and_attentions_follow_the_token_counts(images):
 
 
 def test_return_dict_false_gives_a_tuple(tiny_model, images):
-    logits, attentive_index = tiny_model(images, return_dict=False)
+    logits, attentive_index, patch_index = tiny_model(images, return_dict=False)
     assert logits.shape == (3, 5)
     assert len(attentive_index) == 3
+    assert patch_index.shape == (3, 6)
 
 
 def test_labels_give_the_cross_entropy(tiny_model, images):
