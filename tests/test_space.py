@@ -3,7 +3,6 @@
 import ast
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import urllib.request
 import pytest
 import torch
 import yaml
+from browser import chromium
 from conftest import tiny_config_with
 from PIL import Image
 from transformers import ViTImageProcessor
@@ -115,19 +115,15 @@ except app.gr.Error as error:
 
 @pytest.mark.slow  # needs Chromium and its driver, which .ci/run installs
 def test_in_a_browser_a_picture_is_classified_and_labels_stay_text(space, tmp_path):
-    from selenium import webdriver
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import WebDriverWait
 
-    browser_path, driver_path = shutil.which("chromium"), shutil.which("chromedriver")
-    assert None not in (browser_path, driver_path), "This test needs Chromium: apt-get install chromium{,-driver}"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = {**os.environ, "GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False"}
     server = subprocess.Popen([sys.executable, "app.py"], cwd=space, env=env, start_new_session=True)
-    browser = None
     try:
         url = f"http://127.0.0.1:{port}"
         for _ in range(240):
@@ -137,44 +133,37 @@ def test_in_a_browser_a_picture_is_classified_and_labels_stay_text(space, tmp_pa
             except OSError:
                 assert server.poll() is None, "the app has ended"
                 time.sleep(0.5)
-        options = webdriver.ChromeOptions()
-        options.binary_location = browser_path
-        flags = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
-        flags += "disable-component-update disable-sync disable-dev-shm-usage window-size=1280,1300"
-        for flag in flags.split():
-            options.add_argument(f"--{flag}")
-        options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
-        browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver_path))
-        browser.get(url)
-        wait = WebDriverWait(browser, 60)
+        with chromium(tmp_path / "profile") as browser:
+            browser.get(url)
+            wait = WebDriverWait(browser, 60)
 
-        def text_of(name):
-            return browser.find_element(By.ID, name).text
+            def text_of(name):
+                return browser.find_element(By.ID, name).text
 
-        Image.effect_noise((64, 48), 90).convert("RGB").save(tmp_path / "noise.png")
-        upload = wait.until(lambda b: b.find_element(By.CSS_SELECTOR, "#picture input[type=file]"))
-        upload.send_keys(str(tmp_path / "noise.png"))  # answers at once
-        wait.until(lambda b: "onerror" in text_of("answer") and len(b.find_elements(By.CSS_SELECTOR, "#patches img")))
-        assert EVIL in text_of("answer")  # as text
-        patches = browser.find_element(By.ID, "patches")
-        wait.until(lambda b: "after layer 1: 12 of 16" in patches.text)  # at the keep rate 0.7
+            Image.effect_noise((64, 48), 90).convert("RGB").save(tmp_path / "noise.png")
+            upload = wait.until(lambda b: b.find_element(By.CSS_SELECTOR, "#picture input[type=file]"))
+            upload.send_keys(str(tmp_path / "noise.png"))  # answers at once
+            wait.until(
+                lambda b: "onerror" in text_of("answer") and len(b.find_elements(By.CSS_SELECTOR, "#patches img"))
+            )
+            assert EVIL in text_of("answer")  # as text
+            patches = browser.find_element(By.ID, "patches")
+            wait.until(lambda b: "after layer 1: 12 of 16" in patches.text)  # at the keep rate 0.7
 
-        number = browser.find_element(By.CSS_SELECTOR, "#rate input[type=number]")
-        number.send_keys(Keys.CONTROL, "a")
-        number.send_keys("0.5", Keys.TAB)
-        browser.find_element(By.ID, "classify").click()
-        wait.until(lambda b: "after layer 1: 8 of 16" in b.find_element(By.ID, "patches").text)
-        cost = browser.find_element(By.CSS_SELECTOR, "#cost textarea").get_attribute("value")
-        assert "GMACs" in cost
-        assert "ms on this machine" in cost
-        title = browser.find_element(By.CSS_SELECTOR, "#title textarea, #title input").get_attribute("value")
-        assert title.startswith(EVIL)
-        assert browser.execute_script("return window.owned === undefined && !document.querySelector('img[src=x]')")
-        screenshot = os.environ.get("EVIT_SCREENSHOT", str(tmp_path / "space.png"))
-        browser.save_screenshot(screenshot)
-        assert len(set(Image.open(screenshot).convert("RGB").resize((64, 64)).getdata())) > 20
+            number = browser.find_element(By.CSS_SELECTOR, "#rate input[type=number]")
+            number.send_keys(Keys.CONTROL, "a")
+            number.send_keys("0.5", Keys.TAB)
+            browser.find_element(By.ID, "classify").click()
+            wait.until(lambda b: "after layer 1: 8 of 16" in b.find_element(By.ID, "patches").text)
+            cost = browser.find_element(By.CSS_SELECTOR, "#cost textarea").get_attribute("value")
+            assert "GMACs" in cost
+            assert "ms on this machine" in cost
+            title = browser.find_element(By.CSS_SELECTOR, "#title textarea, #title input").get_attribute("value")
+            assert title.startswith(EVIL)
+            assert browser.execute_script("return window.owned === undefined && !document.querySelector('img[src=x]')")
+            screenshot = os.environ.get("EVIT_SCREENSHOT", str(tmp_path / "space.png"))
+            browser.save_screenshot(screenshot)
+            assert len(set(Image.open(screenshot).convert("RGB").resize((64, 64)).getdata())) > 20
     finally:
-        if browser is not None:
-            browser.quit()
         server.kill()
         server.wait()

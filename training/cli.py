@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "train or fine-tune an EViT on a data set",
     "predict": "classify pictures, folders of them and data sets",
     "evaluate": "measure a model at a list of keep rates",
+    "visualize": "draw what a model keeps of pictures, looks at and answers",
     "benchmark": "time a model against dense ViTs",
     "tune": "find layers and keep rates for a budget",
     "export": "make an ONNX, OpenVINO, torch.export or AOTInductor model",

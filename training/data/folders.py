@@ -255,3 +255,31 @@ def _listed(names: Iterable[str]) -> str:
     names = sorted(names)
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return f"{'folders' if len(names) > 1 else 'a folder'} {', '.join(f'`{name}`' for name in names[:5])}{more}"
+
+
+def picture_files(words: Iterable[str]) -> dict[str, str]:
+    """Pictures and folders of pictures, with any folders below them, as paths by names of their own.
+
+    Args:
+        words: paths.
+
+    Returns: path of each picture by its name: the path below its folder, or that of the file; longer where two would
+        be the same.
+
+    Raises: ValueError for a path that is not there, or a folder without pictures.
+    """
+    found: dict[str, str] = {}
+    for word in words:
+        root = Path(word).expanduser()
+        if root.is_dir():
+            inside, _, left_out = list_pictures(root)
+            if not inside:
+                raise ValueError(f"`{word}` has no picture that can be read: {reasons(left_out)}.")
+            named = [("/".join(parts), root.joinpath(*parts)) for parts in inside]
+        elif root.exists():
+            named = [(root.name, root)]
+        else:
+            raise ValueError(f"`{word}` is neither a picture nor a folder of pictures: there is nothing of that name.")
+        for name, path in named:
+            found.setdefault(name if found.get(name, str(path)) == str(path) else str(path), str(path))
+    return found
