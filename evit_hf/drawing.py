@@ -153,9 +153,13 @@ def percent(share: float) -> str:
     return f"{value:.{max(digits, 1) if 99.5 <= value < 99.95 else digits}f} %"
 
 
-def gmacs(macs: float) -> str:
-    """Multiply-accumulate operations in billions, with three digits that matter: 4.6, 0.0148."""
-    return f"{macs / 1e9:.3g}" if macs < 1e12 else f"{macs / 1e9:.0f}"
+def macs_in_words(macs: float) -> str:
+    """Multiply-accumulate operations with three digits that matter: 4.6 GMACs, 14.8 MMACs."""
+    for size, unit in ((1e8, "G"), (1e5, "M")):
+        if macs >= size:
+            number = macs / (10 * size)
+            return f"{number:.0f} {unit}MACs" if number >= 1000 else f"{number:.3g} {unit}MACs"
+    return f"{macs:.0f} MACs"
 
 
 __all__ = [
@@ -163,9 +167,9 @@ __all__ = [
     "below",
     "captioned",
     "font",
-    "gmacs",
     "heat_overlay",
     "heat_scale",
+    "macs_in_words",
     "mask_overlay",
     "percent",
     "text_line",

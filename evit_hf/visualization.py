@@ -20,9 +20,9 @@ from .drawing import (
     below,
     beside,
     captioned,
-    gmacs,
     heat_overlay,
     heat_scale,
+    macs_in_words,
     mask_overlay,
     percent,
     text_line,
@@ -171,14 +171,14 @@ class View:
     def heading(self, width: int, right: str | None = None) -> "Image.Image":
         """Keep rate and first answer, and at the right the operations or what else is given."""
         answer = f": {self.answers[0][0]} {percent(self.answers[0][1])}" if self.answers else ""
-        return text_line(f"{self.name}{answer}", width, 22, right=right or f"{gmacs(self.macs)} GMACs")
+        return text_line(f"{self.name}{answer}", width, 22, right=right or macs_in_words(self.macs))
 
     def caption(self, stage: int) -> tuple[str, str]:
         """Two lines about a stage: what it kept, and what it cost so far."""
         reorganized = self.trace.stages[stage]
         num_kept = int(self.trace.kept(stage).sum())
         fused = int((reorganized.patches_left < 0).sum())
-        cost = f"{gmacs(self.macs_so_far[stage])} GMACs so far"
+        cost = f"{macs_in_words(self.macs_so_far[stage])} so far"
         kept = f"layer {reorganized.layer}: {num_kept} of {self.num_patches} kept"
         return kept, f"{fused} fused, {cost}" if fused else cost
 
@@ -274,7 +274,7 @@ class Visualization:
         rows = [text_line(self.name, width, 26)] if self.name else []
         rows += [_rule(width), self.dense.heading(width), row(overview, attention, captions)]
         for view in self.views:
-            share = f"{gmacs(view.macs)} GMACs, {percent(view.macs / self.dense.macs)} of dense"
+            share = f"{macs_in_words(view.macs)}, {percent(view.macs / self.dense.macs)} of dense"
             rows += [_rule(width), view.heading(width, share)]
             kept = [self.kept(view, i) for i in stages]
             rows.append(row(_answers(view, self.dense), kept, [view.caption(i) for i in stages]))

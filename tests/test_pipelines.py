@@ -104,7 +104,7 @@ def test_attentive_index_is_by_layer_and_can_be_cut_by_image(tiny_model, images)
         outputs = tiny_model(images[:2])
     assert [tuple(index.shape) for index in outputs.attentive_index] == [(2, 10), (2, 7), (2, 5)]
     assert outputs["attentive_index"] is outputs.attentive_index
-    assert outputs.to_tuple()[-1] is outputs.attentive_index
+    assert outputs.to_tuple()[1] is outputs.attentive_index
     items = dict(outputs.items())
     assert items["attentive_index"].shape == (2, 3, 10)
     assert (items["attentive_index"][:, 1, 7:] == -2).all()

@@ -9,7 +9,7 @@ from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmW
 from vision_families import LAYERS, build
 
 from evit_hf import EViTForImageClassification, reorganize
-from evit_hf.drawing import GONE, HEAT, gmacs, heat_overlay, mask_overlay, percent, text_line
+from evit_hf.drawing import GONE, HEAT, heat_overlay, macs_in_words, mask_overlay, percent, text_line
 from evit_hf.profiling import count_macs, num_macs
 from evit_hf.visualization import (
     attentive_patch_mask,
@@ -142,7 +142,12 @@ def test_text_is_one_line_and_fits():
         "0.06 %",
         "0.00 %",
     ]
-    assert [gmacs(x) for x in (4.6e9, 1.48e7, 361e9)] == ["4.6", "0.0148", "361"]
+    assert [macs_in_words(x) for x in (4.6e9, 1.48e7, 361e9, 730_000)] == [
+        "4.6 GMACs",
+        "14.8 MMACs",
+        "361 GMACs",
+        "0.73 MMACs",
+    ]
 
 
 def test_a_picture_is_seen_at_each_keep_rate_beside_the_dense_model(tiny_model):
@@ -164,7 +169,7 @@ def test_a_picture_is_seen_at_each_keep_rate_beside_the_dense_model(tiny_model):
         assert view.num_patches == 16
     assert seen.views[1].caption(0) == (
         "layer 1: 10 of 16 kept",
-        f"1 fused, {gmacs(seen.views[1].macs_so_far[0])} GMACs so far",
+        f"1 fused, {macs_in_words(seen.views[1].macs_so_far[0])} so far",
     )
     assert seen.views[0].name == "keep rate 0.7"
     assert seen.box == (0, 0, 90, 60)

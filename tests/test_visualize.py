@@ -112,7 +112,7 @@ def test_help_and_usage_errors_import_nothing_heavy(tmp_path):
     code = """
 import sys
 from evit_training.cli import main
-for command in ("visualize",):
+for command in ("visualize", "inspect"):
     for words in (["--help"], ["m", "--no-such-flag"], ["m", "p", "-o", "a.jpg"]):
         try:
             main([command, *words])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from evit_hf.drawing import HEAT, gmacs, heat_overlay, mask_overlay, percent
+from evit_hf.drawing import HEAT, heat_overlay, macs_in_words, mask_overlay, percent
 from evit_hf.visualization import View, Visualization
 
 
@@ -108,7 +108,7 @@ def _contexts(pictures: Iterable[Visualization]) -> Iterator[dict[str, Any]]:
 
 
 def _view(view: View, dense: View, differs: bool) -> dict[str, Any]:
-    cost = f"{gmacs(view.macs)} GMACs"
+    cost = macs_in_words(view.macs)
     return {
         "name": view.name,
         "cost": cost if view is dense else f"{cost}, {percent(view.macs / dense.macs)} of dense",

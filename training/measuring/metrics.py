@@ -1,5 +1,6 @@
 """Exact classification metrics, counted image by image and added up over processes."""
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,20 @@ from torch import nn
 
 # Above this many classes no confusion matrix is kept.
 MAX_CONFUSION_CLASSES = 2000
+
+
+def binomial_standard_error(share: float, num_images: int) -> float:
+    """Standard error of a share of images, sqrt(share * (1 - share) / num_images).
+
+    For a share of 0 or 1, where this would claim certainty, that of half an image from there.
+
+    Args:
+        share: in [0, 1].
+        num_images: images that it is a share of.
+    """
+    edge = 0.5 / num_images
+    share = min(max(share, edge), 1 - edge)
+    return math.sqrt(share * (1 - share) / num_images)
 
 
 class Counts:
