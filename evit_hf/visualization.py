@@ -20,6 +20,7 @@ from .drawing import (
     below,
     beside,
     captioned,
+    font,
     heat_overlay,
     heat_scale,
     macs_in_words,
@@ -43,13 +44,15 @@ PANEL = 260  # pixels, of a picture on a sheet
 UNSEEN = (150, 150, 155)  # lies over what a model does not see
 ABOUT_ATTENTION = (
     "Class token's attention",
-    "to each patch; what fused tokens",
-    "get is shared by their patches",
+    "to each patch; what fused",
+    "tokens get is shared out",
+    "among their patches",
 )
 ABOUT_WEIGHTS = (
     "Weights in the fused token",
-    "of each patch, as share of their",
-    "sum, through earlier fused tokens",
+    "of each patch, in % of their",
+    "sum; through earlier fused",
+    "tokens to their patches",
 )
 
 
@@ -102,6 +105,7 @@ def attentive_patch_picture(
     min_pixels: int = 96,
     margin: int = 4,
     blank: tuple[float, float, float] = (0.45, 0.62, 0.85),
+    captions: Sequence[str] = (),
 ) -> "Image.Image":
     """One row for each image: the image, then what is left of it after each reorganization layer.
 
@@ -113,6 +117,7 @@ def attentive_patch_picture(
         margin: white pixels between the images.
         blank: colour of inattentive patches, red, green and blue in [0, 1]; the default is a blue that is rare in
             photographs and absent from grey images.
+        captions: one for each column, written above it: the image, then each reorganization layer.
 
     Returns: a PIL image.
 
@@ -136,7 +141,18 @@ def attentive_patch_picture(
     pictures = torch.nn.functional.pad(pictures, (margin, margin, margin, margin), value=1.0)
     rows, columns, channels, height, width = pictures.shape
     sheet = pictures.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, channels)
-    return Image.fromarray((sheet * 255).round().to(torch.uint8).numpy())
+    picture = Image.fromarray((sheet * 255).round().to(torch.uint8).numpy())
+    if not captions:
+        return picture
+    column = width - 2 * margin
+    # As large as a column allows, and readable at half its size.
+    size = next(
+        size
+        for size in range(26, 8, -1)
+        if size == 9 or all(font(size).getlength(text) <= column for text in captions)
+    )
+    words = [with_margin(text_line(text, column, size), margin) for text in captions]
+    return below([beside(words, gap=0), picture], picture.width, gap=0)
 
 
 @dataclass(frozen=True)
@@ -170,7 +186,7 @@ class View:
 
     def heading(self, width: int, right: str | None = None) -> "Image.Image":
         """Keep rate and first answer, and at the right the operations or what else is given."""
-        answer = f": {self.answers[0][0]} {percent(self.answers[0][1])}" if self.answers else ""
+        answer = f": {self.answers[0][0]} ({percent(self.answers[0][1])})" if self.answers else ""
         return text_line(f"{self.name}{answer}", width, 22, right=right or macs_in_words(self.macs))
 
     def caption(self, stage: int) -> tuple[str, str]:
@@ -490,7 +506,7 @@ def _answers(view: View, dense: View) -> "Image.Image":
     for title, answers in (("EViT says", view.answers), ("dense says", dense.answers)):
         if answers:
             lines.append(text_line(title, PANEL, 16, FAINT))
-        lines += [text_line(f"{percent(score)}  {name}", PANEL) for name, score in answers]
+        lines += [text_line(f"{percent(score)}: {name}", PANEL) for name, score in answers]
     return below(lines or [text_line("", PANEL)], PANEL)
 
 

@@ -16,7 +16,7 @@ from evit_training.cli import main
 from evit_training.learning.models import compile_layers
 from evit_training.measuring import schedule, timing
 from evit_training.measuring.arguments import BenchmarkArguments, Target, parse_target
-from evit_training.measuring.benchmark import benchmark, summarize
+from evit_training.measuring.benchmark import Comparison, Row, benchmark, draw, summarize
 from evit_training.measuring.timing import MeasurementError, Variant
 from evit_training.measuring.tuning import (
     candidate_layers,
@@ -150,6 +150,29 @@ def test_benchmark_writes_table_json_and_plot(saved, tmp_path, capsys):
     assert row["like_for_like"] > 0
     assert torch.__version__.startswith(report["versions"]["torch"])
     assert (tmp_path / "out" / "benchmark.png").stat().st_size > 10_000
+
+
+def test_the_figure_has_keep_rates_on_points_and_the_names_of_the_table(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    rows = [
+        Row(name, rate, name == "dense timm", 1.0, 1.0, speed_up, (speed_up - 0.1, speed_up + 0.2), gmacs, gmacs, 1.0)
+        for name, rate, speed_up, gmacs in (
+            ("dense timm", 1.0, 1.0, 4.6),
+            ("EViT 1.0 sdpa", 1.0, 1.0, 4.6),
+            ("EViT 0.5 sdpa", 0.5, 2.0, 2.3),
+            ("EViT 0.5 onnx-int8", 0.5, 2.4, 2.3),
+        )
+    ]
+    settings = ("evit-deit-s", "inference", 8, 224, "float32", 1, "wall", 11, True, "cpu", 90.0, rows)
+    draw([Comparison(*settings)], "a processor", tmp_path / "benchmark.png")
+    (axes,) = figures[0].axes
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == ["as fast as operations fall", "dense timm", "EViT sdpa", "EViT onnx-int8"]
+    assert [text.get_text() for text in axes.texts] == ["1", "0.5", "0.5"]
+    assert axes.get_ylabel() == "times as fast as dense timm"
+    assert axes.get_title() == "batch 8, 224 px, float32, 1 thread"
+    assert "a processor" in figures[0].get_suptitle()
 
 
 def test_training_steps_are_compared_by_time_and_saved_activations(saved, capsys):

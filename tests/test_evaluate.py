@@ -12,6 +12,8 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from evit_hf import EViTForImageClassification
 from evit_hf.profiling import num_macs
 from evit_training.commands.evaluate import main
+from evit_training.measuring.evaluation import Measurement, draw_tradeoff
+from evit_training.measuring.metrics import binomial_standard_error
 
 
 @pytest.fixture(autouse=True)
@@ -94,3 +96,27 @@ def test_what_cannot_be_measured_is_refused(model_folder, tmp_path, capsys):
             evaluate(*argv)
         assert exit_.value.code == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_the_tradeoff_has_error_bars_and_an_axis_on_which_one_image_is_a_small_step(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    results = [
+        Measurement(rate, {"top1": top1, "num_images": 360}, gmacs, 1.0, "cpu", "float32", 1, (32, 32))
+        for rate, top1, gmacs in ((1.0, 357 / 360, 4.6), (0.7, 356 / 360, 3.0))
+    ]
+    draw_tradeoff(results, tmp_path / "tradeoff.png")
+    draw_tradeoff(results[:1], tmp_path / "tradeoff.png")
+    for figure in figures:
+        (axes,) = figure.axes
+        low, high = axes.get_ylim()
+        assert high - low > 7.99 * 100 * binomial_standard_error(357 / 360, 360)
+        assert 100 < high < 101
+        assert "360 images" in axes.get_title()
+    assert [text.get_text() for text in figures[0].axes[0].texts] == ["0.7", "dense"]
+    (bars,) = figures[0].axes[0].containers
+    (segments,) = [lines.get_segments() for lines in bars[2]]
+    for (_, low), (_, high) in segments:
+        assert high - low == pytest.approx(200 * binomial_standard_error((low + high) / 200, 360))
+    assert [binomial_standard_error(share, 100) for share in (0.0, 1.0)] == pytest.approx([0.00705] * 2, abs=1e-4)
+    assert binomial_standard_error(0.5, 100) == pytest.approx(0.05)

@@ -81,7 +81,9 @@ def test_run_leaves_model_metrics_settings_and_picture(finished_run):
     assert model.config.id2label == {digit: str(digit) for digit in range(10)}
     assert AutoImageProcessor.from_pretrained(output_dir / "model").size == {"height": 32, "width": 32}
     assert json.loads((output_dir / "results.json").read_text()) == results
-    assert Image.open(output_dir / "kept_patches.png").size == (4 * 104, 8 * 104)  # image and three stages, 8 images
+    width, height = Image.open(output_dir / "kept_patches.png").size
+    assert width == 4 * 200  # image and three stages
+    assert 0 < height - 8 * 200 < 60  # captions above 8 images
     assert parse_train_arguments([str(output_dir / "arguments.yaml")]).optimization.epochs == 2
 
 

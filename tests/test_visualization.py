@@ -54,6 +54,18 @@ def test_picture_shows_image_and_stages_side_by_side():
     assert picture.getpixel((18 + 1, 1)) == picture.getpixel((1, 1))  # patch 0 stays
 
 
+def test_captions_fit_above_their_columns():
+    images, index = torch.rand(1, 3, 8, 8), [torch.tensor([[0]])]
+    plain = attentive_patch_picture(images, index, 4, min_pixels=160)
+    for captions in (["4 patches", "layer 1: 1 kept"], ["a", "a very long caption that does not fit at all " * 3]):
+        picture = attentive_patch_picture(images, index, 4, min_pixels=160, captions=captions)
+        assert picture.width == plain.width == 2 * 168
+        above = picture.height - plain.height
+        assert picture.crop((0, above, *picture.size)).tobytes() == plain.tobytes()
+        for left in (0, 168):
+            assert len(picture.crop((left, 0, left + 168, above)).getcolors()) > 2  # ink on paper
+
+
 def test_pictures_need_the_images_of_the_output():
     with pytest.raises(ValueError, match=r"is for batches of \[3\] but there are 2 images"):
         attentive_patch_picture(torch.rand(2, 3, 8, 8), [torch.zeros(3, 1, dtype=torch.long)], 4)

@@ -170,14 +170,23 @@ def export(
 def draw_kept_patches(
     model: PreTrainedModel, processor: BaseImageProcessor, splits: ImageSplits, num_images: int, output_dir: Path
 ) -> None:
-    """Draw evaluation images with the patches that each reorganization layer keeps, into kept_patches.png."""
+    """Draw evaluation images with the patches that each reorganization layer keeps, into kept_patches.png.
+
+    Each column says how many tokens its layer keeps, an earlier fused token among them if it was kept.
+    """
     images = EvaluationImages(splits, ProcessorTransform(processor), on_bad_image="skip")
     items = [images[i, True] for i in range(min(num_images, len(images)))]
     pixel_values = torch.stack([item["pixel_values"] for item in items])
     with torch.no_grad():
         attentive_index = model.eval()(pixel_values.to(model.device)).attentive_index
+    tower = tower_of(model)
+    (patch_height, patch_width), (height, width) = tower.patch_size, pixel_values.shape[-2:]
+    captions = [f"{(height // patch_height) * (width // patch_width)} patches"]
+    for layer, index in zip(sorted(tower.config.reorganization_layers), attentive_index, strict=True):
+        captions.append(f"layer {layer}: {index.shape[1]} kept")
     mean, std = (torch.tensor(stat).view(1, -1, 1, 1) for stat in (processor.image_mean, processor.image_std))
-    picture = attentive_patch_picture(pixel_values * std + mean, attentive_index, tower_of(model).patch_size)
+    images_shown = pixel_values * std + mean
+    picture = attentive_patch_picture(images_shown, attentive_index, tower.patch_size, 192, captions=captions)
     picture.save(output_dir / "kept_patches.png")
 
 

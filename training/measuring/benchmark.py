@@ -322,24 +322,46 @@ def table(result: Comparison) -> str:
 
 
 def draw(comparisons: Sequence[Comparison], device: str, path: Path) -> None:
-    """Draw speed-up against saved operations, one panel for each setting; the diagonal is an efficiency of 1."""
+    """Draw speed-up against saved operations, one panel for each setting; the diagonal is an efficiency of 1.
+
+    Keep rates are on the points, bars are the quartiles over rounds, and the legend has the names of the table.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * len(comparisons), 4.5), layout="constrained")
+    figure = Figure(figsize=(6 * len(comparisons), 5), layout="constrained")
     for number, result in enumerate(comparisons):
         axes = figure.add_subplot(1, len(comparisons), number + 1)
         dense = max(row.gmacs for row in result.rows)
-        lines: dict[str, list[tuple[float, float]]] = {}
+        baseline = next(row.name for row in result.rows if row.is_baseline)
+        lines: dict[str, list[Row]] = {}
         for row in result.rows:
-            kind = row.name.split(" ")[-1] if "EViT" in row.name else row.name
-            lines.setdefault(kind, []).append((dense / row.gmacs, row.speed_up))
-        for kind, points in lines.items():
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=kind)
-        end = max(x for points in lines.values() for x, _ in points)
-        axes.plot([1, end], [1, end], color="gray", linestyle=":", label="efficiency 1")
-        axes.set(xlabel="dense GMACs / GMACs", ylabel="speed-up over the fastest dense baseline")
-        axes.set_title(f"batch {result.batch_size}, {result.image_size} px, {result.dtype}")
-        axes.legend(fontsize=7)
+            first, *others = row.name.split(" ")
+            kind = row.name if first == "dense" else " ".join((first, *others[1:]))  # without the keep rate
+            lines.setdefault(kind, []).append(row)
+        for kind, rows in lines.items():
+            rows.sort(key=lambda row: -row.gmacs)
+            savings, speed_ups = [dense / row.gmacs for row in rows], [row.speed_up for row in rows]
+            quartiles = [
+                [max(row.speed_up - row.speed_up_quartiles[0], 0) for row in rows],
+                [max(row.speed_up_quartiles[1] - row.speed_up, 0) for row in rows],
+            ]
+            marker = "s" if kind.startswith("dense") else "o"
+            axes.errorbar(savings, speed_ups, quartiles, marker=marker, capsize=3, label=kind)
+            for row, x, y in zip(rows, savings, speed_ups, strict=True):
+                if marker == "o":
+                    place = {"textcoords": "offset points", "xytext": (-8, 4), "ha": "right", "fontsize": 11}
+                    axes.annotate(f"{row.keep_rate:g}", (x, y), **place)
+        end = max(dense / row.gmacs for row in result.rows)
+        axes.plot([1, end], [1, end], color="gray", linestyle=":", label="as fast as operations fall")
+        axes.margins(0.1)
+        axes.set_xlabel("times fewer operations than dense", fontsize=12)
+        axes.set_ylabel(f"times as fast as {baseline}", fontsize=12)
+        threads = f", {result.threads} thread{'s' * (result.threads > 1)}" if result.device == "cpu" else ""
+        title = f"batch {result.batch_size}, {result.image_size} px, {result.dtype}{threads}"
+        axes.set_title(title, fontsize=12)
+        axes.tick_params(labelsize=11)
+        axes.legend(fontsize=10)
         axes.grid(alpha=0.3)
-    figure.suptitle(f"{comparisons[0].model}, {comparisons[0].what}, {device}")
+    first = comparisons[0]
+    figure.suptitle(f"{first.model}, {first.what}, numbers: keep rate\n{device}", fontsize=13)
     figure.savefig(path, dpi=130)

@@ -16,7 +16,7 @@ from evit_hf.profiling import MacsFormula
 
 from ..learning.teachers import Oracle
 from .machine import device_name
-from .metrics import ClassificationCounts, MultiLabelCounts
+from .metrics import ClassificationCounts, MultiLabelCounts, binomial_standard_error
 from .timing import Variant, alternate
 
 
@@ -184,17 +184,33 @@ def comparison_table(results: Sequence[Measurement]) -> str:
 
 
 def draw_tradeoff(results: Sequence[Measurement], path: Path) -> None:
-    """Draw accuracy against GMACs, one point for each keep rate."""
+    """Draw the main score against GMACs, one point for each keep rate, with the standard error of an accuracy.
+
+    The axis of the score covers at least eight standard errors, so that one image more or less stays a small step.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     name, _ = main_score(results[0].metrics)
     results = sorted(results, key=lambda result: result.gmacs)
+    num_images = results[0].metrics["num_images"]
     gmacs, scores = [result.gmacs for result in results], [100 * result.metrics[name] for result in results]
-    axes.plot(gmacs, scores, marker="o")
-    for result, x, y in zip(results, gmacs, scores, strict=True):
-        axes.annotate(str(result.keep_rate), (x, y), textcoords="offset points", xytext=(4, 6))
-    axes.set(xlabel="GMACs", ylabel={"top1": "top-1 %", "micro_f1": "micro F1 %"}[name], title="by keep rate")
+    errors = [100 * binomial_standard_error(score / 100, num_images) for score in scores]
+    axes.errorbar(gmacs, scores, errors if name == "top1" else None, marker="o", capsize=4)
+    for result, x, y, error in zip(results, gmacs, scores, errors, strict=True):
+        text = "dense" if result.keep_rate == 1.0 else str(result.keep_rate)
+        above = y + error if name == "top1" else y
+        axes.annotate(text, (x, above), textcoords="offset points", xytext=(0, 5), ha="center", fontsize=11)
+    middle, half = (max(scores) + min(scores)) / 2, (max(scores) - min(scores)) / 2
+    half = max(1.5 * (half + max(errors)), 4 * max(errors), 0.5)
+    high = min(middle + half, 100 + 0.2 * half)
+    axes.set_ylim(high - 2 * half, high)
+    axes.margins(x=0.1)
+    axes.set_xlabel("GMACs of an image", fontsize=12)
+    axes.set_ylabel({"top1": "top-1 accuracy, %", "micro_f1": "micro F1, %"}[name], fontsize=12)
+    bars = ", bars: 1 standard error" if name == "top1" else ""
+    axes.set_title(f"{num_images} images; numbers: keep rate{bars}", fontsize=12)
+    axes.tick_params(labelsize=11)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)

@@ -150,7 +150,7 @@ def draw_most_different(seen: Sequence[tuple[str, Visualization]], path: Path) -
     for title, picture in seen:
         (view,) = picture.views
         answers = [
-            f"{name}: {percent(one.answers[0][1])} {one.answers[0][0]}"
+            f"{name}: {one.answers[0][0]} ({percent(one.answers[0][1])})"
             for name, one in (("dense", picture.dense), ("EViT", view))
         ]
         cells = [captioned(picture.overview(), answers, PANEL)]
