@@ -67,6 +67,11 @@ class Tower:
         return None if size is None else height_and_width(size)
 
     @property
+    def hidden_size(self) -> int:
+        """Width of a token."""
+        return self.owner.embed_dim if hasattr(self.owner, "patch_embed") else self.config.hidden_size
+
+    @property
     def num_channels(self) -> int:
         """Channels of the images."""
         if hasattr(self.owner, "patch_embed"):

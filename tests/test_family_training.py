@@ -52,6 +52,9 @@ def test_a_killed_run_resumes_bit_for_bit_and_its_model_loads_everywhere(case, t
     dense, own = (row["gmacs"] for row in json.loads((straight / "results.json").read_text()))
     assert (gmacs[0], gmacs[-1]) == (dense, own)
     assert (straight / "kept_patches.png").exists()
+    card = (straight / "README.md").read_text()
+    assert f"of the family `{'timm_wrapper' if case == 'timm' else 'dinov2_with_registers'}`," in card
+    assert "At layers 1, 2 (zero-based) of\n4 it keeps the share 0.6" in card
 
     model = load_classifier(str(straight / "model")).eval()
     pixels = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))

@@ -1,10 +1,11 @@
 """The command `evit convert SOURCE DEST`: a public checkpoint becomes a folder with an EViT."""
 
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from ..settings import AT_LEAST_ONE, KEEP_RATE, NOT_NEGATIVE, FlagParser, setting
+from ..settings import AT_LEAST_ONE, KEEP_RATE, NOT_NEGATIVE, FlagParser, flag, setting
 from .errors import command
 
 
@@ -36,7 +37,8 @@ def parser() -> FlagParser:
         [ConvertArguments],
         usage="evit convert SOURCE DEST [--keep-rate 0.7] [--flag value ...]",
         description="Make an EViT from a public checkpoint: official EViT, DeiT, TokenReduction or LV-ViT files, timm "
-        "folders and state dicts, Transformers ViT and DeiT folders, or Hub ids. What no flag says is taken from the "
+        "folders and state dicts, Transformers ViT and DeiT folders, or Hub ids. Other families (DINOv2, CLIP, BEiT) "
+        "keep their class and get the settings. What no flag says is taken from the "
         "source.",
         renamed={"fuse": "`--inattentive-tokens dropped`"},
     )
@@ -55,6 +57,8 @@ def main(argv: list[str]) -> None:
     from ..learning.sources import resolve_model
 
     source = rest.source if Path(rest.source).is_file() else resolve_model(rest.source, "SOURCE")
+    if not Path(source).is_file() and reorganize_family(source, dest, arguments):
+        return
     from evit_hf.conversion import convert_checkpoint, read_labels
     from evit_hf.profiling import num_macs
 
@@ -82,3 +86,43 @@ def main(argv: list[str]) -> None:
         f"{'fused' if config.fuse_inattentive_tokens else 'dropped'}, {num_macs(model) / 1e9:.3f} GMACs",
     ]
     print("\n".join(lines))
+
+
+def reorganize_family(source: str, dest: Path, arguments: ConvertArguments) -> bool:
+    """Write a model of a family, which keeps its class and weights, with settings that reorganize it.
+
+    Returns: whether the source is one; EViT, ViT, DeiT and timm's are not.
+
+    Raises: ValueError for a flag that says how an EViT is made.
+    """
+    from transformers import AutoImageProcessor, PreTrainedConfig
+
+    from evit_hf import reorganize
+    from evit_hf.towers import tower_of
+
+    from ..learning.models import is_of_a_family, load_model
+
+    if not is_of_a_family(PreTrainedConfig.get_config_dict(source)[0]):
+        return False
+    for one in fields(arguments):
+        is_ours = one.name in ("keep_rate", "reorganization_layers", "inattentive_tokens")
+        if not is_ours and getattr(arguments, one.name) not in (None, False):
+            raise ValueError(f"`{flag(one.name)}` is for EViT: `{source}` keeps its class and weights, leave it out.")
+    rates, tokens = arguments.keep_rate, arguments.inattentive_tokens
+    model = reorganize(
+        load_model(source),
+        rates[0] if rates and len(rates) == 1 else rates,
+        reorganization_layers=arguments.reorganization_layers,
+        fuse_inattentive_tokens=None if tokens is None else tokens == "fused",
+    )
+    model.save_pretrained(dest)
+    with suppress(OSError):  # a folder without image processor
+        AutoImageProcessor.from_pretrained(source).save_pretrained(dest)
+    config = tower_of(model).config
+    num_parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"{dest}: {type(model).__name__}, {num_parameters / 1e6:.2f} M parameters, keep rate "
+        f"{config.keep_rate} at layers {config.reorganization_layers}, "
+        f"{'fused' if config.fuse_inattentive_tokens else 'dropped'}"
+    )
+    return True

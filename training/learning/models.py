@@ -214,9 +214,16 @@ def load_model(name_or_path: str) -> PreTrainedModel:
     architecture = (config.get("architectures") or [""])[0]
     if architecture in own:
         return own[architecture].from_pretrained(name_or_path)
-    if any(architecture in family.models for family in FAMILIES.values()) and "Classification" not in architecture:
+    if is_of_a_family(config) and "Classification" not in architecture:
         return reorganize(getattr(transformers, architecture).from_pretrained(name_or_path))
     return load_classifier(name_or_path)
+
+
+def is_of_a_family(config: dict[str, Any]) -> bool:
+    """Whether a config.json of Transformers is of a model that keeps its class when it is reorganized."""
+    architecture = (config.get("architectures") or [""])[0]
+    is_known = any(architecture in family.models for family in FAMILIES.values())
+    return is_known and config.get("model_type") not in ("vit", "deit")
 
 
 def _load_family(

@@ -346,8 +346,16 @@ def write_card(output_dir: Path, repo_id: str | None) -> None:
 
 def record_of(parts: Parts, state: TrainingState) -> dict[str, Any]:
     """Facts about the run for its card, see `run_record`."""
-    train, accelerator = parts.splits.train, state.accelerator
+    train, accelerator, tower = parts.splits.train, state.accelerator, tower_of(state.network)
     return run_record(
+        tower={
+            "model_type": state.network.config.model_type,
+            "num_hidden_layers": len(tower.layers),
+            "hidden_size": tower.hidden_size,
+            "image_size": parts.image_size,
+            "reorganization_layers": tower.config.reorganization_layers,
+            "fuse_inattentive_tokens": tower.config.fuse_inattentive_tokens,
+        },
         num_parameters=sum(parameter.numel() for parameter in state.network.parameters()),
         num_train_images="streamed" if parts.splits.is_streamed else len(train),
         num_steps=state.progress.step,

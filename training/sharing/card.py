@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from .command import public_command, without_paths
 from .hub import CARD, check_card, render_card, split_card
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 BEGIN, END = "<!-- evit:begin -->", "<!-- evit:end -->"
@@ -104,10 +108,15 @@ class FinishedRun:
         return " ".join(self.settings["dataset"])
 
     @property
+    def tower(self) -> dict[str, Any]:
+        """Sizes and settings of the layers; runs of earlier versions have them only in their configuration."""
+        return self.record.get("tower") or self.config
+
+    @property
     def architecture(self) -> str:
         """Class and size of the model."""
-        name, config = self.config["architectures"][0], self.config
-        return f"{name} of {config['num_hidden_layers']} layers, {config['hidden_size']} wide"
+        name, tower = self.config["architectures"][0], self.tower
+        return f"{name} of {tower['num_hidden_layers']} layers, {tower['hidden_size']} wide"
 
     @property
     def figures(self) -> list[tuple[str, str]]:
@@ -203,6 +212,7 @@ def render_run_card(run: Path, repo_id: str | None) -> str:
             metadata=finished.metadata(name),
             title=name,
             location=repo_id or f"{name}/model",
+            family=family_of(finished.tower["model_type"]),
             run=finished,
             max_class_rows=MAX_CLASS_ROWS,
         )
@@ -220,20 +230,15 @@ def render_folder_card(folder: Path, repo_id: str) -> str:
 
     Returns: the card.
 
-    Raises: ValueError if something is missing or blank, or if the model is not an EViT.
+    Raises: ValueError if something is missing or blank, or if the model is not a classifier that reorganizes.
     """
     from huggingface_hub import ModelCardData
-    from transformers import AutoConfig
 
-    from evit_hf import EViTConfig
-    from evit_hf.profiling import num_macs
+    from evit_hf.profiling import MacsFormula
+    from evit_hf.towers import tower_of
 
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except Exception as error:  # of many kinds, for a model of another library or a damaged file
-        raise ValueError(f"config.json is not that of an EViT: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(config, EViTConfig):
-        raise ValueError(f"config.json is of a model of type '{config.model_type}', not an EViT.")
+    model = _empty_model(folder)
+    config, tower, macs = model.config, tower_of(model), MacsFormula.of(model)
     report = json.loads((folder / "evaluation.json").read_text()) if (folder / "evaluation.json").exists() else {}
     name = repo_id.split("/")[-1]
     metadata = ModelCardData(
@@ -249,9 +254,12 @@ def render_folder_card(folder: Path, repo_id: str) -> str:
             metadata=metadata.to_yaml().strip(),
             title=name,
             location=repo_id,
+            family=family_of(config.model_type),
             config=config,
-            architecture=(config.architectures or ["EViT"])[0],
-            costs=[(rate, num_macs(config, rate) / 1e9) for rate in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)],
+            tower=tower,
+            num_layers=len(tower.layers),
+            architecture=(config.architectures or [type(model).__name__])[0],
+            costs=[(rate, macs(rate) / 1e9) for rate in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)],
             label_names=[str(name) for _, name in sorted(config.id2label.items())][:MAX_CLASS_ROWS],
             dataset=" ".join(without_paths(report.get("dataset", []))),
             results=[result for result in report.get("results", []) if "top1" in result],
@@ -259,6 +267,39 @@ def render_folder_card(folder: Path, repo_id: str) -> str:
         )
     check_card(text)
     return text
+
+
+def family_of(model_type: str) -> str | None:
+    """The family of a model that is not of EViT's own classes, as its model type; None for EViT."""
+    return None if model_type in ("evit", "evit_lv") else model_type
+
+
+def _empty_model(folder: Path) -> "PreTrainedModel":
+    """The classifier of a folder without its weights, on the meta device.
+
+    Raises: ValueError if the folder holds none that reorganizes.
+    """
+    import torch
+    import transformers
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    from evit_hf import EViTConfig, reorganize
+    from evit_hf.towers import tower_of
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # of many kinds, for a model of another library or a damaged file
+        raise ValueError(f"config.json is not that of an EViT: {' '.join(str(error).split())[:200]}") from None
+    with torch.device("meta"):
+        if isinstance(config, EViTConfig):
+            return AutoModelForImageClassification.from_config(config)
+        model_class = getattr(transformers, (config.architectures or [""])[0], None)
+        if model_class not in AutoModelForImageClassification._model_mapping.values():
+            raise ValueError(f"config.json is of a model of type '{config.model_type}', not an EViT.")
+        model = model_class(config)
+    if not hasattr(tower_of(model).config, "keep_rate"):
+        raise ValueError("config.json has no keep rate: the model is dense")
+    return reorganize(model)
 
 
 @contextmanager

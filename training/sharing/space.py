@@ -46,8 +46,11 @@ def write_space(model: str, dest: Path, title: str | None = None, licence: str =
     shutil.copyfile(FILES / "app.py", dest / "app.py")
     shutil.copytree(_package(), dest / "evit_hf", ignore=shutil.ignore_patterns("__pycache__"))
     (dest / "space.json").write_text(json.dumps({"title": title, "model": None if is_local else model}) + "\n")
+    config = dest / "model" / "config.json"
+    needs_timm = is_local and "architecture" in json.loads(config.read_text("utf-8"))
     (dest / "requirements.txt").write_text(
         f"torch>=2.7\ntransformers>={_installed('transformers', '5.9')},<6\nsafetensors\npillow\n"
+        + "timm\ntorchvision\n" * needs_timm
     )
     metadata = {
         "title": title,

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from evit_hf import as_rgb  # the import also makes EViT known to the Auto classes
-from evit_hf.configuration_evit import height_and_width
-from evit_hf.profiling import num_macs
+from evit_hf import as_rgb, reorganize  # the import also makes EViT known to the Auto classes
+from evit_hf.profiling import MacsFormula
+from evit_hf.towers import tower_of
 from evit_hf.visualization import blank_inattentive_patches
 
 
@@ -26,8 +26,12 @@ MIN_PIXELS = 224  # smaller pictures are shown enlarged
 
 torch.set_grad_enabled(False)
 processor = AutoImageProcessor.from_pretrained(SOURCE)
-model = AutoModelForImageClassification.from_pretrained(SOURCE).eval()
-model(torch.zeros(1, model.config.num_channels, *height_and_width(model.config.image_size)))  # warms up
+model = reorganize(AutoModelForImageClassification.from_pretrained(SOURCE)).eval()
+tower = tower_of(model)
+warm_up = torch.as_tensor(processor(Image.new("RGB", (64, 64)), return_tensors="pt").pixel_values)
+model(warm_up)
+macs = MacsFormula.of(model, tuple(warm_up.shape[-2:]))
+statistics = getattr(processor, "data_config", None) or {"mean": processor.image_mean, "std": processor.image_std}
 
 
 def classify(image: Image.Image | None, keep_rate: float) -> tuple[dict[str, float], list, str]:
@@ -41,7 +45,7 @@ def classify(image: Image.Image | None, keep_rate: float) -> tuple[dict[str, flo
     several = model.config.problem_type == "multi_label_classification"
     scores = outputs.logits[0].sigmoid() if several else outputs.logits[0].softmax(-1)
     answer = {str(model.config.id2label[i]): score for i, score in enumerate(scores.tolist())}
-    gmacs, dense = (num_macs(model.config, rate) / 1e9 for rate in (float(keep_rate), 1.0))
+    gmacs, dense = (macs(rate) / 1e9 for rate in (float(keep_rate), 1.0))
     cost = (
         f"{gmacs:.3f} GMACs, {100 * gmacs / dense:.0f} % of the dense model's {dense:.3f}. "
         f"{milliseconds:.1f} ms on this machine."
@@ -51,12 +55,12 @@ def classify(image: Image.Image | None, keep_rate: float) -> tuple[dict[str, flo
 
 def kept_patches(pixel_values: torch.Tensor, attentive_index: tuple[torch.Tensor, ...]) -> list:
     """The picture as the model sees it, and what is left of it after each reorganization layer, with captions."""
-    mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (processor.image_mean, processor.image_std))
+    mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (statistics["mean"], statistics["std"]))
     images = (pixel_values * std + mean).clamp(0, 1)
-    height, width = height_and_width(model.config.patch_size)
+    height, width = tower.patch_size
     num_patches = (images.shape[-2] // height) * (images.shape[-1] // width)
     gallery = [(as_picture(images), f"all {num_patches} patches")]
-    for layer, index in zip(model.config.reorganization_layers, attentive_index, strict=True):
+    for layer, index in zip(tower.config.reorganization_layers, attentive_index, strict=True):
         left = (index >= 0).sum().item()
         blanked = blank_inattentive_patches(images, index, (height, width), BLANK)
         gallery.append((as_picture(blanked), f"after layer {layer}: {left} of {num_patches}"))
