@@ -46,7 +46,7 @@ def test_the_package_needs_no_training_library(tmp_path):
     """`pip install evit-hf` without extras: only torch and transformers are there to import."""
     code = """
 import sys
-for name in ("accelerate", "datasets", "evaluate", "torchvision", "PIL", "timm", "evit_training"):
+for name in ("accelerate", "datasets", "evaluate", "torchvision", "PIL", "timm", "peft", "evit_training"):
     sys.modules[name] = None
 import evit_hf
 from evit_hf import keep_rate_schedule, profiling, visualization
