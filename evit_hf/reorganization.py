@@ -412,8 +412,11 @@ REFUSED: dict[str, str] = {
     "vitpose_backbone": _GRID,
     "eomt": _GRID,
     "sam": _GRID,
-    "llava": "its language model expects as many image tokens as its processor wrote into the prompt",
-    "llava_next": "its language model expects as many image tokens as its processor wrote into the prompt",
+    "timm_backbone": _GRID,
+    **dict.fromkeys(
+        ("llava", "llava_next", "llava_next_video", "llava_onevision", "vipllava"),
+        "its language model expects as many image tokens as its processor wrote into the prompt",
+    ),
 }
 
 
@@ -488,7 +491,9 @@ def reorganize(
             layer.layer_number = number
         owner.training_keep_rate = None  # the rate of a schedule, see `KeepRateCallback`
         for module in path:
-            module.register_forward_pre_hook(functools.partial(_start, owner=owner), with_kwargs=True)
+            names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+            start = functools.partial(_start, owner=owner, names=names)
+            module.register_forward_pre_hook(start, with_kwargs=True)
             module.register_forward_hook(_finish, with_kwargs=True)
         if isinstance(model, PreTrainedModel):
             model.config.auto_map = {name: "reorganization.ReorganizedAutoModel" for name in _auto_classes(model)}
@@ -693,7 +698,7 @@ class TimmSettings:
 
 
 def _start(
-    module: nn.Module, args: tuple, kwargs: dict[str, Any], owner: nn.Module
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], owner: nn.Module, names: tuple[str, ...]
 ) -> tuple[tuple, dict[str, Any]] | None:
     """Before the outermost model's forward: what is asked for goes into the keywords, which reach every layer."""
     kwargs, family = dict(kwargs), FAMILIES[owner.config.model_type]
@@ -716,7 +721,8 @@ def _start(
             f"`attn_implementation` was set to {config._attn_implementation!r}, which does not tell what the class "
             "token looks at: set 'sdpa' or 'eager' and call `reorganize(model)` again."
         )
-    if is_vision and (kwargs.get("attention_mask") is not None and module.main_input_name != "input_ids"):
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if is_vision and (given.get("attention_mask") is not None and module.main_input_name != "input_ids"):
         raise ValueError("`attention_mask` cannot follow reorganized tokens yet: leave it out.")
     wants_maps = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
     if wants_maps and config._attn_implementation != "eager":
@@ -728,7 +734,7 @@ def _start(
             "and call `reorganize(model)` again."
         )
     for name in ("image_grid_hw", "cu_seqlens", "bool_masked_pos"):
-        if kwargs.get(name) is not None:
+        if given.get(name) is not None:
             raise ValueError(
                 f"`{name}` and reorganized tokens do not go together: leave it out, or use a dense model."
             )

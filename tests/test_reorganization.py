@@ -398,6 +398,14 @@ def test_settings_out_of_range_are_refused():
         model(**inputs("vit"), output_attentions=True)
 
 
+def test_masks_are_refused_by_position_as_well():
+    images, mask = inputs("vit")["pixel_values"], torch.ones(2, 37)
+    with pytest.raises(ValueError, match="`attention_mask` cannot follow"):
+        reorganized("vit")(images, None, None, mask)
+    with pytest.raises(ValueError, match="`bool_masked_pos` and reorganized tokens do not go together"):
+        reorganized("dinov3")(images, torch.zeros(2, 36, dtype=torch.bool))
+
+
 def test_kernels_without_a_class_row_are_refused():
     model = build("vit")
     model.config._attn_implementation = "flex_attention"
