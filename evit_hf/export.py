@@ -447,6 +447,11 @@ def _name_batch_axis(path: Path) -> None:
         for dim in value.type.tensor_type.shape.dim:
             if name and dim.dim_param == name:
                 dim.dim_param = "batch_size"
+    # The exporter of PyTorch 2.7 also notes the shapes of weights, which quantizing transposes.
+    weights = {weight.name for weight in graph.initializer}
+    noted = [value for value in graph.value_info if value.name not in weights]
+    del graph.value_info[:]
+    graph.value_info.extend(noted)
     onnx.save(model, path)
 
 

@@ -48,7 +48,7 @@ from .configuration_evit import (
 )
 from .cpu_inference import called, images_in_cache, linear
 from .pictures import as_rgb
-from .short_cuts import modules_below, plain_road_wanted
+from .short_cuts import classes_of, modules_below, plain_road_wanted
 from .token_labelling import mix_tokens
 from .token_reorganization import (
     TokenChoice,
@@ -783,7 +783,7 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
             self.layer_class(config, config.drop_path_rate * i / last_layer) for i in range(config.num_hidden_layers)
         )
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self._built_of = tuple(map(type, self._inner_modules()))
+        self._built_of = classes_of(self._inner_modules())
         self.pooler = ViTPooler(config) if add_pooling_layer else None
         # Keep rate in training while a schedule is on its way to `config.keep_rate`; evaluation never sees it.
         self.training_keep_rate: float | list[float] | None = None
@@ -812,7 +812,13 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
             itself: whether hooks on this module count as well. They do where it is part of a classifier, which asks
                 it for less than all tokens and all images.
         """
-        return plain_road_wanted(self._inner_modules(), self._built_of, pixel_values, self if itself else None)
+        if plain_road_wanted(self._inner_modules(), self._built_of, pixel_values, self if itself else None):
+            return True
+        # An attention function of somebody's own, which may look at what it is given.
+        name = self.config._attn_implementation
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        module = getattr(attention, "func", attention).__module__
+        return not torch.compiler.is_compiling() and module.split(".")[0] != "transformers"
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)

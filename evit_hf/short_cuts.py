@@ -9,6 +9,8 @@ sees the order in which they are called, and gets the plain road.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -20,7 +22,15 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 # What libraries replace that count or rewrite operations by name.
-_ORIGINALS = (nn.functional.linear, nn.Linear.forward)
+_PLACES = [
+    (nn.functional, name) for name in ("linear", "gelu", "layer_norm", "softmax", "scaled_dot_product_attention")
+]
+_PLACES.append((nn.Module, "__call__"))
+_ORIGINALS = [getattr(owner, name) for owner, name in _PLACES]
+# `forward` of each class of modules when it was first seen.
+_FORWARDS: WeakKeyDictionary[type, Any] = WeakKeyDictionary(
+    {kind: kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Conv2d)}
+)
 # Transformers' own hooks, which record `output_hidden_states` and `output_attentions`, stay in a model for good.
 _RECORDER = "transformers.utils.output_capturing"
 _counts_short_cuts: ContextVar[bool] = ContextVar("counts_short_cuts", default=False)
@@ -32,9 +42,9 @@ def plain_road_wanted(
     """Whether somebody could tell a short cut from the plain road.
 
     That is whoever has put a hook on a module inside the model (forward, backward, before or after, or on all modules
-    of the process), a `forward` of their own, or a module of a different class (an adapter, a quantized layer, a
-    sharded one); counts or rewrites operations (function and dispatch modes, profilers, a replaced
-    `torch.nn.functional.linear`); differentiates in forward mode or with `torch.func`.
+    of the process), a `forward` of their own, on a module or its class, or a module of a different class (an adapter,
+    a quantized layer, a sharded one); counts or rewrites operations (function and dispatch modes, profilers, replaced
+    functions of `torch.nn.functional`); differentiates in forward mode or with `torch.func`.
 
     Compiled and exported graphs are made for speed and keep the short cuts that fit into a graph: hooks in them see
     what the graph computes.
@@ -51,7 +61,21 @@ def plain_road_wanted(
         return True
     if any(map(_is_watched, inner_modules)) or tuple(map(type, inner_modules)) != built_of:
         return True
+    if _forwards_are_replaced(set(built_of)):
+        return True
     return not _counts_short_cuts.get() and _operations_are_watched(inputs)
+
+
+def classes_of(modules: list[nn.Module]) -> tuple[type, ...]:
+    """Classes of the modules of a model that is being built; who replaces their `forward` afterwards is noticed."""
+    built_of = tuple(map(type, modules))
+    _forwards_are_replaced(set(built_of))
+    return built_of
+
+
+def _forwards_are_replaced(kinds: set[type]) -> bool:
+    """Whether a class of modules has a `forward` other than when it was first seen."""
+    return any(_FORWARDS.setdefault(kind, kind.forward) is not kind.forward for kind in kinds)
 
 
 def modules_below(*modules: nn.Module) -> list[nn.Module]:
@@ -91,7 +115,9 @@ def _operations_are_watched(inputs: torch.Tensor) -> bool:
         or forward_ad._current_level >= 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or type(inputs) is not torch.Tensor
-        or (nn.functional.linear, nn.Linear.forward) != _ORIGINALS
+        or any(
+            getattr(owner, name) is not original for (owner, name), original in zip(_PLACES, _ORIGINALS, strict=True)
+        )
     )
 
 
@@ -105,4 +131,4 @@ def short_cuts_counted() -> Iterator[None]:
         _counts_short_cuts.reset(token)
 
 
-__all__ = ["modules_below", "plain_road_wanted", "short_cuts_counted"]
+__all__ = ["classes_of", "modules_below", "plain_road_wanted", "short_cuts_counted"]

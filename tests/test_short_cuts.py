@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from evit_hf import (
     EViTForImageClassification,
@@ -164,6 +165,49 @@ def test_backward_hooks_are_called_and_gradients_are_right(kind, model, images):
     largest = max(gradient.abs().max() for gradient in expected.values())
     for name, parameter in model.named_parameters():
         assert (parameter.grad - expected[name]).abs().max() < 1e-4 * largest, name
+
+
+@pytest.mark.parametrize("name", ["layer", "attention", "mlp", "norm", "function", "call"])
+def test_who_patches_a_class_or_a_function_sees_all_tokens_and_images(name, model, images, small_cache, monkeypatch):
+    layer, seen = model.vit.layers[3], []
+    owner, attribute = {
+        "layer": (type(layer), "forward"),
+        "attention": (type(layer.attention), "forward"),
+        "mlp": (type(layer.mlp), "forward"),
+        "norm": (nn.LayerNorm, "forward"),
+        "function": (nn.functional, "layer_norm"),
+        "call": (nn.Module, "__call__"),
+    }[name]
+    original = getattr(owner, attribute)
+
+    def noted(*arguments, **keywords):
+        output = original(*arguments, **keywords)
+        seen.append(output[0] if isinstance(output, tuple) else output)
+        return output
+
+    monkeypatch.setattr(owner, attribute, noted)
+    with torch.no_grad():
+        model(images)
+    shapes = [tuple(output.shape[:2]) for output in seen if isinstance(output, torch.Tensor) and output.ndim == 3]
+    assert shapes.count(tokens_by_module(model)["3"]) >= (2 if name in ("norm", "function") else 1)
+    assert all(num_images == 3 for num_images, _ in shapes)
+
+
+def test_attention_functions_of_ones_own_see_all_tokens_and_images(model, images, small_cache):
+    seen = []
+
+    def noted(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        seen.append(tuple(query.shape[::2]))
+        return nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2), None
+
+    with torch.no_grad():
+        expected = model(images).logits
+        ALL_ATTENTION_FUNCTIONS.register("noted", noted)
+        model.set_attn_implementation("noted")
+        torch.testing.assert_close(model(images).logits, expected, rtol=1e-4, atol=1e-4)
+    assert seen[0] == (3, tokens_by_module(model)["0"][1])
+    assert seen[3] == tokens_by_module(model)["3"]
+    assert len(seen) == 4
 
 
 class CountLinears(TorchFunctionMode):
