@@ -7,6 +7,7 @@ import argparse
 import json
 import pickle
 import re
+import stat
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -187,6 +188,16 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     if wrong:
         raise ConversionError(f"`{path}` holds entries that are not floating-point tensors: {_listed(wrong)}.")
     return shapes
+
+
+def set_modes_by_umask(folder: Path) -> None:
+    """Give the weights of a model folder the permissions of its config.json, which follow the umask.
+
+    safetensors writes files that only their owner may read.
+    """
+    mode = (folder / "config.json").stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        path.chmod(stat.S_IMODE(mode))
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor], source: Any) -> None:

@@ -30,6 +30,7 @@ from .checkpoint_files import (
     ConversionError,
     chosen_weights,
     read_checkpoint,
+    set_modes_by_umask,
     tensor_shapes,
     weight_files,
 )
@@ -80,6 +81,7 @@ class ConvertedCheckpoint:
         """Save model, image processor and the code for `trust_remote_code=True` into a folder."""
         self.model.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
+        set_modes_by_umask(Path(folder))
 
 
 def convert_checkpoint(

@@ -259,7 +259,7 @@ def test_a_process_ends_after_an_error_though_loading_processes_live(tmp_path):
     """A real process with a real exit: Python waits for its children there, and loaders ignore SIGTERM."""
     flags = bad_data(tmp_path, "--check_images", "0", "--num_workers", "2", "--output_dir", str(tmp_path / "run"))
     command = [sys.executable, "-m", "evit_training", "train", *flags]
-    process = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=150)
+    process = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=400)
     assert process.returncode == 2
     assert "(bad.jpg) cannot be decoded" in process.stderr.splitlines()[-1]
 

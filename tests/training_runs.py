@@ -9,6 +9,7 @@ import random
 import socket
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import datasets
@@ -60,18 +61,11 @@ class ForkedRun:
                 stack.enter_context(before) if hasattr(before, "__enter__") else before()
             from evit_training.commands import train
 
-            status = 0
             try:
                 train.main(argv)
-            except SystemExit as exit_:
-                status = exit_.code
-            except BaseException:
-                import traceback
-
+            except Exception:
                 traceback.print_exc(file=file)
-                status = 70
-            file.flush()
-        os._exit(status or 0)
+                sys.exit(70)
 
     @property
     def pid(self):

@@ -306,6 +306,18 @@ class RunArguments:
         LIMIT,
         changes_training=False,
     )
+    eval_steps: int | None = setting(
+        None,
+        "Optimizer steps between two evaluations, each of which follows a checkpoint; by default one epoch.",
+        LIMIT,
+        changes_training=False,
+    )
+    early_stopping_patience: int | None = setting(
+        None,
+        "Stop after this many evaluations in a row none of which was better than the best; by default never.",
+        LIMIT,
+        changes_training=False,
+    )
     keep_checkpoints: int = setting(
         2,
         "Newest checkpoints to keep, at least 2; the best one is kept in addition.",
@@ -396,6 +408,11 @@ class TrainArguments:
             (
                 self.data.streaming and optimization.max_steps is None,
                 "`--streaming` data has no known length: say with `--max-steps` how long to train.",
+            ),
+            (
+                self.data.streaming and self.run.early_stopping_patience and not self.run.eval_steps,
+                "`--early-stopping-patience` needs evaluations before the end, which `--streaming` has only with "
+                "`--eval-steps`.",
             ),
             (
                 self.data.streaming and has_repeats,

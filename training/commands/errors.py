@@ -1,13 +1,19 @@
 """How a command ends: what was wrong becomes one line on standard error and an exit status, in one place.
 
 An exception of this project has its exit status in its attribute `status`. Errors of libraries about files, values and
-missing packages are the user's to mend, and end with status 2. Everything else is a bug and keeps its traceback.
+missing packages are the user's to mend, and end with status 2; where memory runs out the status is 4. Everything else
+is a bug and keeps its traceback.
 """
 
+import atexit
+import contextlib
+import errno
 import functools
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import TextIO
 
 
 # The extra that installs a module; `pip install evit-hf[all]` has all of them.
@@ -31,20 +37,27 @@ def command(word: str) -> Callable[[Callable[[list[str]], None]], Callable[..., 
         @functools.wraps(main)
         def run(argv: Sequence[str] | None = None) -> None:
             words = sys.argv[1:] if argv is None else [str(argument) for argument in argv]
+            # Python would look through all objects once more before it ends, which takes seconds after `import torch`.
+            atexit.unregister(gc.freeze)
+            atexit.register(gc.freeze)
             try:
                 main(words)
-            except BrokenPipeError:  # `evit ... | head`: nobody reads on
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.stdout.flush()
+            except BrokenPipeError as error:  # `evit ... | head`: nobody reads on
+                _say(" ".join([f"evit {word}: nobody reads the output any more.", *notes(error)]))
+                _discard(sys.stdout)
                 sys.exit(141)
             except KeyboardInterrupt:
-                sys.stderr.write(f"evit {word}: interrupted\n")
+                _say(f"evit {word}: interrupted")
                 sys.exit(130)
             except Exception as error:
                 status = status_of(error)
                 if status is None:
+                    if sys.version_info < (3, 11):  # later versions show the notes with the traceback
+                        _say("\n".join(notes(error)))
                     raise
                 kind = "" if status > 128 else "error: "
-                sys.stderr.write(f"evit {word}: {kind}{sentence(error)}\n")
+                _say(f"evit {word}: {kind}{sentence(error)}")
                 sys.exit(status)
 
         return run
@@ -52,11 +65,33 @@ def command(word: str) -> Callable[[Callable[[list[str]], None]], Callable[..., 
     return decorate
 
 
+def _say(line: str) -> None:
+    """Write a line to standard error, if anybody reads it."""
+    try:
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+    except OSError:
+        _discard(sys.stderr)
+
+
+def _discard(stream: TextIO) -> None:
+    """Lead an output that cannot be written to nowhere, so that Python does not stumble over it at its exit."""
+    with contextlib.suppress(OSError, ValueError):  # not a file, as in a notebook
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def notes(error: Exception) -> list[str]:
+    """What was added to an error on its way: what is safe, and how to resume."""
+    return list(getattr(error, "__notes__", []))
+
+
 def status_of(error: Exception) -> int | None:
     """Exit status for an error; None for a bug."""
     status = getattr(error, "status", None)
     if isinstance(status, int) and status < 256:  # HTTP errors have a status of their own
         return status
+    if is_out_of_memory(error):
+        return 4
     if isinstance(error, (ValueError, OSError, ImportError)) or type(error).__name__ in (
         "StrictDataclassFieldValidationError",
         "StrictDataclassClassValidationError",
@@ -66,8 +101,22 @@ def status_of(error: Exception) -> int | None:
     return None
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, that of the device or that of the machine."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+        or getattr(error, "errno", None) == errno.ENOMEM
+    )
+
+
 def sentence(error: Exception) -> str:
-    """What an error says, in one line; only tables of our own keep theirs."""
+    """What an error and its notes say, in one line; only tables of our own keep theirs."""
+    return " ".join([_sentence(error), *notes(error)])
+
+
+def _sentence(error: Exception) -> str:
     if isinstance(error, ImportError):
         return _about_missing(error)
     if type(error).__name__ == "StrictDataclassClassValidationError" and error.__cause__ is not None:
@@ -75,7 +124,10 @@ def sentence(error: Exception) -> str:
     text = str(error) or type(error).__name__
     if getattr(error, "is_table", False):
         return text
-    return " ".join(text.split())
+    text = " ".join(text.split())
+    if is_out_of_memory(error) and not hasattr(error, "status"):
+        return f"memory ran out: take smaller batches (`--batch-size`, `--eval-batch-size`). {text}"
+    return text
 
 
 def _about_missing(error: ImportError) -> str:

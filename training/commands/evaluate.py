@@ -1,6 +1,7 @@
 """Measure a model at a list of keep rates: `evit evaluate MODEL --dataset DATA --keep-rates 1.0 0.7 0.5`."""
 
 import json
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -68,7 +69,9 @@ def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments
     from ..data.splits import describe_splits, load_evaluation_split, with_classes_of
     from ..learning.models import load_classifier, load_processor
     from ..measuring.evaluation import compare_keep_rates, comparison_table, draw_tradeoff
+    from ..measuring.machine import check_launcher
 
+    check_launcher(arguments.mixed_precision)
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision, cpu=not torch.accelerator.is_available())
     network = load_classifier(model)
     splits = load_evaluation_split(data)
@@ -81,7 +84,8 @@ def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments
         splits, processor, arguments.batch_size, data.num_workers, accelerator, data.on_bad_image
     )
     prepared = accelerator.prepare_model(network, evaluation_mode=True)
-    results = compare_keep_rates(accelerator, prepared, loader, arguments.keep_rates)
+    with closing(loader):
+        results = compare_keep_rates(accelerator, prepared, loader, arguments.keep_rates)
     accelerator.print(comparison_table(results))
     folder = Path(arguments.output_dir or model)
     if accelerator.is_main_process and (arguments.output_dir or folder.is_dir()):

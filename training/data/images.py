@@ -1,6 +1,7 @@
 """Labelled images one by one: decoded to RGB, augmented with random numbers of their own, streamed or not."""
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,9 @@ with contextlib.suppress(ImportError):
     pillow_heif.register_heif_opener()
 with contextlib.suppress(ImportError):
     import pillow_jxl  # noqa: F401 (registers itself)
+
+# Errors that say nothing about an image: it must not be skipped for them.
+OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 DatasetLike = datasets.Dataset | datasets.IterableDataset
 
@@ -72,7 +76,10 @@ def decoded(value: dict[str, Any], place: str, roots: Sequence[str] | None = Non
         place: where it is, for the message.
         roots: where a file may be that the data names, see `ImageSplits`.
 
-    Raises: BadImageError if it is missing or cannot be decoded, OutsideFileError if it may not be read.
+    Raises:
+        BadImageError: it is missing, or cannot be decoded.
+        OutsideFileError: it may not be read.
+        OSError: there are too many open files.
     """
     if value is None or (value.get("bytes") is None and value.get("path") is None):
         raise BadImageError(f"{place} is missing.")
@@ -89,6 +96,8 @@ def decoded(value: dict[str, Any], place: str, roots: Sequence[str] | None = Non
             return as_rgb(Image.open(path))
         return as_rgb(datasets.Image().decode_example(value))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if getattr(error, "errno", None) in OF_THE_MACHINE:
+            raise
         file = f" ({path})" if path else ""
         reason = " ".join(str(error).split())
         raise BadImageError(f"{place}{file} cannot be decoded: {type(error).__name__}: {reason}") from None

@@ -1,12 +1,11 @@
 """Loaders of batches: the training batches of one process from any step on, and the evaluation batches."""
 
-import atexit
+import contextlib
 import dataclasses
 import multiprocessing
-import multiprocessing.util
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from multiprocessing.util import Finalize
 from typing import Any, Literal
 
 import torch
@@ -20,6 +19,101 @@ from .images import EvaluationImages, ImageSplits, StreamedEvaluationImages, Str
 from .sampling import EvaluationBatches, StepPlan, TrainingBatches
 
 
+class LoaderError(RuntimeError):
+    """Batches cannot be loaded for a reason that is not in the data: a killed process, memory, file handles."""
+
+    status = 1
+
+
+class ImageLoader(DataLoader):
+    """Loader of batches of images, whose processes leave signals to their parent and end with it.
+
+    Batches are collated as usual; see `torch.utils.data.DataLoader` for the arguments. Iterating raises LoaderError
+    for what the processes died of.
+    """
+
+    def __init__(self, images: torch.utils.data.Dataset, **arguments: Any) -> None:
+        super().__init__(images, worker_init_fn=ignore_signals, collate_fn=default_collate, **arguments)
+        self.processes: set[multiprocessing.process.BaseProcess] = set()
+        # Python ends its children by SIGTERM, which they ignore, and then waits for them. This comes first, also in a
+        # forked process, where functions of `atexit` are not called; and when nobody has the loader any more.
+        Finalize(self, end_processes, [self.processes], exitpriority=10)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Start the processes, and yield the batches."""
+        others = set(multiprocessing.active_children())
+        try:
+            with said_in_one_line(self.num_workers), deaths_noticed_in_line():
+                batches = super().__iter__()
+        finally:  # not all of them may have started
+            self.processes.update(set(multiprocessing.active_children()) - others)
+        return self._batches(batches)
+
+    def close(self) -> None:
+        """End the processes at once."""
+        end_processes(self.processes)
+
+    def _batches(self, batches: Iterator[Any]) -> Iterator[Any]:
+        with said_in_one_line(self.num_workers):
+            yield from batches
+
+
+def end_processes(processes: set[multiprocessing.process.BaseProcess]) -> None:
+    """Kill processes, which need not be alive any more, and forget them."""
+    while processes:
+        processes.pop().kill()
+
+
+@contextlib.contextmanager
+def deaths_noticed_in_line() -> Iterator[None]:
+    """Notice the death of a loading process where its images are awaited, between optimizer steps.
+
+    PyTorch's handler, set when the first loader starts, raises wherever the parent happens to be, even in the middle
+    of an optimizer step; the loader itself looks after its processes too, every five seconds.
+    """
+    before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    yield
+    if before is not None and signal.getsignal(signal.SIGCHLD) is not before:
+        signal.signal(signal.SIGCHLD, before)
+
+
+@contextlib.contextmanager
+def said_in_one_line(num_workers: int) -> Iterator[None]:
+    """Give the errors of loading processes, whose messages are tracebacks, words of their own.
+
+    Args:
+        num_workers: how many processes there are.
+
+    Raises: LoaderError if a process died, or memory, shared memory or file handles ran out.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError, MemoryError) as error:
+        text = f"{type(error).__name__}: {error}".strip()
+        is_own = "in DataLoader worker process" not in text
+        if num_workers and is_own and isinstance(error, (ConnectionError, EOFError, FileNotFoundError)):
+            text += " (exited unexpectedly)"  # tensors in shared memory are fetched from the process that made them
+        for signs, way_out in WAYS_OUT.items():
+            if any(sign in text for sign in signs):
+                raise LoaderError(f"{way_out} ({text.splitlines()[-1].strip()}).") from None
+        raise
+
+
+# What the text of an error has in it: what to do about it. The first that fits counts.
+WAYS_OUT = {
+    ("Too many open files", "received 0 items of ancdata"): "There are too many open files: raise the limit "
+    "(`ulimit -n 65536`), or take fewer `--num-workers`",
+    ("Bus error", "/torch_", "shared memory"): "Shared memory (/dev/shm), through which loading processes hand over "
+    "images, is full: enlarge it (`docker run --shm-size 8g`), or take fewer `--num-workers`; 0 does without",
+    ("killed by signal", "exited unexpectedly"): "A process that loads images died: take fewer `--num-workers` if "
+    "memory ran out",
+    ("Cannot allocate memory", "can't allocate memory", "MemoryError"): "Memory ran out while images were loaded: "
+    "take fewer `--num-workers`",
+    ("Resource temporarily unavailable",): "No more processes can be started: raise the limit (`ulimit -u`), or take "
+    "fewer `--num-workers`",
+}
+
+
 def training_loader(
     splits: ImageSplits,
     augment: Callable,
@@ -28,7 +122,7 @@ def training_loader(
     accelerator: Accelerator,
     num_steps: int,
     first_step: int,
-) -> DataLoader:
+) -> ImageLoader:
     """Build the loader of this process's micro-batches from an optimizer step on; one iteration is all epochs.
 
     Args:
@@ -41,12 +135,7 @@ def training_loader(
         first_step: optimizer steps done so far.
     """
     data, seed = arguments.data, arguments.run.seed
-    common = {
-        "num_workers": data.num_workers,
-        "worker_init_fn": ignore_signals,
-        "collate_fn": default_collate,
-        "pin_memory": accelerator.device.type == "cuda",
-    }
+    common = {"num_workers": data.num_workers, "pin_memory": accelerator.device.type == "cuda"}
     if splits.is_streamed:
         images = StreamedTrainingImages(
             splits,
@@ -59,11 +148,11 @@ def training_loader(
             num_processes=accelerator.num_processes,
             on_bad_image=data.on_bad_image,
         )
-        return DataLoader(images, batch_size=None, **common)
+        return ImageLoader(images, batch_size=None, **common)
     repeats = arguments.augmentation.repeated_augmentation
     labels = splits.train[splits.label_column][:] if data.balanced_sampling else None
     batches = TrainingBatches(plan, seed, first_step, num_steps, accelerator.process_index, repeats, labels)
-    return DataLoader(TrainingImages(splits, augment, seed, data.on_bad_image), batch_sampler=batches, **common)
+    return ImageLoader(TrainingImages(splits, augment, seed, data.on_bad_image), batch_sampler=batches, **common)
 
 
 def evaluation_loader(
@@ -73,40 +162,23 @@ def evaluation_loader(
     num_workers: int,
     accelerator: Accelerator,
     on_bad_image: str = "error",
-) -> DataLoader:
+) -> ImageLoader:
     """Loader of the evaluation split for one process, as the image processor prepares it."""
     transform = ProcessorTransform(processor)
     process, num_processes = accelerator.process_index, accelerator.num_processes
-    common = {"worker_init_fn": ignore_signals, "collate_fn": default_collate}
     if splits.is_streamed:
         streamed = StreamedEvaluationImages(splits, transform, batch_size, process, num_processes, on_bad_image)
-        return DataLoader(streamed, batch_size=None, num_workers=min(num_workers, 1), **common)
+        return ImageLoader(streamed, batch_size=None, num_workers=min(num_workers, 1))
     images = EvaluationImages(splits, transform, on_bad_image)
     batches = EvaluationBatches(len(images), batch_size, process, num_processes)
-    return DataLoader(
-        images, batch_sampler=batches, num_workers=num_workers, persistent_workers=num_workers > 0, **common
-    )
+    return ImageLoader(images, batch_sampler=batches, num_workers=num_workers, persistent_workers=num_workers > 0)
 
 
 def ignore_signals(worker: int) -> None:
-    """Leave signals to the training process, see `end_loading_processes`; `worker_init_fn` of all loaders."""
+    """Leave signals to the parent process; `worker_init_fn` of all loaders."""
     for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-@atexit.register
-def end_loading_processes() -> None:
-    """Kill the loading processes of this process; at its exit, for Python would wait for ever.
-
-    Python ends its daemonic children by SIGTERM, which loaders ignore, and then waits for them. Functions registered
-    later run earlier, and `multiprocessing`, imported above, has registered its own.
-    """
-    with suppress(ValueError, AttributeError):  # not in the main thread, or not on POSIX
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
 
 
 def batches(

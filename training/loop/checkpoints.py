@@ -6,7 +6,9 @@ A checkpoint is a folder `step-000000123`:
     optimizer.pt          state of AdamW and of the gradient scaler, tensors and numbers only
     progress.json         everything else: optimizer step, counts, best result, settings of the run
     manifest.json         SHA-256 and size of each file above
-It gets its name only when all of it is on the disk.
+It gets its name only when all of it is on the disk. When its weights have been evaluated it gets one more file:
+    evaluation.json       what that changed in the progress, with a SHA-256
+Without it, or if it is damaged, a resumed run evaluates again.
 """
 
 import hashlib
@@ -28,6 +30,9 @@ from ..arguments import FIELDS, in_todays_words
 
 
 MANIFEST = "manifest.json"
+EVALUATION = "evaluation.json"
+# What an evaluation changes in the progress.
+EVALUATED = ("evaluated_step", "best", "evaluations_since_best")
 PREFIX = "step-"
 PARTIAL = ".partial-"
 
@@ -46,6 +51,7 @@ class Progress:
         accumulation_factor: into how many parts micro-batches are cut because memory ran out; 1 for not at all.
         seconds: time of the run so far, without what was lost by being killed.
         best: {"step", "weights": "raw" or "ema", "score"} of the best evaluation, or empty.
+        evaluations_since_best: evaluations after it, none of which was better.
         num_processes: processes of the run.
         settings: flat settings of the run.
         data: see `fingerprint`; empty in checkpoints of older versions.
@@ -59,6 +65,7 @@ class Progress:
     accumulation_factor: int = 1
     seconds: float = 0.0
     best: dict[str, Any] = field(default_factory=dict)
+    evaluations_since_best: int = 0
     num_processes: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
@@ -134,6 +141,31 @@ def write_checkpoint(
     return final
 
 
+def write_evaluation(folder: Path, progress: Progress) -> None:
+    """Add to the checkpoint of a step what the evaluation of its weights changed in the progress.
+
+    Raises: OSError if it cannot be written.
+    """
+    text = json.dumps({name: getattr(progress, name) for name in EVALUATED})
+    record = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "progress": text}
+    replace_durably(checkpoint_path(folder, progress.step) / EVALUATION, json.dumps(record).encode())
+
+
+def _evaluated(path: Path) -> dict[str, Any]:
+    """What `write_evaluation` wrote; nothing if there is no such file, or one that is damaged."""
+    try:
+        record = json.loads((path / EVALUATION).read_bytes())
+        if hashlib.sha256(record["progress"].encode()).hexdigest() == record["sha256"]:
+            return json.loads(record["progress"])
+        reason = "its SHA-256 is a different one"
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    sys.stderr.write(f"{path / EVALUATION} is damaged ({reason}): the weights are evaluated again.\n")
+    return {}
+
+
 def write_durably(path: Path, data: bytes) -> None:
     """Write a file and wait until it is on the disk."""
     with path.open("wb") as file:
@@ -151,7 +183,9 @@ def replace_durably(path: Path, data: bytes) -> None:
 
 
 def _synchronize_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
+    """Wait until the names in a folder are on the disk; Windows cannot be asked to."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -218,7 +252,7 @@ def read_checkpoint(path: Path) -> tuple[Progress, dict[str, Any]]:
         return dict(sorted(load_tensors((path / name).read_bytes()).items()))
 
     try:
-        progress = Progress(**json.loads((path / "progress.json").read_text()))
+        progress = Progress(**{**json.loads((path / "progress.json").read_text()), **_evaluated(path)})
     except TypeError as error:
         raise NoCheckpointError(f"{path} was written by a different version of this trainer: {error}.") from None
     return progress, {

@@ -9,13 +9,15 @@ from types import FrameType
 import filelock
 from accelerate import Accelerator
 
+from .checkpoints import Progress
+
 
 # SIGUSR1 is what Slurm's `--signal` sends, SIGHUP what a closed terminal does.
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
 
 
 class TrainingInterruptedError(Exception):
-    """One of SIGNALS came; the run was saved and ends with 128 + the signal's number."""
+    """One of SIGNALS came; the run ends with 128 + the signal's number."""
 
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)
@@ -23,14 +25,23 @@ class TrainingInterruptedError(Exception):
 
 
 class Interruption:
-    """Remember the first of SIGNALS until the optimizer step is done; the second one ends the process at once.
+    """Remember what ends a run before its end until the optimizer step is done, and all processes agree on it.
 
-    A run whose launcher died (`accelerate launch` does not forward signals) is interrupted too: nobody could stop it.
+    That is the first of SIGNALS (the second one ends the process at once), and a failure to load images. A run whose
+    launcher died (`accelerate launch` does not forward signals) is interrupted too: nobody could stop it.
+
+    Args:
+        accelerator: connects the processes.
+        progress: of the run.
+        num_steps: optimizer steps of the run.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator, progress: Progress, num_steps: int) -> None:
         self.accelerator = accelerator
+        self.progress = progress
+        self.num_steps = num_steps
         self.signal_number = 0
+        self.failure: Exception | None = None
         launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
         self.launcher = os.getppid() if launched else None
         self.before: dict[int, object] = {}
@@ -54,28 +65,30 @@ class Interruption:
             os._exit(128 + number)
         self.signal_number = number
 
-    def agreed(self) -> int:
-        """Number of the signal that any process got, 0 for none; every process must ask at the same step."""
+    def agreed(self) -> bool:
+        """Whether any process is to end; every process must ask at the same step."""
         if self.launcher is not None and os.getppid() != self.launcher:
             self.signal_number = self.signal_number or signal.SIGTERM
-        if self.accelerator.num_processes == 1:
-            return self.signal_number
-        if self.signal_number:
-            self.accelerator.set_trigger()
-        if not self.accelerator.check_trigger():
-            return 0
-        self.signal_number = self.signal_number or signal.SIGTERM
-        return self.signal_number
+        return on_any_process(self.accelerator, bool(self.signal_number or self.failure))
+
+    def error(self) -> Exception:
+        """What to raise when `agreed`."""
+        if self.failure is not None:
+            return self.failure
+        number = self.signal_number or signal.SIGTERM
+        why = f"by signal {int(number)}" if self.signal_number else "because another process of this run is to end,"
+        return TrainingInterruptedError(
+            number, f"Interrupted {why} after step {self.progress.step} of {self.num_steps}."
+        )
 
 
-def await_deaths_of_loaders() -> None:
-    """Notice the death of a loading process where its images are awaited, between optimizer steps.
-
-    PyTorch's handler, set when the first loader starts, raises wherever the training process happens to be, even in
-    the middle of an optimizer step; the loader itself checks on its processes too, every five seconds.
-    """
-    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+def on_any_process(accelerator: Accelerator, is_so: bool) -> bool:
+    """Whether something is so on any process; every process must ask."""
+    if accelerator.num_processes == 1:
+        return is_so
+    if is_so:
+        accelerator.set_trigger()
+    return accelerator.check_trigger()
 
 
 def lock(output_dir: Path) -> filelock.BaseFileLock:

@@ -81,16 +81,22 @@ class MetricsLog:
         """
         if not self.accelerator.is_main_process or not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text().splitlines():
+        kept, num_strange = [], 0
+        for line in self.path.read_bytes().splitlines(keepends=True):
             try:
                 entry = json.loads(line)
-            except ValueError:
-                continue  # half a line, written when the run was killed
-            is_evaluation = "learning_rate" not in entry
-            if entry["step"] < step or (entry["step"] == step and (keeps_evaluation or not is_evaluation)):
-                kept.append(f"{line}\n")
-        replace_durably(self.path, "".join(kept).encode())
+                at, is_evaluation = int(entry["step"]), "learning_rate" not in entry
+            except (ValueError, TypeError, KeyError, IndexError):
+                num_strange += bool(line.strip())  # half a line, written when the run was killed, or one of a person
+                continue
+            if at < step or (at == step and (keeps_evaluation or not is_evaluation)):
+                kept.append(line.rstrip(b"\n") + b"\n")
+        if num_strange:
+            sys.stderr.write(
+                f"{num_strange} line{'s' if num_strange > 1 else ''} of {self.path.name} "
+                f"{'were' if num_strange > 1 else 'was'} not one of this trainer, and left out.\n"
+            )
+        replace_durably(self.path, b"".join(kept))
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one line. A log that fails is reported once, and training continues."""

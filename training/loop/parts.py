@@ -22,6 +22,7 @@ from ..learning.models import build_model, compile_layers, leave_out_unused, loa
 from ..learning.objective import Objective
 from ..learning.optimization import WeightAverage, build_optimizer, freeze
 from ..learning.teachers import build_oracle, build_teacher
+from ..measuring.machine import check_launcher
 from .checkpoints import Progress
 from .metrics_log import tracker_settings
 from .state import TrainingState
@@ -58,9 +59,11 @@ def build_accelerator(arguments: TrainArguments) -> Accelerator:
     """Build the Accelerator, on the CPU where there is nothing better, on as many processes as were launched.
 
     Raises:
-        ValueError: for DeepSpeed, FSDP1, fp16 without a GPU, a tracker that is not installed, or where Accelerate
-            would not connect the processes, as it silently does with some launch commands.
+        ValueError: for DeepSpeed, FSDP1, fp16 without a GPU, a tracker that is not installed, what `accelerate launch`
+            asks for and the settings do not, or where Accelerate would not connect the processes, as it silently does
+            with some launch commands.
     """
+    check_launcher(arguments.run.mixed_precision)
     accelerator = Accelerator(
         mixed_precision=arguments.run.mixed_precision,
         cpu=not torch.accelerator.is_available(),

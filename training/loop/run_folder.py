@@ -1,6 +1,7 @@
 """The folder of a run: who may write into it, what is left in it, and how an earlier run in it is resumed."""
 
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from accelerate import Accelerator
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from evit_hf.checkpoint_files import set_modes_by_umask
 from evit_hf.towers import tower_of
 from evit_hf.visualization import attentive_patch_picture
 
@@ -19,7 +21,14 @@ from ..data.augmentation import ProcessorTransform
 from ..data.images import EvaluationImages, ImageSplits
 from ..measuring.machine import package_versions
 from ..sharing.command import command_of_run
-from .checkpoints import CheckpointError, data_that_differ, newest_checkpoint, read_checkpoint, settings_that_differ
+from .checkpoints import (
+    CheckpointError,
+    data_that_differ,
+    newest_checkpoint,
+    read_checkpoint,
+    replace_durably,
+    settings_that_differ,
+)
 from .interruption import lock, unlock
 from .metrics_log import TRACKER_FOLDER
 from .state import TrainingState
@@ -43,6 +52,9 @@ RUN_FILES = (
     "push.log",
     "non_finite.json",
 )
+
+
+FOLDERS = ("model", "checkpoints", "export")
 
 
 class OtherSettingsError(ValueError):
@@ -86,6 +98,8 @@ def checkpoint_to_resume(accelerator: Accelerator, arguments: TrainArguments) ->
     run = arguments.run
     output_dir = Path(run.output_dir)
     left = [name for name in RUN_FILES if (output_dir / name).exists()]
+    if not run.overwrite:
+        check_kinds(output_dir)
     if run.resume == "auto":
         newest = newest_checkpoint(output_dir / "checkpoints")
         if newest is None and left:
@@ -101,6 +115,21 @@ def checkpoint_to_resume(accelerator: Accelerator, arguments: TrainArguments) ->
     return named
 
 
+def check_kinds(output_dir: Path) -> None:
+    """Check that what is in the output folder can be replaced by what a run writes there.
+
+    Raises: ValueError for a folder in the place of a file, or a file in the place of a folder.
+    """
+    for name in RUN_FILES:
+        path, needs_folder = output_dir / name, name in FOLDERS
+        if path.exists() and path.is_dir() != needs_folder:
+            kinds = ("file", "folder") if needs_folder else ("folder", "file")
+            raise ValueError(
+                f"`{path}` is a {kinds[0]}, where a run has a {kinds[1]}: move it away, or pass `--overwrite` to "
+                "delete what is in the output folder."
+            )
+
+
 def prepare_output_dir(output_dir: Path, arguments: TrainArguments, keeps_files: bool) -> None:
     """Write down the settings, and clear the folder of what an earlier run left unless this one resumes it."""
     for name in () if keeps_files else (*RUN_FILES, TRACKER_FOLDER):
@@ -109,7 +138,38 @@ def prepare_output_dir(output_dir: Path, arguments: TrainArguments, keeps_files:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    (output_dir / "arguments.yaml").write_text(yaml.safe_dump(arguments.as_dict(), sort_keys=False))
+    # Without what is only about this start of the run, so that the file is a recipe that can be resumed.
+    settings = arguments.as_dict() | {"resume": None, "resume_override": False, "overwrite": False}
+    replace_durably(output_dir / "arguments.yaml", yaml.safe_dump(settings, sort_keys=False).encode())
+
+
+def resume_command(output_dir: Path) -> str:
+    """Command line that resumes the run in a folder."""
+    return command_of_run(["evit", "train", str(output_dir / "arguments.yaml"), "--resume", "auto"])
+
+
+@contextmanager
+def saying_what_is_safe(state: TrainingState, output_dir: Path, num_steps: int) -> Iterator[None]:
+    """Add to any error that ends a run what of it is saved, and the command that resumes it."""
+    try:
+        yield
+    except Exception as error:
+        if not getattr(error, "says_what_is_safe", False):
+            _add_note(
+                error,
+                "No checkpoint was written yet."
+                if state.saved_step is None
+                else f"The run is saved up to step {state.saved_step} of {num_steps}: resume with `--resume auto`, "
+                f"as in: {resume_command(output_dir)}",
+            )
+        raise
+
+
+def _add_note(error: Exception, note: str) -> None:
+    if sys.version_info >= (3, 11):
+        error.add_note(note)
+    else:
+        error.__notes__ = [*getattr(error, "__notes__", []), note]
 
 
 def resume(state: TrainingState, path: Path, arguments: TrainArguments, num_steps: int) -> None:
@@ -160,6 +220,7 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
         network.save_pretrained(partial, state_dict=weights)
         processor.save_pretrained(partial)
+        set_modes_by_umask(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except Exception as error:  # safetensors has an exception of its own for a full disk

@@ -24,7 +24,9 @@ from .checkpoints import (
     checkpoint_path,
     rotate_checkpoints,
     write_checkpoint,
+    write_evaluation,
 )
+from .interruption import on_any_process
 
 
 class TrainingState:
@@ -56,6 +58,7 @@ class TrainingState:
         self.folder = folder
         self.is_sharded = accelerator.is_fsdp2
         self.failures: list[str] = []
+        self.saved_step: int | None = None  # of the newest checkpoint
 
     @property
     def network(self) -> PreTrainedModel:
@@ -80,34 +83,52 @@ class TrainingState:
         else:
             self.network.load_state_dict(weights, strict=True)
 
-    def save(self, keep: int, must_succeed: bool = False) -> None:
-        """Write a checkpoint and delete old ones; a full disk is reported, and training continues.
+    def save(self, must_succeed: bool = False) -> None:
+        """Write a checkpoint; a full disk is reported, and training continues.
 
         Args:
-            keep: newest checkpoints to keep, in addition to the best one.
             must_succeed: whether the run ends here, so that a failure is an error.
 
         Raises: CheckpointError if it must succeed and cannot.
         """
+        step = self.progress.step
         tensors = self.weights()
         averages = self.weights(averaged=True) if self.average is not None else None
         optimizer = {"optimizer": self._optimizer_state()}
         if self.accelerator.scaler is not None:
             optimizer["scaler"] = self.accelerator.scaler.state_dict()
-        error_text = ""
+        failure = ""
         if self.accelerator.is_main_process:
-            spared = [self.progress.best["step"]] if self.progress.best else []
             try:
                 write_checkpoint(self.folder, self.progress, tensors, optimizer, averages)
-                rotate_checkpoints(self.folder, keep, spared)
+            except (OSError, MemoryError) as error:
+                failure = f"{checkpoint_path(self.folder, step)} could not be written: {error or 'out of memory'}"
+        if not on_any_process(self.accelerator, bool(failure)):
+            self.saved_step = step
+            return
+        if must_succeed:
+            raise CheckpointError(f"The checkpoint {failure or 'could not be written by the main process'}.")
+        self._report(f"The checkpoint {failure}; older ones are untouched." if failure else "")
+
+    def save_evaluation(self) -> None:
+        """Add what an evaluation changed in the progress to the checkpoint of the same step."""
+        if self.accelerator.is_main_process and self.saved_step == self.progress.step:
+            try:
+                write_evaluation(self.folder, self.progress)
             except OSError as error:
-                path = checkpoint_path(self.folder, self.progress.step)
-                error_text = f"The checkpoint {path} could not be written: {error}; older ones are untouched."
-                self.failures.append(error_text)
-                sys.stderr.write(f"{error_text}\n")
-        if must_succeed and error_text:
-            raise CheckpointError(error_text)
+                self._report(f"The evaluation of step {self.progress.step} could not be saved: {error}.")
+
+    def rotate(self, keep: int) -> None:
+        """Delete all checkpoints but the newest `keep` ones and the best one."""
+        if self.accelerator.is_main_process:
+            rotate_checkpoints(self.folder, keep, [self.progress.best["step"]] if self.progress.best else [])
         self.accelerator.wait_for_everyone()
+
+    def _report(self, failure: str) -> None:
+        """Say that something could not be saved, now and at the end."""
+        if failure:
+            self.failures.append(failure)
+            sys.stderr.write(f"{failure}\n")
 
     def load(self, path: Path, progress: Progress, tensors: dict[str, Any]) -> None:
         """Continue from a checkpoint; settings, learning rates and weight decay stay those of this run.
@@ -121,7 +142,7 @@ class TrainingState:
         """
         progress.settings, progress.num_processes = self.progress.settings, self.progress.num_processes
         progress.data = self.progress.data
-        self.progress = progress
+        self.progress, self.saved_step = progress, progress.step
         groups = [{key: x for key, x in group.items() if key != "params"} for group in self.optimizer.param_groups]
         try:
             if self.average is not None:

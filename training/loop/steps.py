@@ -18,6 +18,7 @@ from ..data.images import BadImageError
 from ..data.sampling import StepPlan, seed_for
 from ..learning.objective import Objective
 from .checkpoints import newest_checkpoint
+from .interruption import on_any_process
 from .state import TrainingState
 
 
@@ -27,7 +28,7 @@ Batch = dict[str, torch.Tensor]
 class TrainingDivergedError(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite."""
 
-    status = 3
+    status, says_what_is_safe = 3, True
 
 
 class NotEnoughMemoryError(RuntimeError):
@@ -90,9 +91,7 @@ class StepGradients:
                 if not should_reduce_batch_size(error):
                     raise
                 is_too_much = True
-            if is_too_much:
-                accelerator.set_trigger()
-            if not accelerator.check_trigger():
+            if not on_any_process(accelerator, is_too_much):
                 self._undo(buffers)
                 return
             self._halve_micro_batches(buffers)
@@ -238,17 +237,19 @@ def count_bad_images(state: TrainingState, batches: list[Batch], plan: StepPlan,
         plan: how images are cut into steps.
         max_share: share of bad images that ends the run.
 
-    Raises: BadImageError if they are more than that.
+    Raises: BadImageError if they are more than that; the run was saved.
     """
     progress, accelerator = state.progress, state.accelerator
     bad = sum(batch["is_bad"].sum() for batch in batches)
     if accelerator.num_processes > 1:
         bad = accelerator.reduce(bad.to(accelerator.device), "sum")
-    progress.bad_images += int(bad)
+    num_bad = progress.bad_images + int(bad)
     # Of the images so far, or of one epoch in the first one.
     seen = max(progress.step * plan.batch_size, plan.num_images)
-    if progress.bad_images > max_share * seen:
+    if num_bad > max_share * seen:
+        state.save()
         raise BadImageError(
-            f"{progress.bad_images} images could not be decoded, more than `--max-bad-images` {max_share} of {seen}: "
+            f"{num_bad} images could not be decoded, more than `--max-bad-images` {max_share} of {seen}: "
             "mend the data, or raise it."
         )
+    progress.bad_images = num_bad

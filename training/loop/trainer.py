@@ -2,21 +2,21 @@
 
 Build data, model, optimizer and schedules (`parts.py`); resume from a checkpoint if there is one (`run_folder.py`,
 `checkpoints.py`); then for each optimizer step: keep rate, forward, backward, step (`steps.py`), log; for each epoch:
-evaluate, checkpoint; at the end: save, compare with the dense model, draw. Settings: `arguments.py`.
+checkpoint, evaluate; at the end: save, compare with the dense model, draw. Settings: `arguments.py`.
 """
 
 import datetime
+import itertools
 import json
 import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import yaml
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from evit_hf.keep_rate_schedule import KeepRate
@@ -24,7 +24,7 @@ from evit_hf.towers import tower_of
 
 from ..arguments import TrainArguments
 from ..data.augmentation import training_transform
-from ..data.loaders import evaluation_loader, training_loader
+from ..data.loaders import ImageLoader, evaluation_loader, training_loader
 from ..data.sampling import epoch_order
 from ..learning.models import load_classifier
 from ..learning.optimization import learning_rate_schedule
@@ -40,11 +40,20 @@ from ..sharing.card import render_run_card
 from ..sharing.datasets import hub_id_of, licence_of
 from ..sharing.hub import PushError
 from ..sharing.push import BackgroundPush
-from .checkpoints import CheckpointError, NoCheckpointError, checkpoint_path, read_checkpoint
-from .interruption import Interruption, TrainingInterruptedError, await_deaths_of_loaders
+from .checkpoints import CheckpointError, NoCheckpointError, checkpoint_path, read_checkpoint, replace_durably
+from .interruption import Interruption
 from .metrics_log import LogWindow, MetricsLog
 from .parts import Parts, build_accelerator, build_parts
-from .run_folder import RUN_FILES, draw_kept_patches, export, prepare_output_dir, resume, run_folder, run_record
+from .run_folder import (
+    RUN_FILES,
+    draw_kept_patches,
+    export,
+    prepare_output_dir,
+    resume,
+    run_folder,
+    run_record,
+    saying_what_is_safe,
+)
 from .state import TrainingState
 from .steps import Batch, StepGradients, count_bad_images, images_of_step, report_skipped_step, update_weights
 
@@ -82,15 +91,43 @@ def train(arguments: TrainArguments) -> list[dict]:
 
 
 def run_training(parts: Parts, state: TrainingState, is_resumed: bool) -> list[dict]:
-    """Train from the step that `state` is at to the end."""
+    """Train from the step that `state` is at to the end; any error says what is saved, and how to resume."""
+    arguments, accelerator, progress = parts.arguments, state.accelerator, state.progress
+    output_dir = Path(arguments.run.output_dir)
+    with ExitStack() as stack:
+        stack.enter_context(saying_what_is_safe(state, output_dir, parts.num_steps))
+        if accelerator.is_main_process:  # nothing was written before all of the above worked
+            prepare_output_dir(output_dir, arguments, keeps_files=is_resumed)
+        accelerator.wait_for_everyone()
+        accelerator.print(describe(parts, state))
+        pusher = pusher_of(arguments) if arguments.hub.push_to_hub and accelerator.is_main_process else None
+        if pusher is not None:
+            stack.callback(pusher.close)
+        train_loader, eval_loader = loaders(parts, state)
+        stack.callback(train_loader.close)
+        stack.callback(eval_loader.close)
+        interruption = stack.enter_context(Interruption(accelerator, progress, parts.num_steps))
+        evaluation_batches = InterruptibleBatches(eval_loader, interruption)
+        train_steps(parts, state, iter(train_loader), evaluation_batches, interruption, pusher)
+        results = finish(parts, state, evaluation_batches)
+    if pusher is not None:
+        pusher.finish(output_dir, f"EViT after {progress.step} optimizer steps")
+        accelerator.print(f"Pushed to {arguments.hub.push_to_hub}.")
+    return results
+
+
+def train_steps(
+    parts: Parts,
+    state: TrainingState,
+    micro_batches: Iterator[Batch],
+    evaluation_batches: "InterruptibleBatches",
+    interruption: Interruption,
+    pusher: BackgroundPush | None,
+) -> None:
+    """Take the optimizer steps that are left."""
     arguments, plan, num_steps = parts.arguments, parts.plan, parts.num_steps
     accelerator, progress, run = state.accelerator, state.progress, parts.arguments.run
-    output_dir = Path(run.output_dir)
-    if accelerator.is_main_process:  # nothing was written before all of the above worked
-        prepare_output_dir(output_dir, arguments, keeps_files=is_resumed)
-    accelerator.wait_for_everyone()
-    accelerator.print(describe(parts, state))
-    log = MetricsLog(output_dir / "metrics.jsonl", accelerator, arguments)
+    log = MetricsLog(Path(run.output_dir) / "metrics.jsonl", accelerator, arguments)
     log.drop_after(progress.step, keeps_evaluation=progress.evaluated_step == progress.step)
     learning_rate = learning_rate_schedule(
         state.optimizer.optimizer,  # the schedule itself is not prepared: it would step once for each process
@@ -99,16 +136,6 @@ def run_training(parts: Parts, state: TrainingState, is_resumed: bool) -> list[d
         num_steps,
         progress.schedule_step,
     )
-    eval_loader = evaluation_loader(
-        parts.splits,
-        parts.processor,
-        arguments.optimization.eval_batch_size,
-        arguments.data.num_workers,
-        accelerator,
-        arguments.data.on_bad_image,
-    )
-    micro_batches = micro_batches_from_here(parts, state)
-    await_deaths_of_loaders()
     progress_bar = tqdm(
         total=num_steps,
         initial=progress.step,
@@ -116,99 +143,96 @@ def run_training(parts: Parts, state: TrainingState, is_resumed: bool) -> list[d
         unit="step",
         disable=None if accelerator.is_local_main_process else True,
     )
-    pusher = pusher_of(arguments) if arguments.hub.push_to_hub and accelerator.is_main_process else None
     gradients = StepGradients(state, parts.objective, plan, run.seed)
-    start_of_run, seconds_before = time.perf_counter(), progress.seconds
+    start_of_run = time.perf_counter() - progress.seconds
     window = LogWindow(accelerator.device)
     is_probed = accelerator.num_processes == 1
-    with Interruption(accelerator) as interruption:
-        while True:
-            # Evaluate, at the target keep rate
-            pause = time.perf_counter()
-            ends_epoch = progress.step > 0 and progress.step % plan.steps_per_epoch == 0
-            is_done = progress.step == num_steps
-            if (ends_epoch or is_done) and progress.evaluated_step != progress.step:
-                evaluate_epoch(parts, state, eval_loader, log, interruption)
+    while True:
+        # Data of the next step
+        is_last = progress.step == num_steps
+        start = time.perf_counter()
+        batches = next_batches(micro_batches, 0 if is_last else plan.num_micro_batches(progress.step), interruption)
+        pause = time.perf_counter()
+        window.data_seconds += pause - start
 
-            # Checkpoint
-            signal_number = interruption.agreed()
-            is_due = ends_epoch or (
-                progress.step and run.checkpoint_steps and progress.step % run.checkpoint_steps == 0
-            )
-            progress.seconds = seconds_before + time.perf_counter() - start_of_run
-            if signal_number or is_due or is_done:
-                state.save(run.keep_checkpoints, must_succeed=bool(signal_number))
-            if signal_number:
-                if pusher is not None:
-                    pusher.close()
-                raise TrainingInterruptedError(
-                    signal_number,
-                    f"Interrupted by signal {signal_number} after step {progress.step} of {num_steps}, and saved: "
-                    f"resume with `--resume auto --output-dir {output_dir}`.",
-                )
-            if is_done:
-                break
-            if ends_epoch:
-                push_epoch(parts, state, pusher)
+        # Checkpoint, before anything can go wrong in the evaluation
+        ends_epoch = is_due(progress.step, plan.steps_per_epoch)
+        is_evaluated = progress.evaluated_step != progress.step and (
+            is_last or is_due(progress.step, run.eval_steps or plan.steps_per_epoch)
+        )
+        must_end = interruption.agreed()
+        is_saved = must_end or ends_epoch or is_evaluated or is_last or is_due(progress.step, run.checkpoint_steps)
+        progress.seconds = time.perf_counter() - start_of_run
+        if is_saved:
+            state.save(must_succeed=must_end)
 
-            # Data
-            start = time.perf_counter()
-            window.start += start - pause
-            batches = next_batches(micro_batches, plan.num_micro_batches(progress.step), state, run.keep_checkpoints)
-            window.data_seconds += time.perf_counter() - start
-            if arguments.data.on_bad_image == "skip":
-                count_bad_images(state, batches, plan, arguments.data.max_bad_images)
+        # Evaluate, at the target keep rate
+        if is_evaluated and not must_end:
+            evaluate_weights(parts, state, evaluation_batches, log)
+            progress.seconds = time.perf_counter() - start_of_run
+        if is_saved:
+            state.rotate(run.keep_checkpoints)
+        if must_end:
+            raise interruption.error()
+        if is_last or stops_early(parts, state):
+            break
+        push_weights(parts, state, pusher, ends_epoch)
+        window.start += time.perf_counter() - pause
 
-            # Keep rate, forward, backward
-            keep_rate = parts.keep_rates.at(progress.schedule_step)
-            if not is_probed:
-                gradients.fit_into_memory(batches[0], parts.keep_rates.highest_from(progress.schedule_step))
-                is_probed = True
-            loss = gradients.backward(batches, keep_rate)
+        # Keep rate, forward, backward
+        if arguments.data.on_bad_image == "skip":
+            count_bad_images(state, batches, plan, arguments.data.max_bad_images)
+        keep_rate = parts.keep_rates.at(progress.schedule_step)
+        if not is_probed:
+            gradients.fit_into_memory(batches[0], parts.keep_rates.highest_from(progress.schedule_step))
+            is_probed = True
+        loss = gradients.backward(batches, keep_rate)
 
-            # Step
-            window.num_images += plan.num_images_in_step(progress.step)
-            rate_used = learning_rate.get_last_lr()[-1]
-            if update_weights(state, learning_rate, loss, arguments.optimization.max_grad_norm):
-                window.add(loss)
-            else:
-                report_skip(parts, state)
-            progress_bar.update()
+        # Step
+        window.num_images += plan.num_images_in_step(progress.step)
+        rate_used = learning_rate.get_last_lr()[-1]
+        if update_weights(state, learning_rate, loss, arguments.optimization.max_grad_norm):
+            window.add(loss)
+        else:
+            report_skip(parts, state)
+        progress_bar.update()
 
-            # Log
-            if (
-                progress.step % run.log_steps == 0
-                or progress.step % plan.steps_per_epoch == 0
-                or (progress.step == num_steps)
-            ):
-                entry = log_step(parts, state, log, window, rate_used, keep_rate)
-                progress_bar.set_postfix(loss=f"{entry['loss']:.3f}", keep_rate=three_digits(keep_rate))
-                window = LogWindow(accelerator.device)
+        # Log
+        if (
+            is_due(progress.step, run.log_steps)
+            or is_due(progress.step, plan.steps_per_epoch)
+            or progress.step == num_steps
+        ):
+            entry = log_step(parts, state, log, window, rate_used, keep_rate)
+            progress_bar.set_postfix(loss=f"{entry['loss']:.3f}", keep_rate=three_digits(keep_rate))
+            window = LogWindow(accelerator.device)
     progress_bar.close()
-    results = finish(parts, state, eval_loader)
-    if pusher is not None:
-        pusher.finish(output_dir, f"EViT after {num_steps} optimizer steps")
-        accelerator.print(f"Pushed to {arguments.hub.push_to_hub}.")
-    return results
 
 
-def next_batches(
-    micro_batches: Iterator[Batch], num_batches: int, state: TrainingState, keep_checkpoints: int
-) -> list[Batch]:
-    """Take the micro-batches of the next step.
+def is_due(step: int, interval: int | None) -> bool:
+    """Whether what comes every `interval` optimizer steps comes after `step` of them; never for None."""
+    return interval is not None and step > 0 and step % interval == 0
 
-    Raises: CheckpointError if a process that loads images died; the run was saved.
-    """
+
+def next_batches(micro_batches: Iterator[Batch], num_batches: int, interruption: Interruption) -> list[Batch]:
+    """Take the micro-batches of the next step; a failure ends the run when all processes know and all is saved."""
     try:
         return [next(micro_batches) for _ in range(num_batches)]
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        state.save(keep_checkpoints)
-        raise CheckpointError(
-            f"A process that loads images died ({' '.join(str(error).split())}). The run was saved at step "
-            f"{state.progress.step}: resume with `--resume auto`, with fewer `--num-workers` if memory ran out."
-        ) from None
+    except Exception as error:  # whatever data and transforms may raise
+        interruption.failure = error
+        return []
+
+
+def stops_early(parts: Parts, state: TrainingState) -> bool:
+    """Whether the last evaluations, the one at this step included, were too many without a better one."""
+    patience, progress = parts.arguments.run.early_stopping_patience, state.progress
+    if patience is None or progress.evaluated_step != progress.step or progress.evaluations_since_best < patience:
+        return False
+    state.accelerator.print(
+        f"Stopped early after step {progress.step} of {parts.num_steps}: no evaluation was better than that of step "
+        f"{progress.best['step']}."
+    )
+    return True
 
 
 def report_skip(parts: Parts, state: TrainingState) -> None:
@@ -243,12 +267,11 @@ def log_step(
     return entry
 
 
-def evaluate_epoch(
-    parts: Parts, state: TrainingState, loader: DataLoader, log: MetricsLog, interruption: Interruption
-) -> None:
+def evaluate_weights(parts: Parts, state: TrainingState, batches: "InterruptibleBatches", log: MetricsLog) -> None:
     """Evaluate the weights, and their averages; remember which were the best.
 
-    Nothing is remembered of an evaluation that a signal interrupted: it is repeated on resuming.
+    Nothing is remembered of an evaluation that was interrupted: it is repeated on resuming. Weights of which the
+    checkpoint could not be written are not the best.
     """
     accelerator, progress, average = state.accelerator, state.progress, state.average
     entry: dict[str, Any] = {"step": progress.step, "epoch": progress.step / parts.plan.steps_per_epoch}
@@ -258,12 +281,9 @@ def evaluate_epoch(
         if kind == "ema" and average is None:
             continue
         with average.in_model() if kind == "ema" else nullcontext():
-            batches = until_interrupted(loader, interruption)
             metrics = evaluate(accelerator, state.model, batches, oracle=parts.objective.evaluation_oracle)
-        if interruption.agreed():
-            return
         name, score = main_score(metrics)
-        if not best or score > best["score"]:
+        if state.saved_step == progress.step and (not best or score > best["score"]):
             best = {"step": progress.step, "weights": kind, "score": score, "metric": name}
         entry.update({f"{prefix}{key}": x for key, x in metrics.items() if isinstance(x, (int, float))})
         label = "" if kind == "raw" else "averaged weights: "
@@ -273,23 +293,48 @@ def evaluate_epoch(
             f"{label}{first} {100 * score:.2f} %, {second[1]} {100 * metrics[second[0]]:.2f} %, "
             f"loss {metrics['loss']:.3f}"
         )
+    progress.evaluations_since_best = 0 if best is not progress.best else progress.evaluations_since_best + 1
     progress.best, progress.evaluated_step = best, progress.step
     log.write(entry)
+    state.save_evaluation()
     accelerator.print(f"epoch {entry['epoch']:.4g}, step {progress.step}: {'; '.join(summary)}")
 
 
-def until_interrupted(loader: DataLoader, interruption: Interruption) -> Iterator[Batch]:
-    """Yield the batches until a signal comes; at least one."""
-    for number, batch in enumerate(loader):
-        if number and interruption.agreed():
+class InterruptibleBatches:
+    """The batches of a loader, as often as they are wanted, see `until_interrupted`."""
+
+    def __init__(self, loader: ImageLoader, interruption: Interruption) -> None:
+        self.loader = loader
+        self.interruption = interruption
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches."""
+        return until_interrupted(self.loader, self.interruption)
+
+
+def until_interrupted(loader: ImageLoader, interruption: Interruption) -> Iterator[Batch]:
+    """Yield the batches, as long as no process is to end.
+
+    Raises: TrainingInterruptedError, or what went wrong with the batches, on all processes after the same batch.
+    """
+    batches = itertools.chain.from_iterable([loader])  # starts the loader below
+    while True:
+        batch = None
+        try:
+            batch = next(batches, None)
+        except Exception as error:  # whatever data and transforms may raise
+            interruption.failure = error
+        if interruption.agreed():
+            raise interruption.error()
+        if batch is None:
             return
         yield batch
 
 
-def finish(parts: Parts, state: TrainingState, eval_loader: DataLoader) -> list[dict]:
+def finish(parts: Parts, state: TrainingState, batches: InterruptibleBatches) -> list[dict]:
     """Save the final weights as a model, compare it with the dense one, draw.
 
-    Raises: CheckpointError if the model cannot be saved.
+    Raises: CheckpointError if something cannot be saved.
     """
     arguments, accelerator = parts.arguments, state.accelerator
     output_dir = Path(arguments.run.output_dir)
@@ -303,20 +348,28 @@ def finish(parts: Parts, state: TrainingState, eval_loader: DataLoader) -> list[
     keep_rates = [1.0, *(arguments.optimization.keep_rate_range or [])[::-1], keep_rate]
     keep_rates += arguments.run.compare_keep_rates or []
     keep_rates = [rate for i, rate in enumerate(keep_rates) if rate not in keep_rates[:i]]
-    results = compare_keep_rates(accelerator, state.model, eval_loader, keep_rates, timed_model)
+    results = compare_keep_rates(accelerator, state.model, batches, keep_rates, timed_model)
     report = {"label_names": parts.splits.label_names, "keep_rate": keep_rate}
     by_class = ("by_class", "confusion_matrix")
     own = next(result for result in results if result.keep_rate == keep_rate)
     report |= {name: own.metrics[name] for name in by_class}
     rows = [{name: x for name, x in result.as_json().items() if name not in by_class} for result in results]
     if accelerator.is_main_process:
-        draw_tradeoff(results, output_dir / "tradeoff.png")
-        (output_dir / "run.json").write_text(json.dumps(record_of(parts, state), indent=2) + "\n")
-        (output_dir / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
-        (output_dir / "class_report.json").write_text(json.dumps(report) + "\n")
-        if arguments.run.num_pictures and not parts.splits.is_streamed:
-            draw_kept_patches(timed_model, parts.processor, parts.splits, arguments.run.num_pictures, output_dir)
-        write_card(output_dir, arguments.hub.push_to_hub)
+        try:
+            draw_tradeoff(results, output_dir / "tradeoff.png")
+            for name, values, indent in (
+                ("run.json", record_of(parts, state), 2),
+                ("results.json", rows, 2),
+                ("class_report.json", report, None),
+            ):
+                replace_durably(output_dir / name, f"{json.dumps(values, indent=indent)}\n".encode())
+            if arguments.run.num_pictures and not parts.splits.is_streamed:
+                draw_kept_patches(timed_model, parts.processor, parts.splits, arguments.run.num_pictures, output_dir)
+            write_card(output_dir, arguments.hub.push_to_hub)
+        except OSError as error:
+            raise CheckpointError(
+                f"The model is saved in {output_dir / 'model'}, but not all that belongs to it: {error}."
+            ) from None
     accelerator.print(comparison_table(results))
     saved = ", ".join(name for name in RUN_FILES if (output_dir / name).exists())
     accelerator.print(f"Saved in {output_dir}: {saved}. The model has the {which}.")
@@ -325,21 +378,23 @@ def finish(parts: Parts, state: TrainingState, eval_loader: DataLoader) -> list[
     return rows
 
 
-def micro_batches_from_here(parts: Parts, state: TrainingState) -> Iterator[Batch]:
-    """This process's micro-batches from the next optimizer step on; none after the last one."""
-    arguments, step = parts.arguments, state.progress.step
-    if step >= parts.num_steps:
-        return iter(())
+def loaders(parts: Parts, state: TrainingState) -> tuple[ImageLoader, ImageLoader]:
+    """Loaders of this process's micro-batches from the next optimizer step on, and of its evaluation batches."""
+    arguments, accelerator = parts.arguments, state.accelerator
     augment = training_transform(arguments.augmentation, parts.image_size, parts.processor)
-    return iter(
-        training_loader(parts.splits, augment, parts.plan, arguments, state.accelerator, parts.num_steps, step)
+    train = training_loader(
+        parts.splits, augment, parts.plan, arguments, accelerator, parts.num_steps, state.progress.step
+    )
+    data, batch_size = arguments.data, arguments.optimization.eval_batch_size
+    return train, evaluation_loader(
+        parts.splits, parts.processor, batch_size, data.num_workers, accelerator, data.on_bad_image
     )
 
 
 def write_card(output_dir: Path, repo_id: str | None) -> None:
     """Write the model card; one that would have blanks is left out with a message, so that the run still ends well."""
     try:
-        (output_dir / "README.md").write_text(render_run_card(output_dir, repo_id), "utf-8")
+        replace_durably(output_dir / "README.md", render_run_card(output_dir, repo_id).encode())
     except ValueError as error:
         sys.stderr.write(f"No model card was written: {error}\n")
 
@@ -386,11 +441,11 @@ def pusher_of(arguments: TrainArguments) -> BackgroundPush:
     return BackgroundPush(hub.push_to_hub, hub.push_private, hub.push_revision, 60 * hub.push_minutes, log)
 
 
-def push_epoch(parts: Parts, state: TrainingState, pusher: BackgroundPush | None) -> None:
-    """Push the weights of an epoch in the background, if that is wanted and the previous push is done."""
+def push_weights(parts: Parts, state: TrainingState, pusher: BackgroundPush | None, ends_epoch: bool) -> None:
+    """Push the weights in the background, if that is wanted and the previous push is done."""
     hub, progress = parts.arguments.hub, state.progress
-    is_best = progress.best.get("step") == progress.step
-    if not hub.push_to_hub or hub.push_when == "end" or (hub.push_when == "best" and not is_best):
+    is_best = progress.step > 0 and progress.best.get("step") == progress.step
+    if not hub.push_to_hub or not {"end": False, "best": is_best, "epoch": ends_epoch}[hub.push_when]:
         return
     weights = state.weights(averaged=state.average is not None)  # gathered from all processes
     if pusher is None or pusher.is_running():
@@ -429,7 +484,8 @@ def dry_run(parts: Parts, state: TrainingState) -> list:
     """Train two steps and evaluate one batch, report what the whole run would take, and leave no files."""
     arguments, plan, accelerator, progress = parts.arguments, parts.plan, state.accelerator, state.progress
     accelerator.print(describe(parts, state))
-    micro_batches = micro_batches_from_here(parts, state)
+    train_loader, eval_loader = loaders(parts, state)
+    micro_batches = iter(train_loader)
     gradients = StepGradients(state, parts.objective, plan, arguments.run.seed)
     seconds = []
     for step in range(min(2, parts.num_steps)):
@@ -444,21 +500,22 @@ def dry_run(parts: Parts, state: TrainingState) -> list:
         loss.item()  # waits for the device
         seconds.append(time.perf_counter() - start)
         progress.step += 1
-    loader = evaluation_loader(parts.splits, parts.processor, arguments.optimization.eval_batch_size, 0, accelerator)
+    train_loader.close()
     start = time.perf_counter()
-    evaluate(accelerator, state.model, [next(iter(loader))])
-    num_epochs = math.ceil(parts.num_steps / plan.steps_per_epoch)
+    evaluate(accelerator, state.model, [next(iter(eval_loader))])
+    num_evaluations = math.ceil(parts.num_steps / (arguments.run.eval_steps or plan.steps_per_epoch))
     try:
-        eval_seconds = (time.perf_counter() - start) * len(loader) * num_epochs
+        eval_seconds = (time.perf_counter() - start) * len(eval_loader) * num_evaluations
     except TypeError:
         eval_seconds = 0.0  # streamed data has no length
+    eval_loader.close()
     total = seconds[-1] * parts.num_steps + eval_seconds
     target = parts.keep_rates.target
     accelerator.print(
         f"Dry run: loss {loss.item():.3f}, {memory_gib(accelerator.device):.2f} GiB at the peak, "
         f"{parts.macs(1.0) / 1e9:.4f} GMACs dense and {parts.macs(target) / 1e9:.4f} at keep rate "
         f"{three_digits(target)}, {seconds[-1]:.3f} s for a step of {plan.batch_size} images at keep rate "
-        f"{three_digits(keep_rate)}. {parts.num_steps} steps and {num_epochs} evaluations would take "
+        f"{three_digits(keep_rate)}. {parts.num_steps} steps and {num_evaluations} evaluations would take "
         f"{datetime.timedelta(seconds=round(total))} or less, plus the time to load images. Nothing was saved."
     )
     return []

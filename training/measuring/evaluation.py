@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.utils.data import DataLoader
 
 from evit_hf.profiling import MacsFormula
 
@@ -123,7 +122,7 @@ def images_per_second(
 def compare_keep_rates(
     accelerator: Accelerator,
     model: nn.Module,
-    loader: DataLoader,
+    loader: Iterable[dict[str, torch.Tensor]],
     keep_rates: Sequence[KeepRate],
     timed_model: nn.Module | None = None,
 ) -> list[Measurement]:

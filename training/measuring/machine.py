@@ -1,9 +1,10 @@
-"""The machine that a measurement ran on: device, memory, date and package versions."""
+"""The machine that a command runs on: device, memory, launcher, date and package versions."""
 
 import datetime
+import os
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,40 @@ def memory_gib(device: torch.device) -> float:
     """Peak memory in GiB: of the device, or of this process where it is the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
 
+        info = psutil.Process().memory_info()
+        return getattr(info, "peak_wset", info.rss) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB on Linux, in bytes on macOS
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+# Settings of `accelerate launch`, which arrive as variables: the value that asks for nothing, and our flag.
+LAUNCHER_SETTINGS = {
+    "ACCELERATE_MIXED_PRECISION": ("no", "--mixed-precision"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "--compile"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "--gradient-accumulation-steps"),
+}
+
+
+def check_launcher(mixed_precision: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Check that `accelerate launch` asks for nothing that a command is not told itself, and would leave out.
+
+    Args:
+        mixed_precision: of the command.
+        environment: of this process.
+
+    Raises: ValueError naming the flag that says it.
+    """
+    for name, (nothing, flag) in LAUNCHER_SETTINGS.items():
+        asked = environment.get(name, nothing).lower()
+        if asked in (nothing, "", "auto") or (flag == "--mixed-precision" and asked == mixed_precision):
+            continue
+        option = name.removeprefix("ACCELERATE_").lower()
+        raise ValueError(
+            f"`accelerate launch`, or its configuration file, asks for {option} {asked}, which this command would not "
+            f"do: leave it out there, and say it with the command's own `{flag}`."
+        )

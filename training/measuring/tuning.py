@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from evit_hf.checkpoint_files import set_modes_by_umask
 from evit_hf.configuration_evit import default_reorganization_layers
 from evit_hf.profiling import MacsFormula
 from evit_hf.towers import tower_of
@@ -154,6 +155,7 @@ def save(
         set_rates(tower_of(model).config, rates)
         model.save_pretrained(arguments.save)
         processor.save_pretrained(arguments.save)
+        set_modes_by_umask(Path(arguments.save))
         sys.stdout.write(f"Saved the model with these settings in {arguments.save}.\n")
 
 

@@ -61,6 +61,9 @@ class FinishedRun:
             for name in ("model/config.json", "results.json", "class_report.json", "run.json", "arguments.yaml"):
                 text = (folder / name).read_text("utf-8")
                 values.append(yaml.safe_load(text) if name.endswith(".yaml") else json.loads(text))
+                kind = list if name == "results.json" else dict
+                if not isinstance(values[-1], kind) or not all(isinstance(x, (dict, str)) for x in values[-1]):
+                    raise ValueError("it does not hold what a run writes")
         except FileNotFoundError:
             raise ValueError(f"`{folder}` is not a finished run: {name} is missing.") from None
         except (OSError, ValueError, yaml.YAMLError) as error:
