@@ -80,7 +80,7 @@ class Predictor:
         self.is_multi_label = config.problem_type == "multi_label_classification" or config.num_labels == 1
         self._last_batch: torch.Tensor | None = None
         self._features: torch.Tensor | None = None
-        self._wants_features, self._features = features, None
+        self._wants_features = features
         if features:
             _classifier(self.network).register_forward_pre_hook(self._note_features)
 
