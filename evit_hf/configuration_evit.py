@@ -11,7 +11,12 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, ViTConfig
 from transformers.activations import ACT2FN
+from transformers.utils import logging
 
+from .token_reorganization import INATTENTIVE_TOKENS, TowerCosts
+
+
+logger = logging.get_logger(__name__)
 
 # Of the whole package; it is kept here because this file travels with every saved model.
 __version__ = "0.1.0"
@@ -20,8 +25,11 @@ __version__ = "0.1.0"
 OFFICIAL_NAMES = {
     "base_keep_rate": "keep_rate",
     "drop_loc": "reorganization_layers",
-    "fuse_token": "fuse_inattentive_tokens",
+    "fuse_token": "inattentive_tokens",
 }
+DEFAULT_KEEP_RATE = 0.7
+# What `reorganize` takes by default: on CLIP ViT-B/16, untrained, at most a point under the dense model.
+DEFAULT_MACS = 0.66
 
 # The largest ViT that was published has 22 billion parameters; more than this is a damaged file.
 MAX_PARAMETERS = 40 * 10**9
@@ -93,6 +101,92 @@ def keep_rate_by_layer(keep_rate: float | Sequence[float], reorganization_layers
     check_keep_rate(keep_rate, len(reorganization_layers))
     rates = keep_rate if isinstance(keep_rate, (list, tuple)) else [keep_rate] * len(reorganization_layers)
     return dict(zip(reorganization_layers, rates, strict=True))
+
+
+def check_macs(macs: float) -> None:
+    """Refuse a share of operations that is not one.
+
+    Raises: ValueError.
+    """
+    if not is_number(macs) or not 0 < macs <= 1:
+        raise ValueError(
+            f"`macs` must be in (0, 1], got {shown(macs)}: pass the share of the dense model's multiply-accumulate "
+            "operations, for example 0.66."
+        )
+
+
+# Settings whose defaults depend on whether `keep_rate` or `macs` says how many tokens are kept.
+BUDGET_FIELDS = ("keep_rate", "macs", "reorganization_layers", "inattentive_tokens")
+
+
+def budget_defaults(settings: dict[str, Any], num_layers: int) -> dict[str, Any]:
+    """Values of `BUDGET_FIELDS`, with defaults for those that are None.
+
+    Args:
+        settings: some or all of the fields.
+        num_layers: of the model.
+
+    Returns: with `macs` no keep rate, every layer and "counted"; without it keep rate 0.7, the paper's three layers
+        and "fused".
+
+    Raises: ValueError if both `keep_rate` and `macs` are given.
+    """
+    settings = {name: settings.get(name) for name in BUDGET_FIELDS}
+    if settings["macs"] is None:
+        defaults = {
+            "keep_rate": DEFAULT_KEEP_RATE,
+            "reorganization_layers": default_reorganization_layers(num_layers),
+            "inattentive_tokens": "fused",
+        }
+    else:
+        if settings["keep_rate"] is not None:
+            raise ValueError(
+                f"`keep_rate` {shown(settings['keep_rate'])} and `macs` {shown(settings['macs'])} both say how many "
+                "tokens are kept: pass `macs` for a model that was not trained to lose tokens, `keep_rate` for one "
+                "that was or will be."
+            )
+        defaults = {"reorganization_layers": list(range(num_layers)), "inattentive_tokens": "counted"}
+    return {name: defaults.get(name) if value is None else value for name, value in settings.items()}
+
+
+def changed_budget(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Settings with changes, where `keep_rate` replaces `macs` or `macs` replaces `keep_rate`.
+
+    Args:
+        settings: entries of a configuration, `BUDGET_FIELDS` among them. Those that belong to what is replaced are
+            left out, so that the others take their defaults.
+        changes: of `BUDGET_FIELDS`; None changes nothing.
+    """
+    changes = {name: value for name, value in changes.items() if value is not None}
+    by_macs = settings.get("macs") is not None
+    if ("keep_rate" if by_macs else "macs") in changes or {"keep_rate", "macs"} <= set(changes):
+        settings = {name: value for name, value in settings.items() if name not in BUDGET_FIELDS}
+    return {**settings, **changes}
+
+
+def renamed_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with `inattentive_tokens` for `fuse_inattentive_tokens`, which it replaced, and a warning.
+
+    Raises: ValueError if both are given and contradict each other, or the old one is not True or False.
+    """
+    if "fuse_inattentive_tokens" not in settings:
+        return settings
+    fuses = settings["fuse_inattentive_tokens"]
+    if not isinstance(fuses, bool):
+        raise ValueError(
+            f"`fuse_inattentive_tokens` must be True or False, got {shown(fuses)}: it is `inattentive_tokens` now, "
+            "'fused', 'dropped' or 'counted'."
+        )
+    value = "fused" if fuses else "dropped"
+    given = settings.get("inattentive_tokens")
+    if given not in (None, value):
+        raise ValueError(
+            f"`fuse_inattentive_tokens` {fuses} contradicts `inattentive_tokens` {shown(given)}: leave out the first, "
+            "which is the old name."
+        )
+    logger.warning(f"`fuse_inattentive_tokens={fuses}` is `inattentive_tokens={value!r}` now.")
+    rest = {name: entry for name, entry in settings.items() if name != "fuse_inattentive_tokens"}
+    return {**rest, "inattentive_tokens": value}
 
 
 def refuse_misspelt_names(names: Iterable[str], known: Iterable[str]) -> None:
@@ -185,18 +279,23 @@ def takes_foreign_numbers(config_class: Class) -> Class:
 @takes_foreign_numbers
 @strict
 class EViTConfig(ViTConfig):
-    r"""Configuration of an EViT: all fields of `transformers.ViTConfig`, and six of its own.
+    r"""Configuration of an EViT: all fields of `transformers.ViTConfig`, and seven of its own.
 
     It holds what rebuilds the network, not schedules and other matters of training.
 
     Args:
         keep_rate: share of image tokens kept at each reorganization layer, in (0, 1]: one number for all of them, or a
-            list with one for each. 1.0 is the plain ViT.
+            list with one for each. 1.0 is the plain ViT. For a model that is or will be trained for it. Default: 0.7,
+            or None with `macs`.
+        macs: instead of `keep_rate`, for a model that was not trained to lose tokens: share of the dense model's
+            multiply-accumulate operations (patch embedding and layers), in (0, 1]. Every reorganization layer gives up
+            the same number of tokens, and at least 16 are left.
         reorganization_layers: zero-based layers that reorganize their tokens between attention and MLP, strictly
-            increasing. Default: one, two and three quarters of the depth, [3, 6, 9] for 12 layers. An empty list is
-            the plain ViT.
-        fuse_inattentive_tokens: whether the inattentive tokens are fused into one, weighted by the class token's
-            attention (the paper's default), or dropped.
+            increasing. Default: one, two and three quarters of the depth, [3, 6, 9] for 12 layers, and with `macs` all
+            layers. An empty list is the plain ViT.
+        inattentive_tokens: what becomes of the tokens that are not kept. "fused": they become one token, weighted by
+            the class token's attention (the paper's default). "dropped": nothing. "counted": each is counted by the
+            kept token that it resembles most, which is attended to the more (the default with `macs`).
         drop_path_rate: stochastic depth rate of the last layer, in [0, 1); layer i of n gets `rate * i / (n - 1)`. It
             acts only in training. The paper trains with 0.1.
         use_distillation_token: whether a distillation token follows the class token, as in distilled DeiT. It is not
@@ -206,7 +305,8 @@ class EViTConfig(ViTConfig):
 
     Raises: an error that names the field, its value and the way out, for values out of range, of the wrong type or
         in contradiction. It is a `StrictDataclassError` of huggingface_hub when the configuration is built and a
-        ValueError when a field is set later. TypeError for a misspelt field.
+        ValueError when a field is set later, or for keywords that contradict each other. TypeError for a misspelt
+        field.
 
     Example:
         >>> from evit_hf import EViTConfig, EViTForImageClassification
@@ -223,6 +323,8 @@ class EViTConfig(ViTConfig):
     keys_to_ignore_at_inference = [
         "attentive_index",
         "patch_index",
+        "token_sizes",
+        "counted_by",
         "class_attention",
         "cls_logits",
         "distillation_logits",
@@ -232,9 +334,11 @@ class EViTConfig(ViTConfig):
     ]
 
     # In quotes for `@strict`, whose own type errors name no way out: `_check_own_fields` checks types as well.
-    keep_rate: "float | list[float]" = 0.7
-    reorganization_layers: "list[int]" = None  # type: ignore[assignment]  # filled in by `__post_init__`
-    fuse_inattentive_tokens: "bool" = True
+    # Those that are None here are filled in by `__post_init__`.
+    keep_rate: "float | list[float]" = None  # type: ignore[assignment]
+    macs: "float | None" = None
+    reorganization_layers: "list[int]" = None  # type: ignore[assignment]
+    inattentive_tokens: "str" = None  # type: ignore[assignment]
     drop_path_rate: "float" = 0.0
     use_distillation_token: "bool" = False
     scoring_tokens: "str" = "class"
@@ -243,10 +347,13 @@ class EViTConfig(ViTConfig):
         """Fill in what depends on other fields and refuse misspelt ones."""
         # A ViT's config.json names its own model type; as an instance attribute it would shadow ours.
         kwargs.pop("model_type", None)
+        if "fuse_inattentive_tokens" in kwargs:
+            old = {"fuse_inattentive_tokens": kwargs.pop("fuse_inattentive_tokens")}
+            self.inattentive_tokens = renamed_settings({**vars(self), **old})["inattentive_tokens"]
         refuse_misspelt_names(kwargs, OWN_FIELDS)
         self._check_what_transformers_reads(kwargs)
-        if self.reorganization_layers is None:
-            self.reorganization_layers = default_reorganization_layers(self.num_hidden_layers)
+        for name, value in budget_defaults(vars(self), self.num_hidden_layers).items():
+            setattr(self, name, value)
         try:
             super().__post_init__(**kwargs)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -261,18 +368,27 @@ class EViTConfig(ViTConfig):
         """Set a field; once the configuration is built, our own fields are checked before anything changes."""
         if name == "num_labels":
             NUM_LABELS.check(name, value)
+        if name == "fuse_inattentive_tokens":
+            name, value = "inattentive_tokens", renamed_settings({name: value})["inattentive_tokens"]
         if name not in OWN_FIELDS:
             return super().__setattr__(name, value)
         if isinstance(value, tuple):
             value = list(value)  # JSON has no tuples: a saved and reloaded configuration must equal this one
-        before = self.__dict__.get(name)
-        super().__setattr__(name, value)
-        if self.__dict__.get("_is_complete"):
-            try:
-                self._check_own_fields()
-            except ValueError:
-                super().__setattr__(name, before)
-                raise
+        if not self.__dict__.get("_is_complete"):
+            return super().__setattr__(name, value)
+        changes = {name: value}
+        if name in ("keep_rate", "macs") and value is not None:  # the other one gives way
+            now = {field: getattr(self, field) for field in BUDGET_FIELDS}
+            changes = budget_defaults(changed_budget(now, changes), self.num_hidden_layers)
+        before = {field: self.__dict__.get(field) for field in changes}
+        for field, entry in changes.items():
+            super().__setattr__(field, entry)
+        try:
+            self._check_own_fields()
+        except ValueError:
+            for field, entry in before.items():
+                super().__setattr__(field, entry)
+            raise
 
     def validate_fields(self) -> None:
         """Raise ValueError unless all fields have values that a model can be built from."""
@@ -347,11 +463,14 @@ class EViTConfig(ViTConfig):
     def _check_own_fields(self) -> None:
         """Raise ValueError unless the fields that a ViT does not have are right, by themselves and together."""
         self._check_reorganization_layers()
-        check_keep_rate(self.keep_rate, len(self.reorganization_layers))
-        if not isinstance(self.fuse_inattentive_tokens, bool):
+        if self.macs is None:
+            check_keep_rate(self.keep_rate, len(self.reorganization_layers))
+        else:
+            check_macs(self.macs)
+        if self.inattentive_tokens not in INATTENTIVE_TOKENS:
             raise ValueError(
-                f"`fuse_inattentive_tokens` must be True or False, got {shown(self.fuse_inattentive_tokens)}: "
-                "pass True to fuse the inattentive tokens into one, False to drop them."
+                f"`inattentive_tokens` must be 'fused', 'dropped' or 'counted', got {shown(self.inattentive_tokens)}: "
+                "the paper's is 'fused'."
             )
         rate = self.drop_path_rate
         if not is_number(rate) or not 0 <= rate < 1:
@@ -447,16 +566,17 @@ class EViTConfig(ViTConfig):
         Transformers sets the keywords one after the other on the finished object; a new `keep_rate` list would then be
         compared with the old `reorganization_layers`.
         """
+        kwargs = renamed_settings(kwargs)
         refuse_misspelt_names(kwargs, OWN_FIELDS)
         names = (*OWN_FIELDS, *VIT_RULES)
-        return super().from_dict(
-            {**config_dict, **{name: kwargs.pop(name) for name in names if name in kwargs}}, **kwargs
-        )
+        given = {name: kwargs.pop(name) for name in names if name in kwargs}
+        budget = {name: given.pop(name) for name in BUDGET_FIELDS if name in given}
+        return super().from_dict({**changed_budget(renamed_settings(config_dict), budget), **given}, **kwargs)
 
     @classmethod
     def field_names(cls) -> set[str]:
         """Names of all fields that a keyword of `from_pretrained` can set."""
-        return {field.name for field in fields(cls)} - {"dtype"} | {"num_labels"}
+        return {field.name for field in fields(cls)} - {"dtype"} | {"num_labels", "fuse_inattentive_tokens"}
 
     def to_dict(self) -> dict[str, Any]:
         """Return all that config.json needs, without what this object keeps for itself."""
@@ -491,14 +611,29 @@ class EViTConfig(ViTConfig):
 
     @property
     def layer_keep_rates(self) -> dict[int, float]:
-        """Keep rate of each reorganization layer, by zero-based layer number."""
-        return keep_rate_by_layer(self.keep_rate, self.reorganization_layers)
+        """Keep rate of each reorganization layer, by zero-based layer number; none with `macs`."""
+        return {} if self.macs is not None else keep_rate_by_layer(self.keep_rate, self.reorganization_layers)
+
+    @property
+    def costs(self) -> TowerCosts:
+        """Multiply-accumulate operations by what they are proportional to."""
+        patch_height, patch_width = height_and_width(self.patch_size)
+        return TowerCosts(
+            patch=self.hidden_size * self.num_channels * patch_height * patch_width,
+            attention=4 * self.hidden_size**2,
+            pair=2 * self.hidden_size,
+            feed_forward=2 * self.hidden_size * self.intermediate_size,
+            key=getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads,
+            num_layers=self.num_hidden_layers,
+            num_prefix_tokens=self.num_prefix_tokens,
+        )
 
 
 OWN_FIELDS = (
     "keep_rate",
+    "macs",
     "reorganization_layers",
-    "fuse_inattentive_tokens",
+    "inattentive_tokens",
     "drop_path_rate",
     "use_distillation_token",
     "scoring_tokens",
@@ -523,11 +658,18 @@ GEOMETRY = (
 EViTConfig.register_for_auto_class()
 
 __all__ = [
+    "BUDGET_FIELDS",
+    "DEFAULT_KEEP_RATE",
+    "DEFAULT_MACS",
     "EViTConfig",
+    "budget_defaults",
+    "changed_budget",
     "check_keep_rate",
+    "check_macs",
     "default_reorganization_layers",
     "height_and_width",
     "keep_rate_by_layer",
     "python_value",
     "refuse_misspelt_names",
+    "renamed_settings",
 ]

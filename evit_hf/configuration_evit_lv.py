@@ -6,6 +6,7 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 
 from .configuration_evit import EViTConfig, height_and_width, is_number, is_whole_number, shown, takes_foreign_numbers
+from .token_reorganization import TowerCosts
 
 
 # A class of its own, not more fields of EViTConfig: an LV-ViT has other parameters than a ViT (stem, auxiliary head),
@@ -77,6 +78,13 @@ class EViTLVConfig(EViTConfig):
         height, width = height_and_width(self.image_size if image_size is None else image_size)
         patch = height_and_width(self.patch_size)[0] // 2
         return -(-height // 2) // patch, -(-width // 2) // patch
+
+    @property
+    def costs(self) -> TowerCosts:
+        """Multiply-accumulate operations by what they are proportional to; the stem's are those of whole patches."""
+        stem, patch = self.stem_hidden_size, height_and_width(self.patch_size)[0] // 2
+        convolutions = patch**2 * stem * (7 * 7 * self.num_channels + 2 * 3 * 3 * stem)
+        return super().costs._replace(patch=convolutions + self.hidden_size * stem * patch**2)
 
 
 EViTLVConfig.register_for_auto_class()

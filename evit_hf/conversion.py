@@ -34,7 +34,7 @@ from .checkpoint_files import (
     tensor_shapes,
     weight_files,
 )
-from .configuration_evit import EViTConfig
+from .configuration_evit import EViTConfig, changed_budget
 from .configuration_evit_lv import EViTLVConfig
 from .dinov2_weights import dinov2_model
 from .image_processors import processor_for_size, timm_processor
@@ -89,7 +89,8 @@ def convert_checkpoint(
     *,
     keep_rate: float | list[float] | None = None,
     reorganization_layers: list[int] | None = None,
-    fuse_inattentive_tokens: bool | None = None,
+    macs: float | None = None,
+    inattentive_tokens: str | None = None,
     image_size: int | Sequence[int] | None = None,
     labels: list[str] | None = None,
     num_attention_heads: int | None = None,
@@ -103,7 +104,10 @@ def convert_checkpoint(
         source: a file, a folder, a Hub id, a timm model, or a state dict with official, DeiT, timm or LV-ViT names.
         keep_rate: in (0, 1]; by default what the source was trained with, 1.0 for a dense model.
         reorganization_layers: zero-based; by default the source's, or one, two and three quarters of the depth.
-        fuse_inattentive_tokens: by default the source's, or True.
+        macs: instead of `keep_rate`, for a source that was not trained to lose tokens: share of the dense model's
+            operations, see `EViTConfig`.
+        inattentive_tokens: "fused", "dropped" or "counted"; by default the source's, or "fused" ("counted" with
+            `macs`).
         image_size: pixels, one number or (height, width). A size other than the source's resizes the position
             embeddings bicubically. A state dict does not say its image size: a rectangle with as many patches as it
             has positions is taken as the source's own.
@@ -123,7 +127,8 @@ def convert_checkpoint(
     overrides = {
         "keep_rate": keep_rate,
         "reorganization_layers": reorganization_layers,
-        "fuse_inattentive_tokens": fuse_inattentive_tokens,
+        "macs": macs,
+        "inattentive_tokens": inattentive_tokens,
     }
     overrides = {name: value for name, value in overrides.items() if value is not None}
     given = {"num_attention_heads": num_attention_heads, "residual_scale": residual_scale}
@@ -216,10 +221,10 @@ def _from_weights(
     fields = configuration_fields(found, given, image_size)
     source_format, trained = trained_reorganization(found)
     if dinov2_features(found.tensors) or is_packed_swiglu(found.tensors):
-        return _from_dinov2(found, fields, {"keep_rate": 1.0, **overrides}, allow_non_finite)
+        return _from_dinov2(found, fields, changed_budget({"keep_rate": 1.0}, overrides), allow_non_finite)
     config_class = EViTLVConfig if found.is_lvvit else EViTConfig
     try:
-        config = config_class(**{**fields, "keep_rate": 1.0, **trained, **overrides})
+        config = config_class(**changed_budget({**fields, "keep_rate": 1.0, **trained}, overrides))
     except StrictDataclassError as error:
         raise ConversionError(f"`{found.source}` cannot be an EViT: {error.__cause__ or error}") from None
     model, state_dict = translated(found, config, allow_non_finite)
@@ -270,7 +275,7 @@ def _from_transformers(
         model_class = EViTModel
     elif not architecture.endswith("ForImageClassification"):
         raise ConversionError(f"`{source}` is a {architecture}: EViT has classifiers and plain models only.")
-    if "keep_rate" not in config_dict:
+    if not {"keep_rate", "macs"} & (config_dict.keys() | overrides.keys()):
         overrides = {"keep_rate": 1.0, **overrides}
     for name, value in given.items():
         if config_dict.get(name, value) != value:

@@ -113,7 +113,7 @@ class AnswerAtKeepRate(nn.Module):
                 hidden_states, *_ = layer(hidden_states, num_queries=num_queries, takes_short_cuts=True)
                 continue
             # Attend
-            attended, _, scores = layer.attention(layer.layernorm_before(hidden_states), score_tokens=True)
+            attended, _, scores, _ = layer.attention(layer.layernorm_before(hidden_states), score_tokens=True)
             hidden_states = hidden_states + layer.residual_branch(attended)
 
             # Reorganize
@@ -125,9 +125,11 @@ class AnswerAtKeepRate(nn.Module):
             if gives_features:  # where nothing is given up, the model leaves the tokens in their order
                 in_order = -torch.arange(num_image_tokens, device=scores.device, dtype=scores.dtype)
                 order = torch.where(kept == num_image_tokens, in_order, scores)
-            hidden_states = layer.rearrange(hidden_states, layer.choose_tokens(scores, num_attentive, order))
+            hidden_states = layer.rearrange(
+                hidden_states, layer.choose_tokens(scores, num_attentive, config.inattentive_tokens, order)
+            )
             num_image_tokens = num_attentive
-            if config.fuse_inattentive_tokens:
+            if config.inattentive_tokens == "fused":
                 num_image_tokens = num_attentive + num_fused
                 # Not a slice, whose length torch.export of 2.7 cannot tell.
                 left = torch.arange(num_prefix_tokens + num_image_tokens, device=hidden_states.device)
@@ -145,10 +147,15 @@ class AnswerAtKeepRate(nn.Module):
 
 
 def _plain_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **kwargs: Any
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention without mask and without asking how long the sequence is, which a graph does not know."""
-    output = nn.functional.scaled_dot_product_attention(query, key, value, scale=kwargs["scaling"])
+    """Attention without asking how long the sequence is, which a graph does not know."""
+    output = nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, scale=kwargs["scaling"])
     return output.transpose(1, 2), None
 
 
@@ -194,6 +201,11 @@ def _check_keep_rate_input(model: PreTrainedModel, keep_rate_is_input: bool) -> 
         )
     if keep_rate_is_input and isinstance(model, EViTLVForImageClassification):
         raise ExportError("LV-ViT classifies every token, so its keep rate has to be fixed: leave out the input.")
+    if keep_rate_is_input and (model.config.macs is not None or model.config.inattentive_tokens == "counted"):
+        raise ExportError(
+            "Only the keep rate of a model whose inattentive tokens are fused or dropped can be an input: leave it "
+            "out, or call `set_keep_rate` first."
+        )
     if keep_rate_is_input and not model.config.reorganization_layers:
         raise ExportError("`reorganization_layers` is empty: there is no keep rate that could be an input.")
 
@@ -252,7 +264,8 @@ def export_model(
         "num_keep_rates": len(tower.config.reorganization_layers) if keep_rate_is_input else 0,
         "default_keep_rate": tower.config.keep_rate,
         "num_patches": math.prod(tower.patch_grid((height, width))),
-        "fuse_inattentive_tokens": tower.config.fuse_inattentive_tokens,
+        "macs": tower.config.macs,
+        "inattentive_tokens": tower.config.inattentive_tokens,
         "torch": torch.__version__,
     }
     with complete_folder(folder) as work:
@@ -396,6 +409,7 @@ def load_exported(folder: str | os.PathLike, num_threads: int | None = None) -> 
     record = json.loads((folder / "export.json").read_text())
     run = _LOADERS[record["format"]](folder / record["file"], num_threads)
     num_keep_rates, default = record["num_keep_rates"], record["default_keep_rate"]
+    fuses = record.get("inattentive_tokens") == "fused" or record.get("fuse_inattentive_tokens", False)  # the old name
 
     def answer(pixel_values: torch.Tensor, keep_rate: float | Sequence[float] | None = None) -> torch.Tensor:
         pixel_values = pixel_values.float()
@@ -409,7 +423,7 @@ def load_exported(folder: str | os.PathLike, num_threads: int | None = None) -> 
         by_layer = keep_rate_by_layer(default if keep_rate is None else keep_rate, range(num_keep_rates))
         rates = list(by_layer.values())
         if record["format"] == "openvino":
-            rates = robust_keep_rates(rates, record["num_patches"], record["fuse_inattentive_tokens"])
+            rates = robust_keep_rates(rates, record["num_patches"], fuses)
         return run(pixel_values, torch.tensor(rates, dtype=torch.float64))
 
     return answer
@@ -613,7 +627,7 @@ def example_code(record: dict[str, Any], processor: BaseImageProcessor) -> str:
     keep_rates = [arguments.keep_rate] * {record["num_keep_rates"]}  # one for each layer that gives up patches"""
         if is_robust:
             rates += f"""
-    keep_rates = robust_keep_rates(keep_rates, {record["num_patches"]}, {record["fuse_inattentive_tokens"]})"""
+    keep_rates = robust_keep_rates(keep_rates, {record["num_patches"]}, {record["inattentive_tokens"] == "fused"})"""
         rates += "\n    keep_rates = np.array(keep_rates)"
     if record.get("output") == "last_hidden_state":
         show = 'print(f"{path}: features {answer.shape[1:]} of class token and patches, {answer[0, 0, :4]} ...")'

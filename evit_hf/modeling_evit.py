@@ -42,7 +42,6 @@ from .configuration_evit import (
     EViTConfig,
     height_and_width,
     is_whole_number,
-    keep_rate_by_layer,
     python_value,
     refuse_misspelt_names,
 )
@@ -52,17 +51,20 @@ from .short_cuts import classes_of, modules_below, plain_road_wanted
 from .token_labelling import mix_tokens
 from .token_reorganization import (
     TokenChoice,
-    append_fused_patch,
+    all_patches,
     attention_by_patch,
     choose_tokens,
     class_token_attention,
     class_token_probabilities,
     follow_patches,
-    num_attentive_tokens,
+    follow_tokens,
+    log_sizes,
+    mean_keys,
     rearrange_tokens,
     reorganize_token_mask,
     scores_by_patch,
 )
+from .tokens_left import TokenPlan, scored_layers, scores_by_layer, token_plan
 
 
 logger = logging.get_logger(__name__)
@@ -93,6 +95,7 @@ class EViTForwardKeywords(TransformersKwargs, total=False):
     interpolate_pos_encoding: bool | None
     attention_mask: torch.Tensor | None
     keep_rate: float | Sequence[float] | None
+    macs: float | None
     patch_scores: torch.Tensor | Sequence[torch.Tensor] | None
     mix_box: tuple[int, int, int, int] | None
     output_class_attention: bool | Sequence[int]
@@ -165,6 +168,12 @@ class EViTModelOutput(AttentiveIndexOutput, BaseModelOutputWithPooling):
             the fused token of an earlier layer, where it was kept. A layer that keeps all tokens lists all of them.
         patch_index: (batch_size, num_image_tokens_left), position in the original patch grid of each token that is
             left after the prefix tokens; -1 for a fused token.
+        token_sizes: where inattentive tokens are counted, (batch_size, num_image_tokens_left), float32: how many
+            patches each of those tokens counts, itself included. They sum to the number of patches (of those that
+            `attention_mask` does not hide).
+        counted_by: where inattentive tokens are counted, (batch_size, num_patches): which of those tokens, by position
+            among them, counts each patch of the original grid. `features[:, num_prefix_tokens:].gather(1, counted_by)`
+            (expanded by hidden_size) puts features back on the whole grid.
         class_attention: with `output_class_attention`, (batch_size, num_layers, num_patches), float32: attention that
             the class token pays to each patch of the original grid at each of those layers, mean over heads; 0 for
             patches that were given up before.
@@ -172,6 +181,8 @@ class EViTModelOutput(AttentiveIndexOutput, BaseModelOutputWithPooling):
 
     attentive_index: tuple[torch.LongTensor, ...] | None = None
     patch_index: torch.LongTensor | None = None
+    token_sizes: torch.Tensor | None = None
+    counted_by: torch.LongTensor | None = None
     class_attention: torch.Tensor | None = None
 
 
@@ -186,11 +197,15 @@ class EViTImageClassifierOutput(AttentiveIndexOutput, ImageClassifierOutput):
         attentions: see `EViTModelOutput`.
         attentive_index: see `EViTModelOutput`.
         patch_index: see `EViTModelOutput`.
+        token_sizes: see `EViTModelOutput`; those of the patches in `attentive_index[-1]`.
+        counted_by: see `EViTModelOutput`.
         class_attention: see `EViTModelOutput`.
     """
 
     attentive_index: tuple[torch.LongTensor, ...] | None = None
     patch_index: torch.LongTensor | None = None
+    token_sizes: torch.Tensor | None = None
+    counted_by: torch.LongTensor | None = None
     class_attention: torch.Tensor | None = None
 
 
@@ -276,6 +291,7 @@ class EViTAttention(ViTAttention):
     Differences from ViTAttention:
         - on request it returns the class token's attention to the image tokens. Fused kernels return no attention map,
           so that one row is computed from query and key as well; the eager map is read where it exists;
+        - on request it returns the keys, by which tokens are compared;
         - as short cuts, only the first tokens can be the queries, the output projection can be left to the caller, and
           `linear` can run the projections.
     """
@@ -289,18 +305,20 @@ class EViTAttention(ViTAttention):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         score_tokens: bool = False,
+        compare_tokens: bool = False,
         token_mask: torch.Tensor | None = None,
         num_queries: int | None = None,
         projects: bool = True,
         takes_short_cuts: bool = False,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Attend.
 
         Args:
             hidden_states: (batch_size, sequence_length, hidden_size).
             attention_mask: in the form that the attention implementation wants, or None.
             score_tokens: whether to return the class token's attention.
+            compare_tokens: whether to return the keys, see `token_reorganization.mean_keys`.
             token_mask: (batch_size, sequence_length), the mask that `attention_mask` was made of.
             num_queries: how many tokens, from the first on, look at all tokens; None for all of them.
             projects: False leaves the output projection to the caller.
@@ -308,8 +326,9 @@ class EViTAttention(ViTAttention):
             **kwargs: handed to the attention implementation.
 
         Returns: output (batch_size, num_queries, hidden_size); attention map or None; class token attention
-            (batch_size, num_image_tokens) or None. The latter never passes through attention dropout: noise would
-            choose the tokens (the official code lets it).
+            (batch_size, num_image_tokens) or None; keys (batch_size, num_image_tokens, head_dim) or None. Class token
+            attention never passes through attention dropout: noise would choose the tokens (the official code lets
+            it).
         """
         project = linear if takes_short_cuts else called
         queries = hidden_states if num_queries is None else hidden_states[:, :num_queries]
@@ -322,6 +341,9 @@ class EViTAttention(ViTAttention):
         implementation = self.config._attn_implementation
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
+        bias = None  # what was added to the logits
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.is_floating_point():
+            bias, attention_mask = attention_mask, attention_mask.to(query.dtype)
         output, attention_map = attention_interface(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
@@ -329,18 +351,19 @@ class EViTAttention(ViTAttention):
         if projects:
             output = project(self.o_proj, output)
 
+        keys = mean_keys(key, self.num_prefix_tokens) if compare_tokens else None
         if not score_tokens:
-            return output, attention_map, None
+            return output, attention_map, None, keys
         # An eager map has passed through dropout, and through float32 even in a float64 model.
         has_clean_map = implementation == "eager" and not dropout and query.dtype != torch.float64
         num_scoring = self.config.num_scoring_tokens
         probabilities = (
             attention_map
             if has_clean_map
-            else class_token_probabilities(query, key, self.scaling, token_mask, num_scoring)
+            else class_token_probabilities(query, key, self.scaling, token_mask, num_scoring, bias)
         )
         scores = class_token_attention(probabilities, self.num_prefix_tokens, num_scoring)
-        return output, attention_map, scores
+        return output, attention_map, scores, keys
 
 
 class EViTMLP(ViTMLP):
@@ -402,48 +425,58 @@ class EViTLayer(ViTLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         num_attentive: int | None = None,
+        inattentive_tokens: str = "fused",
         token_scores: torch.Tensor | None = None,
+        token_sizes: torch.Tensor | None = None,
         token_mask: torch.Tensor | None = None,
         score_tokens: bool = False,
         num_queries: int | None = None,
         takes_short_cuts: bool = False,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, TokenChoice | None, torch.Tensor | None]:
         """One layer.
 
         Args:
             hidden_states: (batch_size, sequence_length, hidden_size).
             attention_mask: see `EViTAttention.forward`.
             num_attentive: image tokens to keep; None for a plain ViT layer.
+            inattentive_tokens: what becomes of the others, see `token_reorganization.choose_tokens`.
             token_scores: (batch_size, num_image_tokens), scores from outside that choose the tokens.
+            token_sizes: (batch_size, num_image_tokens), how many patches each of them counts; None for one each.
             token_mask: see `EViTAttention.forward`.
             score_tokens: whether to return the class token's attention from a plain ViT layer too.
-            num_queries: compute only this many tokens, from the first on; None for all of them. Such a layer
-                reorganizes nothing.
+            num_queries: compute only this many tokens, from the first on; None for all of them. Such a layer chooses
+                tokens if it is asked to, and returns none of them.
             takes_short_cuts: whether nobody would see them, see `short_cuts`. The modules are called in the order of
                 the paper otherwise.
             **kwargs: handed to the attention implementation.
 
-        Returns: hidden states, (batch_size, sequence_length left, hidden_size); the kept tokens as positions among
-            this layer's image tokens, (batch_size, num_attentive), or None; the class token's attention to this
-            layer's image tokens, (batch_size, num_image_tokens), or None.
+        Returns: hidden states, (batch_size, sequence_length left, hidden_size); the choice of tokens, or None; the
+            class token's attention to this layer's image tokens, (batch_size, num_image_tokens), or None.
         """
-        reorganizes = num_attentive is not None
-        projects_late = takes_short_cuts and reorganizes and not (self.dropout.training and self.dropout.p)
+        chooses, counts = num_attentive is not None, inattentive_tokens == "counted"
+        reorganizes = chooses and num_queries is None
+        # Averaged tokens keep their length, which projecting does not.
+        projects_late = (
+            takes_short_cuts and reorganizes and not counts and not (self.dropout.training and self.dropout.p)
+        )
 
         # Attend
         asked: dict[str, Any] = {}
-        if reorganizes or score_tokens:
+        if chooses or score_tokens:
             asked = {"score_tokens": True, "token_mask": token_mask}
+        if chooses and counts:
+            asked["compare_tokens"] = True
         if takes_short_cuts:
             asked |= {"num_queries": num_queries, "projects": not projects_late, "takes_short_cuts": True}
-        branch, _, *attention = self.attention(self.layernorm_before(hidden_states), attention_mask, **asked, **kwargs)
+        branch, _, *scored = self.attention(self.layernorm_before(hidden_states), attention_mask, **asked, **kwargs)
+        attention, keys = scored if scored else (None, None)
         residual = hidden_states if num_queries is None else hidden_states[:, :num_queries]
 
         # Reorganize
         choice = None
-        if reorganizes:
-            choice = self.choose_tokens(attention[0], num_attentive, token_scores)
+        if chooses:
+            choice = self.choose_tokens(attention, num_attentive, inattentive_tokens, token_scores, keys, token_sizes)
         if projects_late:
             residual, branch = (
                 self.rearrange(residual, choice),
@@ -455,23 +488,31 @@ class EViTLayer(ViTLayer):
 
         # MLP
         hidden_states = self.feed_forward(hidden_states, takes_short_cuts)
-        return hidden_states, None if choice is None else choice.attentive_index, attention[0] if attention else None
+        return hidden_states, choice, attention
 
     def choose_tokens(
-        self, attention: torch.Tensor, num_attentive: int, token_scores: torch.Tensor | None = None
+        self,
+        attention: torch.Tensor,
+        num_attentive: int,
+        inattentive_tokens: str,
+        token_scores: torch.Tensor | None = None,
+        keys: torch.Tensor | None = None,
+        token_sizes: torch.Tensor | None = None,
     ) -> TokenChoice:
         """Choose the tokens that this layer keeps, see `token_reorganization.choose_tokens`."""
         return choose_tokens(
             attention,
             num_attentive,
             num_prefix_tokens=self.config.num_prefix_tokens,
-            fuse_inattentive_tokens=self.config.fuse_inattentive_tokens,
+            inattentive_tokens=inattentive_tokens,
             token_scores=token_scores,
+            keys=keys,
+            token_sizes=token_sizes,
         )
 
     def rearrange(self, hidden_states: torch.Tensor, choice: TokenChoice) -> torch.Tensor:
-        """Keep the chosen tokens and fuse or drop the others, see `token_reorganization.rearrange_tokens`."""
-        return rearrange_tokens(hidden_states, choice.rows, choice.weights, self.config.num_prefix_tokens)
+        """Carry out the choice, see `token_reorganization.rearrange_tokens`."""
+        return rearrange_tokens(hidden_states, choice, self.config.num_prefix_tokens)
 
     def project_late(self, attended: torch.Tensor, choice: TokenChoice) -> torch.Tensor:
         """Project tokens that were reorganized before: exact, since fusing and projecting are both linear.
@@ -549,12 +590,26 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
     def set_keep_rate(self, keep_rate: float | Sequence[float]) -> None:
         """Change the share of image tokens that is kept, from the next forward on. No weight depends on it.
 
+        A model with `macs` becomes one with a keep rate: it reorganizes in the paper's layers, and fuses.
+
         Args:
             keep_rate: in (0, 1], one number for all reorganization layers or one for each. 1.0 is the plain ViT.
 
         Raises: ValueError if it is out of range or of the wrong length.
         """
         self.config.keep_rate = keep_rate
+
+    def set_macs(self, macs: float) -> None:
+        """Change the share of the dense model's operations, from the next forward on. No weight depends on it.
+
+        A model with a keep rate becomes one with `macs`: every layer gives up tokens, and they are counted.
+
+        Args:
+            macs: in (0, 1]. 1.0 is the plain ViT.
+
+        Raises: ValueError if it is out of range. If it is out of reach, the forward says so.
+        """
+        self.config.macs = macs
 
     @torch.no_grad()
     def set_image_size(self, image_size: int | Sequence[int]) -> None:
@@ -617,7 +672,7 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
             return backbone(pixel_values, **kwargs)
         chunks = [backbone(images, **kwargs) for images in pixel_values.split(chunk_size)]
         fields: dict[str, Any] = {}
-        for name in ("last_hidden_state", "patch_index", "class_attention"):
+        for name in ("last_hidden_state", "patch_index", "token_sizes", "counted_by", "class_attention"):
             if getattr(chunks[0], name) is not None:
                 fields[name] = torch.cat([getattr(chunk, name) for chunk in chunks])
         by_layer = zip(*(chunk.attentive_index for chunk in chunks), strict=True)
@@ -763,7 +818,7 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
     """The bare EViT: hidden states of the tokens that are left, and which tokens they are.
 
     Differences from ViTModel:
-        - tokens are reorganized at `config.reorganization_layers`, as many as `keep_rate` says;
+        - tokens are reorganized at `config.reorganization_layers`, as many as `keep_rate` or `macs` says;
         - the output tells which patches were kept.
 
     Args:
@@ -789,16 +844,13 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
         self.training_keep_rate: float | list[float] | None = None
         self.post_init()
 
-    def layer_keep_rates(self, keep_rate: float | Sequence[float] | None = None) -> dict[int, float]:
-        """Keep rate of each reorganization layer, by layer number: this call's, the schedule's or the configuration's.
+    def token_plan(self, keep_rate: float | Sequence[float] | None = None, macs: float | None = None) -> TokenPlan:
+        """How many tokens each layer keeps: as this call, the schedule or the configuration wants.
 
-        Raises: ValueError if `keep_rate` is out of range or of the wrong length.
+        Raises: ValueError if `keep_rate` or `macs` is out of range, or both are given.
         """
-        if keep_rate is None and self.training:
-            keep_rate = self.training_keep_rate
-        if keep_rate is None:
-            keep_rate = self.config.keep_rate
-        return keep_rate_by_layer(keep_rate, self.config.reorganization_layers)
+        scheduled = self.training_keep_rate if self.training else None
+        return token_plan(self.config, len(self.layers), keep_rate, macs, scheduled)
 
     def _inner_modules(self) -> list[nn.Module]:
         """All modules in which somebody could see a short cut."""
@@ -828,6 +880,7 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
         interpolate_pos_encoding: bool | None = None,
         attention_mask: torch.Tensor | None = None,
         keep_rate: float | Sequence[float] | None = None,
+        macs: float | None = None,
         patch_scores: torch.Tensor | Sequence[torch.Tensor] | None = None,
         mix_box: tuple[int, int, int, int] | None = None,
         output_class_attention: bool | Sequence[int] = False,
@@ -841,8 +894,10 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
             pixel_values: (batch_size, num_channels, height, width).
             interpolate_pos_encoding: whether to accept image sizes other than `config.image_size`.
             attention_mask: (batch_size, num_prefix_tokens + num_patches), 0 where a token must not be attended to.
-            keep_rate: for this call, instead of `config.keep_rate`: in (0, 1], one number or one for each
+            keep_rate: for this call, instead of what the configuration says: in (0, 1], one number or one for each
                 reorganization layer.
+            macs: for this call, instead of what the configuration says: share of the dense model's operations, in
+                (0, 1].
             patch_scores: (batch_size, num_patches), or one such tensor for each reorganization layer: scores from
                 outside, by patch of the original grid, that choose the tokens instead of the class token's attention
                 (an oracle, a random baseline, a mask of ones and zeros). That attention still weighs the fused token.
@@ -859,7 +914,7 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
         Returns: `EViTModelOutput`.
 
         Raises: ValueError for missing images, an empty batch, images of the wrong size, a keep rate out of range,
-            scores or a mask of the wrong shape. TypeError for a misspelt keyword.
+            operations out of reach, scores or a mask of the wrong shape. TypeError for a misspelt keyword.
         """
         refuse_misspelt_names(kwargs.keys() - TransformersKwargs.__annotations__.keys(), FORWARD_KEYWORDS)
         if kwargs.pop("bool_masked_pos", None) is not None:
@@ -870,54 +925,71 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
             raise ValueError("`pixel_values` holds no images, got a batch of 0: leave out the call.")
         if takes_short_cuts is None:
             takes_short_cuts = not self._records(kwargs) and not self.plain_road_wanted(pixel_values)
-        keep_rates = self.layer_keep_rates(keep_rate)
-        scored_layers = self._scored_layers(output_class_attention)
+        plan = self.token_plan(keep_rate, macs)
+        counts, implementation = plan.inattentive_tokens == "counted", self.config._attn_implementation
+        if counts and implementation not in ("eager", "sdpa", "evit_export"):
+            raise ValueError(
+                f"`attn_implementation` is {implementation!r}, which cannot weigh counted tokens: set 'sdpa' or "
+                "'eager', or `inattentive_tokens` 'fused' or 'dropped'."
+            )
+        layers_to_score = scored_layers(output_class_attention, plan.layers, len(self.layers))
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding, mix_box)
 
-        num_prefix_tokens, fuse = self.embeddings.num_prefix_tokens, self.config.fuse_inattentive_tokens
+        num_prefix_tokens = self.embeddings.num_prefix_tokens
         batch_size, num_patches = hidden_states.shape[0], hidden_states.shape[1] - num_prefix_tokens
         if not interpolate_pos_encoding:  # a plain number while tracing too
             num_patches = self.embeddings.patch_embeddings.num_patches
-        patch_scores = self._scores_by_layer(patch_scores, batch_size, num_patches)
+        plan = plan.for_images(num_patches, self.config.costs)
+        patch_scores = self._scores_by_layer(patch_scores, plan.layers, batch_size, num_patches)
         token_mask = self._checked_token_mask(attention_mask, batch_size, num_patches)
         mask = self._attention_mask(hidden_states, token_mask)
 
         num_image_tokens = num_patches
-        patch_index = torch.arange(num_patches, device=hidden_states.device).expand(batch_size, -1)
+        tokens = all_patches(batch_size, num_patches, hidden_states.device)
+        if counts and token_mask is not None:
+            tokens = tokens._replace(token_sizes=(token_mask[:, num_prefix_tokens:] != 0).float())
         kept_patches, class_attention = [], {}
         for i, layer in enumerate(self.layers):
-            num_attentive = num_attentive_tokens(keep_rates.get(i, 1.0), num_image_tokens)
+            num_attentive = plan.num_attentive(i, num_image_tokens)
             reorganizes = bool(num_attentive != num_image_tokens)
             asked: dict[str, Any] = {}
             if reorganizes:
-                token_scores = scores_by_patch(patch_scores[i], patch_index) if patch_scores else None
-                asked = {"num_attentive": num_attentive, "token_scores": token_scores, "token_mask": token_mask}
-            elif prefix_tokens_only and takes_short_cuts and layer is self.layers[-1]:
-                asked = {"num_queries": self.last_layer_queries(mask)}
-            if i in scored_layers:
+                asked = {
+                    "num_attentive": num_attentive,
+                    "inattentive_tokens": plan.inattentive_tokens,
+                    "token_scores": scores_by_patch(patch_scores[i], tokens.patch_index) if patch_scores else None,
+                    "token_sizes": tokens.token_sizes,
+                    "token_mask": token_mask,
+                }
+            if prefix_tokens_only and takes_short_cuts and layer is self.layers[-1]:
+                asked["num_queries"] = self.last_layer_queries(mask)
+            if i in layers_to_score:
                 asked |= {"score_tokens": True, "token_mask": token_mask}
             if takes_short_cuts:
                 asked["takes_short_cuts"] = True
-            hidden_states, attentive_index, attention = layer(hidden_states, mask, **asked, **kwargs)
+            hidden_states, choice, attention = layer(hidden_states, mask, **asked, **kwargs)
 
-            if i in scored_layers:
-                class_attention[i] = attention_by_patch(attention, patch_index, num_patches)
-            if reorganizes:
-                patch_index = follow_patches(patch_index, attentive_index)
-            if i in keep_rates:
-                kept_patches.append(patch_index)
+            if i in layers_to_score:
+                class_attention[i] = attention_by_patch(attention, tokens.patch_index, num_patches)
+            if i in plan.layers:
+                kept_patches.append(
+                    follow_patches(tokens.patch_index, choice.attentive_index) if reorganizes else tokens.patch_index
+                )
             if not reorganizes:  # a plain ViT layer
                 continue
-            num_image_tokens = num_attentive
-            if fuse:
-                num_image_tokens = num_attentive + 1
-                patch_index = append_fused_patch(patch_index)
+            tokens = follow_tokens(tokens, choice)
+            num_image_tokens = num_attentive + int(choice.weights is not None)
             if token_mask is not None:
-                token_mask = reorganize_token_mask(token_mask, attentive_index, num_prefix_tokens, fuse)
-            if mask is not None:  # flex attention has one without `attention_mask` too, made for one length
-                mask = self._attention_mask(hidden_states, token_mask)
+                token_mask = reorganize_token_mask(
+                    token_mask, choice.attentive_index, num_prefix_tokens, plan.inattentive_tokens
+                )
+            if mask is not None or counts:  # flex attention has one without `attention_mask` too, made for one length
+                mask = self._attention_mask(hidden_states, token_mask, tokens.token_sizes)
 
+        if counts and tokens.counted_by is None:  # all tokens were kept
+            sizes = torch.ones_like(tokens.patch_index, dtype=torch.float32)
+            tokens = tokens._replace(token_sizes=sizes, counted_by=tokens.patch_index)
         hidden_states = self.layernorm(hidden_states)
         if prefix_tokens_only:
             hidden_states = hidden_states[:, :num_prefix_tokens]
@@ -925,8 +997,12 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
             last_hidden_state=hidden_states,
             pooler_output=self.pooler(hidden_states) if self.pooler is not None else None,
             attentive_index=tuple(kept_patches),
-            patch_index=patch_index,
-            class_attention=torch.stack([class_attention[i] for i in scored_layers], dim=1) if scored_layers else None,
+            patch_index=tokens.patch_index,
+            token_sizes=tokens.token_sizes,
+            counted_by=tokens.counted_by,
+            class_attention=torch.stack([class_attention[i] for i in layers_to_score], dim=1)
+            if layers_to_score
+            else None,
         )
 
     def last_layer_queries(self, mask: Any) -> int | None:
@@ -936,46 +1012,29 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
         others are work that nobody uses, 5 % of a dense DeiT-S. BENCHMARKS.md has what it saves.
 
         Args:
-            mask: what `_attention_mask` returned: its rows can be left out unless it is made for one kernel.
+            mask: what `_attention_mask` returned: it must be the same for all queries.
 
         Returns: their number, or None for all tokens.
         """
-        return self.config.num_prefix_tokens if mask is None else None
-
-    def _scored_layers(self, output_class_attention: bool | Sequence[int]) -> list[int]:
-        """Layers whose class token attention is asked for, by zero-based number."""
-        if isinstance(output_class_attention, bool) or output_class_attention is None:
-            return list(self.config.reorganization_layers) if output_class_attention else []
-        layers = python_value(output_class_attention)
-        if not isinstance(layers, (list, tuple)) or any(
-            not is_whole_number(i) or not 0 <= i < len(self.layers) for i in layers
-        ):
-            raise ValueError(
-                f"`output_class_attention` must be True, False, or a list of layers in [0, {len(self.layers) - 1}], "
-                f"got {output_class_attention!r}: True takes the layers that reorganize."
-            )
-        return list(layers)
+        is_for_all = mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[2] == 1)
+        return self.config.num_prefix_tokens if is_for_all else None
 
     def _scores_by_layer(
-        self, patch_scores: torch.Tensor | Sequence[torch.Tensor] | None, batch_size: int, num_patches: int
+        self,
+        patch_scores: torch.Tensor | Sequence[torch.Tensor] | None,
+        plan_layers: list[int],
+        batch_size: int,
+        num_patches: int,
     ) -> dict[int, torch.Tensor]:
         """Scores from outside, (batch_size, num_patches), by number of the reorganization layer that uses them."""
-        if patch_scores is None:
-            return {}
-        layers = self.config.reorganization_layers
-        by_layer = [patch_scores] * len(layers) if isinstance(patch_scores, torch.Tensor) else list(patch_scores)
-        if len(by_layer) != len(layers):
-            raise ValueError(
-                f"`patch_scores` has {len(by_layer)} tensors but there are {len(layers)} reorganization layers: "
-                "pass one tensor for all of them, or one for each."
-            )
-        for scores in by_layer:
+        by_layer = scores_by_layer(patch_scores, plan_layers)
+        for scores in by_layer.values():
             if tuple(scores.shape) != (batch_size, num_patches):
                 raise ValueError(
                     f"`patch_scores` must be (batch_size, num_patches) = {(batch_size, num_patches)}, got "
                     f"{tuple(scores.shape)}: give one score for each patch, none for the class token."
                 )
-        return dict(zip(layers, by_layer, strict=True))
+        return by_layer
 
     def _checked_token_mask(
         self, attention_mask: torch.Tensor | None, batch_size: int, num_patches: int
@@ -989,9 +1048,22 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
             )
         return attention_mask
 
-    def _attention_mask(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor | None:
+    def _attention_mask(
+        self,
+        hidden_states: torch.Tensor,
+        token_mask: torch.Tensor | None,
+        token_sizes: torch.Tensor | None = None,
+    ) -> Any:
         """Mask in the form that the attention implementation wants, for the tokens that are left."""
-        return create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=token_mask)
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=token_mask)
+        if token_sizes is None:
+            return mask
+        bias = log_sizes(token_sizes, self.config.num_prefix_tokens)
+        if mask is None:
+            return bias
+        if mask.dtype == torch.bool:
+            return bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
+        return mask + bias
 
 
 class EViTForImageClassification(EViTPreTrainedModel, ViTForImageClassification):
@@ -1052,6 +1124,8 @@ class EViTForImageClassification(EViTPreTrainedModel, ViTForImageClassification)
             attentions=outputs.attentions,
             attentive_index=outputs.attentive_index,
             patch_index=outputs.patch_index,
+            token_sizes=outputs.token_sizes,
+            counted_by=outputs.counted_by,
             class_attention=outputs.class_attention,
         )
 
@@ -1069,6 +1143,8 @@ class EViTForImageClassificationWithTeacherOutput(EViTImageClassifierOutput):
         attentions: see `EViTModelOutput`.
         attentive_index: see `EViTModelOutput`.
         patch_index: see `EViTModelOutput`.
+        token_sizes: see `EViTModelOutput`; those of the patches in `attentive_index[-1]`.
+        counted_by: see `EViTModelOutput`.
         class_attention: see `EViTModelOutput`.
     """
 
@@ -1123,6 +1199,8 @@ class EViTForImageClassificationWithTeacher(EViTPreTrainedModel):
             attentions=outputs.attentions,
             attentive_index=outputs.attentive_index,
             patch_index=outputs.patch_index,
+            token_sizes=outputs.token_sizes,
+            counted_by=outputs.counted_by,
             class_attention=outputs.class_attention,
             cls_logits=cls_logits,
             distillation_logits=distillation_logits,

@@ -22,6 +22,7 @@ from .pictures import as_rgb  # noqa: F401 (as above)
 from .short_cuts import plain_road_wanted  # noqa: F401 (as above)
 from .token_labelling import token_labelling_loss
 from .token_reorganization import reorganize_tokens  # noqa: F401 (as above)
+from .tokens_left import TokensLeft  # noqa: F401 (as above)
 
 
 @dataclass
@@ -37,6 +38,8 @@ class EViTLVImageClassifierOutput(EViTImageClassifierOutput):
         attentions: see `EViTModelOutput`.
         attentive_index: see `EViTModelOutput`.
         patch_index: see `EViTModelOutput`.
+        token_sizes: see `EViTModelOutput`.
+        counted_by: see `EViTModelOutput`.
         class_attention: see `EViTModelOutput`.
         cls_logits: (batch_size, num_labels), from the class token.
         aux_logits: (batch_size, num_image_tokens_left, num_labels), from every image token that is left, in the order
@@ -171,6 +174,8 @@ class EViTLVForImageClassification(EViTLVPreTrainedModel):
             attentions=outputs.attentions,
             attentive_index=outputs.attentive_index,
             patch_index=outputs.patch_index,
+            token_sizes=outputs.token_sizes,
+            counted_by=outputs.counted_by,
             class_attention=outputs.class_attention,
             cls_logits=cls_logits,
             aux_logits=aux_logits,

@@ -3,17 +3,17 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .configuration_evit import EViTConfig, height_and_width, keep_rate_by_layer
+from .configuration_evit import EViTConfig, height_and_width
 from .configuration_evit_lv import EViTLVConfig
 from .short_cuts import short_cuts_counted
-from .token_reorganization import num_attentive_tokens
+from .token_reorganization import TowerCosts
+from .tokens_left import TokenPlan, token_plan
 from .towers import example_inputs, tower_of
 
 
@@ -24,46 +24,45 @@ def num_tokens_by_layer(
     config: EViTConfig,
     keep_rate: float | list[float] | None = None,
     image_size: int | tuple[int, int] | None = None,
+    macs: float | None = None,
 ) -> list[tuple[int, int]]:
     """Tokens that each layer's attention and MLP see.
 
     Args:
         config: the model's configuration.
-        keep_rate: instead of `config.keep_rate`: in (0, 1], one number or one for each reorganization layer.
+        keep_rate: instead of the configuration's: in (0, 1], one number or one for each reorganization layer.
         image_size: pixels, (height, width) or one number for both, instead of `config.image_size`.
+        macs: instead of the configuration's: share of the dense model's operations, in (0, 1].
 
     Returns: (tokens in attention, tokens in the MLP) of each layer, prefix tokens included. DeiT-S at keep rate 0.7
         with fusion has 197 tokens before the first reorganization and 140, 100, 72 after the three.
     """
-    return [(before, after) for before, after, _ in _token_counts(config, keep_rate, image_size)]
+    return [(before, after) for before, after, _ in _token_counts(config, keep_rate, image_size, macs)[0]]
 
 
 def _token_counts(
-    config: EViTConfig, keep_rate: float | list[float] | None, image_size: int | tuple[int, int] | None
-) -> list[tuple[int, int, bool]]:
-    keep_rate = config.keep_rate if keep_rate is None else keep_rate
+    config: EViTConfig,
+    keep_rate: float | list[float] | None,
+    image_size: int | tuple[int, int] | None,
+    macs: float | None,
+) -> tuple[list[tuple[int, int, bool]], str]:
+    """See `_tokens_by_layer`, and what becomes of the inattentive tokens."""
     rows, columns = config.patch_grid(image_size)
-    return _tokens_by_layer(
-        config.num_hidden_layers,
-        rows * columns,
-        config.num_prefix_tokens,
-        keep_rate_by_layer(keep_rate, config.reorganization_layers),
-        config.fuse_inattentive_tokens,
-    )
+    plan = token_plan(config, config.num_hidden_layers, keep_rate, macs)
+    return _tokens_by_layer(plan, rows * columns, config.costs), plan.inattentive_tokens
 
 
-def _tokens_by_layer(
-    num_layers: int, num_image_tokens: int, num_prefix_tokens: int, keep_rates: dict[int, float], fuses: bool
-) -> list[tuple[int, int, bool]]:
+def _tokens_by_layer(plan: TokenPlan, num_image_tokens: int, costs: TowerCosts) -> list[tuple[int, int, bool]]:
     """Tokens in attention and in the MLP of each layer, and whether it reorganizes: it may fuse just one token."""
+    plan = plan.for_images(num_image_tokens, costs)
     num_tokens = []
-    for i in range(num_layers):
+    for i in range(costs.num_layers):
         before = num_image_tokens
-        num_attentive = num_attentive_tokens(keep_rates.get(i, 1.0), before)
+        num_attentive = plan.num_attentive(i, before)
         if num_attentive < before:
-            num_image_tokens = num_attentive + fuses
-        after = num_prefix_tokens + num_image_tokens
-        num_tokens.append((num_prefix_tokens + before, after, num_attentive < before))
+            num_image_tokens = num_attentive + (plan.inattentive_tokens == "fused")
+        after = costs.num_prefix_tokens + num_image_tokens
+        num_tokens.append((costs.num_prefix_tokens + before, after, num_attentive < before))
     return num_tokens
 
 
@@ -72,70 +71,59 @@ def num_macs(
     keep_rate: float | list[float] | None = None,
     image_size: int | tuple[int, int] | None = None,
     executed: bool = False,
+    macs: float | None = None,
 ) -> int:
     """Multiply-accumulate operations of one image through the classifier, by formula.
 
     Counted are the patch embedding (with LV-ViT's stem), the attention layers (3 T d^2 for query, key and value,
     2 T^2 d for the map and its product with the values, T d^2 for the projection), the MLP (2 T' d m) and the
     classifiers, as the official code counts them; norms, activations, softmax and the reorganization itself (below
-    0.1 %) are not. T and T' are the tokens before and after the reorganization.
+    0.1 %; 0.2 % where tokens are counted) are not. T and T' are the tokens before and after the reorganization.
 
     Args:
         config: the configuration of an EViT; or a model, EViT or reorganized, see `MacsFormula`.
-        keep_rate: instead of `config.keep_rate`: in (0, 1], one number or one for each reorganization layer.
+        keep_rate: instead of the configuration's: in (0, 1], one number or one for each reorganization layer.
         image_size: pixels, (height, width) or one number for both, instead of the model's own.
         executed: count what this code really runs under sdpa when nobody looks inside (see `short_cuts`): after the
             last attention only the prefix tokens (LV-ViT reads all of them), no output projection of tokens that are
-            given up, the class token's row of attention and the sums of the inattentive tokens.
+            given up, the class token's row of attention, the sums of the inattentive tokens or, where those are
+            counted, the comparison of tokens.
+        macs: instead of the configuration's: share of the dense model's operations, in (0, 1].
 
     Returns: MACs; divide by 1e9 for GMACs. DeiT-S: 4.60 GMACs dense, 3.03 at keep rate 0.7 with fusion, 2.31 at 0.5,
         the 4.6, 3.0 and 2.3 of the paper. Executed are 4.28, 2.90 and 2.25.
     """
     if isinstance(config, nn.Module):
-        return MacsFormula.of(config, image_size)(keep_rate, executed=executed)
-    num_tokens = _token_counts(config, keep_rate, image_size)
+        return MacsFormula.of(config, image_size)(keep_rate, executed, macs)
+    num_tokens, inattentive_tokens = _token_counts(config, keep_rate, image_size, macs)
     hidden_size, num_prefix_tokens = config.hidden_size, config.num_prefix_tokens
-    macs = _patch_embedding_macs(config, *height_and_width(config.image_size if image_size is None else image_size))
+    size = height_and_width(config.image_size if image_size is None else image_size)
+    operations = _patch_embedding_macs(config, *size)
     for i, (attention_tokens, mlp_tokens, reorganizes) in enumerate(num_tokens):
         is_last = i + 1 == len(num_tokens)
         num_queries = attention_tokens
-        if executed and is_last and not reorganizes and not isinstance(config, EViTLVConfig):
+        left = mlp_tokens
+        if executed and is_last and not isinstance(config, EViTLVConfig):
             num_queries = mlp_tokens = num_prefix_tokens
-        num_projected = min(num_queries, mlp_tokens) if executed else num_queries
-        macs += (2 * attention_tokens + num_queries + num_projected) * hidden_size**2
-        macs += 2 * num_queries * attention_tokens * hidden_size
-        macs += 2 * mlp_tokens * hidden_size * config.intermediate_size
+        projects_late = executed and inattentive_tokens != "counted"  # averaging comes after the projection
+        num_projected = min(num_queries, mlp_tokens) if projects_late else num_queries
+        operations += (2 * attention_tokens + num_queries + num_projected) * hidden_size**2
+        operations += 2 * num_queries * attention_tokens * hidden_size
+        operations += 2 * mlp_tokens * hidden_size * config.intermediate_size
         if executed and reorganizes:
-            macs += config.num_scoring_tokens * attention_tokens * hidden_size
-            macs += config.fuse_inattentive_tokens * 2 * (attention_tokens - num_prefix_tokens) * hidden_size
+            operations += config.num_scoring_tokens * attention_tokens * hidden_size
+            num_image_tokens, num_given_up = attention_tokens - num_prefix_tokens, attention_tokens - left
+            sizes = (num_image_tokens, num_given_up, hidden_size, config.costs.key)
+            # Before and after the output projection; after the last attention tokens are chosen only.
+            is_last_of_all = is_last and not isinstance(config, EViTLVConfig)
+            if inattentive_tokens == "fused" and not is_last_of_all:
+                operations += 2 * _reorganization_macs("fused", *sizes)
+            if inattentive_tokens == "counted":
+                operations += _reorganization_macs("counted", *sizes)
+                operations -= is_last_of_all * (num_image_tokens - num_given_up) * num_given_up * hidden_size
     # One classifier for each prefix token and, in LV-ViT, for every image token that is left.
     num_classified = num_tokens[-1][1] if isinstance(config, EViTLVConfig) else num_prefix_tokens
-    return macs + num_classified * hidden_size * config.num_labels
-
-
-class LayerWeights(NamedTuple):
-    """What decides the operations of a layer.
-
-    Args:
-        before: weights of linear layers in front of the reorganization; each token meets all of them.
-        width: of the attention, num_heads * head_dim; each pair of tokens costs twice that.
-        after: weights of linear layers after the reorganization.
-    """
-
-    before: int
-    width: int
-    after: int
-
-    @classmethod
-    def of(cls, layer: nn.Module, attention: str) -> "LayerWeights":
-        """Read a layer whose attribute `attention` holds its attention."""
-        module = getattr(layer, attention)
-        before, every = (
-            sum(part.weight.numel() for part in parts.modules() if isinstance(part, nn.Linear))
-            for parts in (module, layer)
-        )
-        query = getattr(module, "q_proj", None)
-        return cls(before, module.qkv.out_features // 3 if query is None else query.out_features, every - before)
+    return operations + num_classified * hidden_size * config.num_labels
 
 
 @dataclass(frozen=True)
@@ -148,15 +136,13 @@ class MacsFormula:
     Args:
         model: which one, for its settings.
         image_size: pixels, (height, width) or one number for both; None for the model's own.
-        outside: operations that are not in the layers.
-        layers: their weights; none for an EViT.
-        num_image_tokens: of the whole image.
+        outside: operations that are neither in the layers nor in the patch embedding; 0 for an EViT.
+        num_image_tokens: of the whole image; 0 for an EViT.
     """
 
     model: nn.Module
     image_size: int | Sequence[int] | None
     outside: int = 0
-    layers: tuple[LayerWeights, ...] = ()
     num_image_tokens: int = 0
 
     @classmethod
@@ -182,19 +168,18 @@ class MacsFormula:
             raise ValueError(f"`{type(model).__name__}` does not take {size}: {error}") from None
         finally:
             handle.remove()
-        layers = tuple(LayerWeights.of(layer, tower.attention) for layer in tower.layers)
-        length = lengths[0]
-        dense = sum(length * (layer.before + layer.after + 2 * length * layer.width) for layer in layers)
-        return cls(model, image_size, macs - dense, layers, length - tower.num_prefix_tokens)
+        num_image_tokens = lengths[0] - tower.num_prefix_tokens
+        return cls(model, image_size, macs - tower.costs.macs(num_image_tokens, {}), num_image_tokens)
 
-    def __call__(self, keep_rate: KeepRates = None, executed: bool = False) -> int:
+    def __call__(self, keep_rate: KeepRates = None, executed: bool = False, macs: float | None = None) -> int:
         """Multiply-accumulate operations of an image.
 
         Args:
             keep_rate: in (0, 1], one number or one for each reorganization layer; with other layers than the model's,
                 a dictionary of rates by layer number; by default the model's own.
             executed: see `num_macs`; without short cuts these are the class token's row of attention, and the sums of
-                the inattentive tokens.
+                the inattentive tokens or the comparison of tokens.
+            macs: share of the dense model's operations, in (0, 1]; by default the model's own.
         """
         if isinstance(self.model.config, EViTConfig):
             config = self.model.config
@@ -202,20 +187,39 @@ class MacsFormula:
                 config, rates = copy.deepcopy(config), keep_rate
                 config.keep_rate, config.reorganization_layers = 1.0, sorted(rates)
                 keep_rate = [rates[layer] for layer in sorted(rates)]
-            return num_macs(config, keep_rate, self.image_size, executed)
+            return num_macs(config, keep_rate, self.image_size, executed, macs)
         tower = tower_of(self.model)
-        if not isinstance(keep_rate, dict):
-            keep_rate = tower.config.keep_rate if keep_rate is None else keep_rate
-            keep_rate = keep_rate_by_layer(keep_rate, tower.config.reorganization_layers)
-        fuses, num_prefix_tokens = tower.config.fuse_inattentive_tokens, tower.num_prefix_tokens
-        num_tokens = _tokens_by_layer(len(self.layers), self.num_image_tokens, num_prefix_tokens, keep_rate, fuses)
-        macs = self.outside
-        for layer, (before, after, reorganizes) in zip(self.layers, num_tokens, strict=True):
-            macs += before * (layer.before + 2 * before * layer.width) + after * layer.after
+        costs = tower.costs
+        if isinstance(keep_rate, dict):
+            plan = TokenPlan(sorted(keep_rate), tower.config.inattentive_tokens, keep_rate, None)
+        else:
+            plan = token_plan(tower.config, costs.num_layers, keep_rate, macs)
+        num_tokens = _tokens_by_layer(plan, self.num_image_tokens, costs)
+        left = {i: after - costs.num_prefix_tokens for i, (_, after, _) in enumerate(num_tokens)}
+        operations = self.outside + costs.macs(self.num_image_tokens, left)
+        for before, after, reorganizes in num_tokens:
             if executed and reorganizes:
-                macs += tower.num_scoring_tokens * before * layer.width
-                macs += fuses * (before - num_prefix_tokens) * layer.width
-        return macs
+                operations += tower.num_scoring_tokens * before * costs.pair // 2
+                operations += _reorganization_macs(
+                    plan.inattentive_tokens,
+                    before - costs.num_prefix_tokens,
+                    before - after,
+                    costs.pair // 2,
+                    costs.key,
+                )
+        return operations
+
+
+def _reorganization_macs(
+    inattentive_tokens: str, num_image_tokens: int, num_given_up: int, hidden_size: int, key_size: int
+) -> int:
+    """Operations of one layer's fused token, or of comparing and averaging tokens."""
+    if inattentive_tokens == "fused":
+        return num_image_tokens * hidden_size
+    if inattentive_tokens == "counted":
+        pairs = (num_image_tokens - num_given_up) * num_given_up
+        return (num_image_tokens**2 + pairs) * key_size + pairs * hidden_size
+    return 0
 
 
 def keep_rate_for_macs(

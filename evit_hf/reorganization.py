@@ -14,6 +14,7 @@ import functools
 import inspect
 import os
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,27 +30,33 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput, TransformersKwargs
 
 from .configuration_evit import (
+    BUDGET_FIELDS,
+    DEFAULT_MACS,
     EViTConfig,
-    default_reorganization_layers,
+    budget_defaults,
+    changed_budget,
     refuse_misspelt_names,
+    renamed_settings,
 )
 from .reorganization_timm import MODEL_CLASSES, TimmHalves, reason_against, reorganizing_model_class
 from .token_reorganization import (
-    append_fused_patch,
+    TowerCosts,
+    all_patches,
+    choose_tokens,
     class_token_attention,
     class_token_probabilities,
     follow_patches,
-    num_attentive_tokens,
-    reorganize_tokens,
+    follow_tokens,
+    rearrange_tokens,
     scores_by_patch,
 )
-from .tokens_left import TokensLeft, bias_of_pairs, tokens_of_a_pass
+from .tokens_left import Asked, TokensLeft, bias_of_pairs, tokens_of_a_pass
 
 
-# Transformers' sdpa attention that also tells what the class token looks at, where a layer asks for it. No function
-# for masks is registered for it: none is needed, and while tracing Transformers would make a mask of full length.
-SDPA_WITH_CLASS_ROW = "sdpa_with_class_row"
-DEFAULT_KEEP_RATE = 0.7
+# Transformers' attention that also tells what the class token looks at, where a layer asks for it: by the name of the
+# implementation that it stands in for. No functions for masks are registered for them: none is needed, and while
+# tracing Transformers would make a mask of full length.
+WITH_CLASS_ROW = {"sdpa": "sdpa_with_class_row", "eager": "eager_with_class_row"}
 # What a saved model needs to be reorganized without this package.
 CODE_FILES = (
     "reorganization.py",
@@ -67,10 +74,10 @@ def sdpa_with_class_row(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    num_scoring_tokens: int = 0,
+    asked: Asked | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Transformers' sdpa attention; on request with the attention probabilities of the class tokens.
+    """Transformers' sdpa attention, which also answers what a layer asks.
 
     Args:
         module: the attention module.
@@ -79,34 +86,60 @@ def sdpa_with_class_row(
         value: (batch_size, num_key_heads, sequence_length, head_dim).
         attention_mask: additive, (1 or batch_size, num_heads, sequence_length, sequence_length), or None.
         scaling: factor on the dot products; head_dim ** -0.5 by default.
-        num_scoring_tokens: class tokens whose probabilities are wanted.
+        asked: of the layer.
         **kwargs: for `sdpa_attention_forward`.
 
-    Returns: output (batch_size, sequence_length, num_heads, head_dim), and (batch_size, num_heads,
-        num_scoring_tokens, sequence_length) in float32 or None.
+    Returns: output (batch_size, sequence_length, num_heads, head_dim), and None.
     """
     kwargs.pop("tokens", None)
+    if asked is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    attention_mask = asked.mask(attention_mask, query.dtype)
     output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if not num_scoring_tokens:
-        return output, None
-    if key.shape[1] != query.shape[1]:  # grouped keys
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    rows = class_token_probabilities(
-        query, key, scaling, num_scoring_tokens=num_scoring_tokens, position_bias=attention_mask
-    )
-    return output, rows
+
+    def probabilities() -> torch.Tensor:
+        repeats = query.shape[1] // key.shape[1]
+        return class_token_probabilities(
+            query,
+            key.repeat_interleave(repeats, dim=1) if repeats > 1 else key,  # grouped keys
+            query.shape[-1] ** -0.5 if scaling is None else scaling,
+            num_scoring_tokens=asked.num_scoring_tokens,
+            position_bias=attention_mask,
+        )
+
+    asked.answer(key, probabilities)
+    return output, None
 
 
-ALL_ATTENTION_FUNCTIONS.register(SDPA_WITH_CLASS_ROW, sdpa_with_class_row)
+def eager_with_class_row(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    asked: Asked | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The family's own eager attention, which also answers what a layer asks; see `sdpa_with_class_row`."""
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    if asked is None:
+        return eager(module, query, key, value, attention_mask, **kwargs)
+    attention_mask = asked.mask(attention_mask, query.dtype)
+    output, attention_map = eager(module, query, key, value, attention_mask, **kwargs)
+    asked.answer(key, lambda: attention_map)
+    return output, attention_map
+
+
+ALL_ATTENTION_FUNCTIONS.register(WITH_CLASS_ROW["sdpa"], sdpa_with_class_row)
+ALL_ATTENTION_FUNCTIONS.register(WITH_CLASS_ROW["eager"], eager_with_class_row)
 
 
 class ReorganizingLayer:
     """A layer that reorganizes its tokens between its two halves; in front of the layer's own class.
 
     The halves come from a dialect: `attend(hidden_states, attention_mask, **kwargs)` returns the hidden states after
-    attention and residual and whatever else the attention returned, `feed_forward(hidden_states)` returns the
-    layer's output.
+    attention and residual, `feed_forward(hidden_states)` returns the layer's output. The keywords reach the attention
+    function, which answers what the layer asks in `asked`.
     """
 
     layer_number: int
@@ -131,44 +164,46 @@ class ReorganizingLayer:
         if tokens is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
         number, num_image_tokens = self.layer_number, hidden_states.shape[1] - tokens.num_prefix_tokens
-        patch_index = tokens.entering(number)
-        if patch_index is not None:
-            attention_mask, kwargs = self.follow_tokens(tokens, patch_index, attention_mask, kwargs)
-        num_attentive = num_attentive_tokens(tokens.keep_rates.get(number, 1.0), num_image_tokens)
+        if number == 0:
+            tokens.plan, tokens.num_patches = tokens.plan.for_images(num_image_tokens, tokens.costs), num_image_tokens
+        plan, left = tokens.plan, tokens.entering(number)
+        if left is not None:
+            attention_mask, kwargs = self.follow_tokens(tokens, left.patch_index, attention_mask, kwargs)
+        num_attentive = plan.num_attentive(number, num_image_tokens)
         reorganizes, is_scored = num_attentive < num_image_tokens, number in tokens.scored_layers
-        hidden_states, probabilities = self.attend(
-            hidden_states,
-            attention_mask,
-            tokens=tokens,
+        asked = Asked(
             num_scoring_tokens=tokens.num_scoring_tokens if reorganizes or is_scored else 0,
-            **kwargs,
+            compares_tokens=reorganizes and plan.inattentive_tokens == "counted",
+            num_prefix_tokens=tokens.num_prefix_tokens,
+            token_sizes=None if left is None else left.token_sizes,
         )
-        is_whole = patch_index is None
-        if is_whole:
-            tokens.num_patches = num_image_tokens
+        hidden_states = self.attend(hidden_states, attention_mask, tokens=tokens, asked=asked, **kwargs)
+        attention = None
+        if asked.probabilities is not None:
+            attention = class_token_attention(asked.probabilities, tokens.num_prefix_tokens, tokens.num_scoring_tokens)
         if is_scored:
-            attention = class_token_attention(probabilities, tokens.num_prefix_tokens, tokens.num_scoring_tokens)
             tokens.class_attention[number] = attention
-        if is_whole and number in tokens.keep_rates:
-            patch_index = torch.arange(num_image_tokens, device=hidden_states.device)
-            patch_index = patch_index.expand(hidden_states.shape[0], -1)
+        is_whole = left is None
+        if is_whole and number in plan.layers:
+            left = all_patches(hidden_states.shape[0], num_image_tokens, hidden_states.device)
         if reorganizes:
-            attention = class_token_attention(probabilities, tokens.num_prefix_tokens, tokens.num_scoring_tokens)
             scores = tokens.patch_scores.get(number)
-            hidden_states, attentive_index = reorganize_tokens(
-                hidden_states,
+            choice = choose_tokens(
                 attention,
                 num_attentive,
                 num_prefix_tokens=tokens.num_prefix_tokens,
-                fuse_inattentive_tokens=tokens.fuse,
-                token_scores=None if scores is None else scores_by_patch(scores, patch_index),
+                inattentive_tokens=plan.inattentive_tokens,
+                token_scores=None if scores is None else scores_by_patch(scores, left.patch_index),
+                keys=asked.keys,
+                token_sizes=left.token_sizes,
             )
-            patch_index = follow_patches(patch_index, attentive_index)
-        if number in tokens.keep_rates:
-            tokens.attentive_index[number] = patch_index
-            if reorganizes or not is_whole:
-                fuses = reorganizes and tokens.fuse
-                tokens.patch_index[number] = append_fused_patch(patch_index) if fuses else patch_index
+            hidden_states = rearrange_tokens(hidden_states, choice, tokens.num_prefix_tokens)
+            tokens.attentive_index[number] = follow_patches(left.patch_index, choice.attentive_index)
+            tokens.image_tokens[number] = follow_tokens(left, choice)
+        elif number in plan.layers:
+            tokens.attentive_index[number] = left.patch_index
+            if not is_whole:
+                tokens.image_tokens[number] = left
         return self.feed_forward(hidden_states)
 
     def follow_tokens(
@@ -217,12 +252,10 @@ def rotation_of_tokens(
 class ViTHalves:
     """Halves of ViT's layer and of those copied from it, with stochastic depth or without."""
 
-    def attend(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
         """Attention with its residual."""
-        output, probabilities = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
-        return self._branch(output) + hidden_states, probabilities
+        output, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
+        return self._branch(output) + hidden_states
 
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """MLP with its residual."""
@@ -236,12 +269,10 @@ class ViTHalves:
 class Dinov2Halves:
     """Halves of DINOv2's layer: layer scale and stochastic depth."""
 
-    def attend(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
         """Attention with its residual."""
-        output, probabilities = self.attention(self.norm1(hidden_states), attention_mask=attention_mask, **kwargs)
-        return self.drop_path(self.layer_scale1(output)) + hidden_states, probabilities
+        output, _ = self.attention(self.norm1(hidden_states), attention_mask=attention_mask, **kwargs)
+        return self.drop_path(self.layer_scale1(output)) + hidden_states
 
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """MLP with its residual."""
@@ -251,13 +282,11 @@ class Dinov2Halves:
 class CLIPHalves:
     """Halves of CLIP's layer."""
 
-    def attend(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
         """Attention with its residual."""
         normed = self.layer_norm1(hidden_states)
-        output, probabilities = self.self_attn(hidden_states=normed, attention_mask=attention_mask, **kwargs)
-        return hidden_states + output, probabilities
+        output, _ = self.self_attn(hidden_states=normed, attention_mask=attention_mask, **kwargs)
+        return hidden_states + output
 
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """MLP with its residual."""
@@ -275,7 +304,7 @@ class BeitHalves:
         interpolate_pos_encoding: bool = False,
         resolution: tuple[int, int] | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> torch.Tensor:
         """Attention with its residual; `attention_mask` is the bias that all layers share, or None."""
         bias = attention_mask
         if self.relative_position_bias is not None:
@@ -286,8 +315,8 @@ class BeitHalves:
         if bias is not None:
             bias = bias_of_pairs(bias, tokens, self.layer_number)
         normed = self.layernorm_before(hidden_states)
-        output, probabilities = self.attention(normed, attention_mask=bias, tokens=tokens, **kwargs)
-        return self.drop_path(self.lambda_1 * self.dropout(output)) + hidden_states, probabilities
+        output, _ = self.attention(normed, attention_mask=bias, tokens=tokens, **kwargs)
+        return self.drop_path(self.lambda_1 * self.dropout(output)) + hidden_states
 
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """MLP with its residual."""
@@ -307,6 +336,7 @@ class Family:
         num_prefix_tokens: of the module that owns the layers.
         num_class_tokens: of that module: those whose attention scores the image tokens.
         attention: attribute of a layer that holds its attention.
+        pools_patches: whether a pooling layer inside that module averages the patches.
     """
 
     layer: str
@@ -315,6 +345,7 @@ class Family:
     num_prefix_tokens: Callable[[nn.Module], int] = lambda tower: 1
     num_class_tokens: Callable[[nn.Module], int] = lambda tower: 1
     attention: str = "attention"
+    pools_patches: Callable[[nn.Module], bool] = lambda tower: False
 
 
 def _with_registers(tower: nn.Module) -> int:
@@ -377,7 +408,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "chinese_clip_vision_model": _clip("ChineseCLIP", "ChineseCLIPVisionLayer"),
     "altclip_vision_model": _clip("AltCLIP", "AltCLIPEncoderLayer"),
-    "beit": Family("BeitLayer", BeitHalves, ("BeitModel", "BeitForImageClassification")),
+    "beit": Family(
+        "BeitLayer",
+        BeitHalves,
+        ("BeitModel", "BeitForImageClassification"),
+        pools_patches=lambda tower: tower.config.use_mean_pooling,
+    ),
     "timm_wrapper": Family(
         "Block|EvaBlock|EvaBlockPostNorm",
         TimmHalves,
@@ -424,26 +460,36 @@ def reorganize(
     model: nn.Module,
     keep_rate: float | Sequence[float] | None = None,
     *,
+    macs: float | None = None,
     reorganization_layers: Sequence[int] | None = None,
+    inattentive_tokens: str | None = None,
     fuse_inattentive_tokens: bool | None = None,
 ) -> nn.Module:
-    """Let a Vision Transformer keep its attentive tokens, and fuse the rest into one token or drop them.
+    """Let a Vision Transformer keep its attentive tokens only.
+
+    A model that was not trained to lose tokens takes `macs`, which brings all that keeps its answers: the same number
+    of tokens is given up in every layer, and each is counted by the kept token that it resembles most. A model that
+    will be trained for it takes `keep_rate`, the paper's way: three layers, and the rest is fused into one token.
 
     The model stays what it is: its class, its parameters' names, its model type and its checkpoints; `save_pretrained`
-    writes the three settings into config.json, and `reorganize(AutoModel.from_pretrained(folder))` restores them. Its
-    forward then takes `keep_rate`, `patch_scores` and `output_class_attention` as that of `EViTModel` does, and its
-    outputs have the attributes `attentive_index`, `patch_index` and `class_attention`. Called again it changes the
-    settings.
+    writes the settings into config.json, and `reorganize(AutoModel.from_pretrained(folder))` restores them. Its
+    forward then takes `keep_rate`, `macs`, `patch_scores` and `output_class_attention` as that of `EViTModel` does,
+    and its outputs have the attributes `attentive_index`, `patch_index`, `class_attention` and, where tokens are
+    counted, `token_sizes` and `counted_by`. Averages over patches then weigh each token by its size. Called again it
+    changes the settings.
 
     Args:
         model: a model of Transformers or timm, see `families`. It is changed in place and gets a configuration of its
             own. Of an EViT only the settings change.
         keep_rate: share of image tokens kept at each reorganization layer, in (0, 1]: one number, or one for each.
-            By default what its configuration says, or 0.7.
-        reorganization_layers: zero-based layers, strictly increasing; by default what its configuration says, or
-            those at one, two and three quarters of the depth.
-        fuse_inattentive_tokens: whether one token, weighted by class token attention, is appended for the inattentive
-            tokens, or they are dropped; by default what its configuration says, or True.
+        macs: share of the dense model's multiply-accumulate operations (patch embedding and layers), in (0, 1]. With
+            neither it is what the model's configuration says, or `macs=0.66`.
+        reorganization_layers: zero-based layers, strictly increasing; by default what its configuration says, or all
+            layers with `macs`, those at one, two and three quarters of the depth with `keep_rate`.
+        inattentive_tokens: what becomes of the others: "fused" into one token, weighted by class token attention,
+            "dropped", or "counted"; by default what its configuration says, or "counted" with `macs`, "fused" with
+            `keep_rate`.
+        fuse_inattentive_tokens: old name: True is "fused", False "dropped".
 
     Returns: the same model. One of timm answers with a tensor: `model(images, output_attentive_index=True)` returns
         the kept patches as well.
@@ -454,30 +500,32 @@ def reorganize(
         >>> from transformers import AutoModelForImageClassification
         >>> from evit_hf import reorganize
         >>> model = AutoModelForImageClassification.from_pretrained("facebook/dinov2-base-imagenet1k-1-layer")
-        >>> model = reorganize(model, keep_rate=0.7)
-        >>> model(**inputs, keep_rate=0.5).attentive_index  # doctest: +SKIP
+        >>> model = reorganize(model, macs=0.66)
+        >>> model(**inputs, macs=0.5).attentive_index  # doctest: +SKIP
     """
-    chosen = {
+    asked: dict[str, Any] = {
         "keep_rate": keep_rate,
+        "macs": macs,
         "reorganization_layers": reorganization_layers,
-        "fuse_inattentive_tokens": fuse_inattentive_tokens,
+        "inattentive_tokens": inattentive_tokens,
     }
+    if fuse_inattentive_tokens is not None:
+        asked = renamed_settings({**asked, "fuse_inattentive_tokens": fuse_inattentive_tokens})
     if isinstance(getattr(model, "config", None), EViTConfig):
-        _set_own(model.config, chosen)
+        _set_own(model.config, asked)
         return model
     owner, path, family = find_tower(model)
     old = owner.config
     layers = getattr(owner, layers_name(owner, family))
-    defaults = {
-        "keep_rate": DEFAULT_KEEP_RATE,
-        "reorganization_layers": default_reorganization_layers(len(layers)),
-        "fuse_inattentive_tokens": True,
-    }
-    settings = {name: getattr(old, name, None) if value is None else value for name, value in chosen.items()}
-    settings = {name: defaults[name] if value is None else value for name, value in settings.items()}
+    now = {name: getattr(old, name, None) for name in (*BUDGET_FIELDS, "fuse_inattentive_tokens")}
+    if now.pop("fuse_inattentive_tokens") is not None and now["inattentive_tokens"] is None:  # an older config.json
+        now["inattentive_tokens"] = "fused" if old.fuse_inattentive_tokens else "dropped"
+    if all(value is None for value in (keep_rate, macs, now["keep_rate"], now["macs"])):
+        asked["macs"] = DEFAULT_MACS
+    settings = budget_defaults(changed_budget(now, asked), len(layers))
     _check_settings(settings, len(layers))
     implementation = old._attn_implementation
-    if implementation not in ("eager", "sdpa", SDPA_WITH_CLASS_ROW):
+    if implementation not in (*WITH_CLASS_ROW, *WITH_CLASS_ROW.values()):
         raise ValueError(
             f"`attn_implementation` is {implementation!r}, which does not tell what the class token looks at: load "
             "the model with `attn_implementation='sdpa'`, which runs flash kernels on a GPU, or 'eager'."
@@ -490,20 +538,53 @@ def reorganize(
             layer.__class__ = _reorganizing_class(type(layer), family.halves)
             layer.layer_number = number
         owner.training_keep_rate = None  # the rate of a schedule, see `KeepRateCallback`
+        owner.costs = _costs(owner, layers, family)
         for module in path:
             names = tuple(inspect.signature(type(module).forward).parameters)[1:]
             start = functools.partial(_start, owner=owner, names=names)
             module.register_forward_pre_hook(start, with_kwargs=True)
             module.register_forward_hook(_finish, with_kwargs=True)
+        if getattr(owner, "pooler", None) is not None and family.pools_patches(owner):
+            owner.register_forward_hook(functools.partial(_weigh_patches, pools=True), with_kwargs=True)
+        elif len(path) > 1 and "Classification" in type(model).__name__:
+            path[1].register_forward_hook(functools.partial(_weigh_patches, pools=False), with_kwargs=True)
         if isinstance(model, PreTrainedModel):
             model.config.auto_map = {name: "reorganization.ReorganizedAutoModel" for name in _auto_classes(model)}
             model.save_pretrained = functools.partial(_save_pretrained, model.save_pretrained)
     config = owner.config
     for name, value in settings.items():
         setattr(config, name, value)
-    if implementation == "sdpa":
-        config._attn_implementation = SDPA_WITH_CLASS_ROW
+    config._attn_implementation = WITH_CLASS_ROW.get(implementation, implementation)
     return model
+
+
+def _costs(owner: nn.Module, layers: Sequence[nn.Module], family: Family) -> TowerCosts:
+    """Multiply-accumulate operations of a stack of layers, from the sizes of its linear layers and convolutions."""
+    attention = getattr(layers[0], family.attention)
+
+    def sizes(module: nn.Module) -> int:
+        return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+
+    convolutions = (nn.Conv2d, nn.Conv3d)
+    patch = sum(
+        m.weight.numel()
+        for name, child in owner.named_children()
+        if name != layers_name(owner, family)
+        for m in child.modules()
+        if isinstance(m, convolutions)
+    )
+    query = getattr(attention, "q_proj", None)
+    width = attention.qkv.out_features // 3 if query is None else query.out_features
+    heads = next(getattr(attention, name) for name in ("num_attention_heads", "num_heads") if hasattr(attention, name))
+    return TowerCosts(
+        patch=patch,
+        attention=sizes(attention),
+        pair=2 * width,
+        feed_forward=sizes(layers[0]) - sizes(attention),
+        key=width // heads,
+        num_layers=len(layers),
+        num_prefix_tokens=family.num_prefix_tokens(owner),
+    )
 
 
 def families() -> dict[str, str]:
@@ -604,11 +685,13 @@ def _set_own(config: EViTConfig, chosen: dict[str, Any]) -> None:
 
     Raises: ValueError naming the setting, its value and the way out.
     """
-    settings = {name: getattr(config, name) if value is None else value for name, value in chosen.items()}
+    now = {name: getattr(config, name) for name in BUDGET_FIELDS}
+    settings = budget_defaults(changed_budget(now, chosen), config.num_hidden_layers)
     _check_settings(settings, config.num_hidden_layers)
     config.keep_rate = 1.0  # which fits the old layers and the new ones
-    for name in ("reorganization_layers", "keep_rate", "fuse_inattentive_tokens"):
-        setattr(config, name, settings[name])
+    for name in ("macs", "reorganization_layers", "keep_rate", "inattentive_tokens"):
+        if settings[name] is not None:
+            setattr(config, name, settings[name])
 
 
 def _own_configuration(model: PreTrainedModel) -> None:
@@ -690,9 +773,10 @@ def _empty_layer(layer_class: type, halves: type) -> nn.Module:
 class TimmSettings:
     """What a configuration would hold, for a model of timm outside of Transformers."""
 
-    keep_rate: float | list[float] = DEFAULT_KEEP_RATE
+    keep_rate: float | list[float] | None = None
+    macs: float | None = None
     reorganization_layers: list[int] | None = None
-    fuse_inattentive_tokens: bool = True
+    inattentive_tokens: str | None = None
     model_type: str = "timm_wrapper"
     _attn_implementation: str = "sdpa"
 
@@ -706,17 +790,18 @@ def _start(
         kwargs["tokens"] = tokens_of_a_pass(
             owner,
             kwargs.pop("keep_rate", None),
+            kwargs.pop("macs", None),
             kwargs.pop("patch_scores", None),
             num_prefix_tokens=family.num_prefix_tokens(owner),
             num_scoring_tokens=family.num_class_tokens(owner),
-            scored_layers=_scored_layers(kwargs.pop("output_class_attention", False), owner, family),
+            output_class_attention=kwargs.pop("output_class_attention", False),
         )
         refuse_misspelt_names(
             kwargs.keys() - TransformersKwargs.__annotations__.keys(),
-            ("keep_rate", "patch_scores", "output_class_attention"),
+            ("keep_rate", "macs", "patch_scores", "output_class_attention"),
         )
     config, is_vision = owner.config, getattr(module, "config", None) is owner.config
-    if config._attn_implementation not in ("eager", SDPA_WITH_CLASS_ROW):
+    if config._attn_implementation not in WITH_CLASS_ROW.values():
         raise ValueError(
             f"`attn_implementation` was set to {config._attn_implementation!r}, which does not tell what the class "
             "token looks at: set 'sdpa' or 'eager' and call `reorganize(model)` again."
@@ -725,10 +810,11 @@ def _start(
     if is_vision and (given.get("attention_mask") is not None and module.main_input_name != "input_ids"):
         raise ValueError("`attention_mask` cannot follow reorganized tokens yet: leave it out.")
     wants_maps = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
-    if wants_maps and config._attn_implementation != "eager":
+    is_eager = config._attn_implementation == WITH_CLASS_ROW["eager"]
+    if wants_maps and not is_eager:
         raise ValueError("`output_attentions=True` needs the attention maps: load with `attn_implementation='eager'`.")
     drops = max(getattr(config, name, 0.0) for name in ("attention_probs_dropout_prob", "attention_dropout"))
-    if owner.training and drops and config._attn_implementation == "eager":
+    if owner.training and drops and is_eager:
         raise ValueError(
             f"Attention dropout of {drops} would choose the tokens under 'eager', whose map it changes: set 'sdpa' "
             "and call `reorganize(model)` again."
@@ -741,19 +827,6 @@ def _start(
     return args, kwargs
 
 
-def _scored_layers(asked: bool | Sequence[int], owner: nn.Module, family: Family) -> list[int]:
-    """Layers whose class token attention is asked for: True means those that reorganize."""
-    if isinstance(asked, bool):
-        return list(owner.config.reorganization_layers) if asked else []
-    num_layers = len(getattr(owner, layers_name(owner, family)))
-    if any(not 0 <= layer < num_layers for layer in asked):
-        raise ValueError(
-            f"`output_class_attention` must be True, False, or a list of layers in [0, {num_layers - 1}], got "
-            f"{asked!r}: True takes the layers that reorganize."
-        )
-    return list(asked)
-
-
 def _finish(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     """After a model's forward: its output tells which patches were kept.
 
@@ -764,9 +837,30 @@ def _finish(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any)
         return
     if tokens.class_attention:
         output.class_attention = tokens.class_attention_by_patch()
-    if tokens.attentive_index:
-        output.attentive_index = tuple(tokens.attentive_index[layer] for layer in sorted(tokens.attentive_index))
-        output.patch_index = {**tokens.attentive_index, **tokens.patch_index}[max(tokens.attentive_index)]
+    if not tokens.attentive_index:
+        return
+    output.attentive_index = tuple(tokens.attentive_index[layer] for layer in sorted(tokens.attentive_index))
+    left = tokens.leaving()
+    output.patch_index = output.attentive_index[-1] if left is None else left.patch_index
+    if tokens.plan.inattentive_tokens == "counted":
+        sizes, counted_by = torch.ones_like(output.patch_index).float(), output.patch_index
+        output.token_sizes = sizes if left is None else left.token_sizes
+        output.counted_by = counted_by if left is None else left.counted_by
+
+
+def _weigh_patches(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any, pools: bool) -> None:
+    """After the forward of a model whose patches are averaged: weigh the tokens that are left by their sizes.
+
+    Each patch gets the features of the token that counts it, and the average is that of the family. So is a pooling
+    layer of the module's own, which is called again; otherwise the average comes in the classifier around it.
+    """
+    if not isinstance(output, ModelOutput):
+        return
+    features = kwargs["tokens"].on_whole_grid(output.last_hidden_state)
+    if pools:
+        output.pooler_output = module.pooler(features)
+    else:
+        output.last_hidden_state = features
 
 
 __all__ = ["FAMILIES", "REFUSED", "ReorganizingLayer", "TokensLeft", "families", "reorganize"]

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .token_reorganization import class_token_probabilities
-from .tokens_left import TokensLeft, bias_of_pairs, tokens_of_a_pass
+from .tokens_left import Asked, TokensLeft, bias_of_pairs, tokens_of_a_pass
 
 
 # For each class of models: its blocks and attentions that work, and what its answer may be read from. The class tokens
@@ -36,32 +36,33 @@ class TimmHalves:
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
         tokens: TokensLeft,
-        num_scoring_tokens: int = 0,
+        asked: Asked,
         rope: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention with its residual, and the class token's row where it is asked for.
+    ) -> torch.Tensor:
+        """Attention with its residual; answers what the layer asks.
 
         Args:
             hidden_states: (batch_size, num_prefix_tokens + num_image_tokens, hidden_size).
             attention_mask: position bias that the layers of a BEiT share, (num_heads, num_positions, num_positions),
                 or None.
             tokens: of this forward pass.
-            num_scoring_tokens: class tokens whose probabilities are wanted.
+            asked: of the layer, see `tokens_left.Asked`.
             rope: sines and cosines of all patches, see `rotary_of_tokens`, or None.
         """
-        attention, patch_index = self.attn, tokens.entering(self.layer_number)
+        attention, left = self.attn, tokens.entering(self.layer_number)
         bias, is_post_norm = attention_mask, type(self).__name__ == "EvaBlockPostNorm"
         if getattr(attention, "relative_position_bias_table", None) is not None:
             bias = attention._get_rel_pos_bias() if bias is None else attention._get_rel_pos_bias() + bias
         if bias is not None:
             bias = bias_of_pairs(bias, tokens, self.layer_number)
-        if rope is not None and patch_index is not None:
-            rope = rotary_of_tokens(rope, patch_index)
+        if rope is not None and left is not None:
+            rope = rotary_of_tokens(rope, left.patch_index)
 
         normed = hidden_states if is_post_norm else self.norm1(hidden_states)
         gate = attention.gate(normed).sigmoid() if getattr(attention, "gate", None) is not None else None
         query, key, value = _query_key_value(attention, normed, rope)
         dropout = attention.attn_drop.p if attention.attn_drop.training else 0.0
+        bias = asked.mask(bias, query.dtype)
         if attention.fused_attn:
             output = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
         else:
@@ -70,13 +71,14 @@ class TimmHalves:
             output = attention.attn_drop(weights) @ value
         output = getattr(attention, "norm", nn.Identity())(output.transpose(1, 2).flatten(2))
         output = attention.proj_drop(attention.proj(output if gate is None else output * gate))
-        rows = None
-        if num_scoring_tokens:
-            rows = class_token_probabilities(
-                query, key, attention.scale, num_scoring_tokens=num_scoring_tokens, position_bias=bias
-            )
+        asked.answer(
+            key,
+            lambda: class_token_probabilities(
+                query, key, attention.scale, num_scoring_tokens=asked.num_scoring_tokens, position_bias=bias
+            ),
+        )
         output = self.norm1(output) if is_post_norm else _scaled(self, output, "ls1", "gamma_1")
-        return hidden_states + self.drop_path1(output), rows
+        return hidden_states + self.drop_path1(output)
 
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """MLP with its residual."""
@@ -157,6 +159,7 @@ class ReorganizingTimmModel:
         x: torch.Tensor,
         tokens: TokensLeft | None = None,
         keep_rate: Any = None,
+        macs: Any = None,
         patch_scores: Any = None,
         output_attentive_index: bool = False,
         **kwargs: Any,
@@ -167,6 +170,7 @@ class ReorganizingTimmModel:
             x: (batch_size, num_channels, height, width).
             tokens: of this forward pass, if it has begun further out.
             keep_rate: for this call, in (0, 1], one number or one for each reorganization layer.
+            macs: for this call, share of the dense model's operations, in (0, 1].
             patch_scores: scores from outside that choose the tokens, (batch_size, num_patches), or one for each layer.
             output_attentive_index: whether to return which patches were kept as well.
             **kwargs: none; a mask is refused.
@@ -174,8 +178,9 @@ class ReorganizingTimmModel:
         Returns: logits (batch_size, num_classes); with `output_attentive_index` a pair, whose second is one tensor of
             patch positions (batch_size, num_attentive) for each reorganization layer.
         """
-        tokens = tokens if tokens is not None else self.tokens_of_a_pass(keep_rate, patch_scores)
-        logits = self.forward_head(self.forward_features(x, tokens=tokens, **kwargs))
+        tokens = tokens if tokens is not None else self.tokens_of_a_pass(keep_rate, macs, patch_scores)
+        features = self.forward_features(x, tokens=tokens, **kwargs)
+        logits = self.forward_head(tokens.on_whole_grid(features))
         if output_attentive_index:
             return logits, tuple(tokens.attentive_index[layer] for layer in sorted(tokens.attentive_index))
         return logits
@@ -187,6 +192,7 @@ class ReorganizingTimmModel:
         is_causal: bool = False,
         tokens: TokensLeft | None = None,
         keep_rate: Any = None,
+        macs: Any = None,
         patch_scores: Any = None,
     ) -> torch.Tensor:
         """Tokens after the last norm: prefix tokens, then the image tokens that are left.
@@ -197,13 +203,14 @@ class ReorganizingTimmModel:
             is_causal: refused.
             tokens: see `forward`.
             keep_rate: see `forward`.
+            macs: see `forward`.
             patch_scores: see `forward`.
 
         Raises: ValueError for a mask.
         """
         if attn_mask is not None or is_causal:
             raise ValueError("`attn_mask` and `is_causal` cannot follow reorganized tokens yet: leave them out.")
-        tokens = tokens if tokens is not None else self.tokens_of_a_pass(keep_rate, patch_scores)
+        tokens = tokens if tokens is not None else self.tokens_of_a_pass(keep_rate, macs, patch_scores)
         x, positions = self._embedded(x)
         for block, position in zip(self.blocks, positions, strict=True):
             if self.grad_checkpointing and torch.is_grad_enabled():
@@ -228,9 +235,9 @@ class ReorganizingTimmModel:
             return self.norm_pre(x), [{}] * depth
         return self.norm_pre(x), [{"rope": rope[i] if self.rope_mixed else rope} for i in range(depth)]
 
-    def tokens_of_a_pass(self, keep_rate: Any, patch_scores: Any) -> TokensLeft:
+    def tokens_of_a_pass(self, keep_rate: Any, macs: Any, patch_scores: Any) -> TokensLeft:
         """See `tokens_left.tokens_of_a_pass`."""
-        return tokens_of_a_pass(self, keep_rate, patch_scores, self.num_prefix_tokens)
+        return tokens_of_a_pass(self, keep_rate, macs, patch_scores, self.num_prefix_tokens)
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: intermediate features are grids of all patches."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .reorganization import WITH_CLASS_ROW
 from .token_reorganization import append_fused_patch, follow_patches, inattentive_weights
 from .towers import Tower, tower_of
 
@@ -217,7 +218,7 @@ def attention_rollout(
     """
     tower = tower_of(model)
     implementation = getattr(tower.config, "_attn_implementation", None)
-    if implementation != "eager":
+    if implementation not in ("eager", WITH_CLASS_ROW["eager"]):
         raise ValueError(
             f"`attn_implementation` is {implementation!r}, which gives no attention maps: load the model with "
             "`attn_implementation='eager'`."
@@ -367,9 +368,11 @@ class _Follower:
         tokens, patch_index = kwargs.get("tokens"), self._patch_index
         if tokens is not None:
             hidden_states, attention = output, tokens.class_attention.get(number)
-            index = _positions_of(tokens.attentive_index[number], patch_index)
+            kept = tokens.attentive_index.get(number)
+            index = None if kept is None else _positions_of(kept, patch_index)
         else:
-            hidden_states, index, attention = output
+            hidden_states, choice, attention = output
+            index = None if choice is None else choice.attentive_index
         if index is None:  # all are kept
             index = torch.arange(patch_index.shape[1], device=patch_index.device).expand(len(patch_index), -1)
         fuses = hidden_states.shape[1] > self.tower.num_prefix_tokens + index.shape[1]

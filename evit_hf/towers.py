@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .configuration_evit import height_and_width
+from .configuration_evit import EViTConfig, height_and_width
 from .modeling_evit import EViTPreTrainedModel
 from .reorganization import find_tower, layers_name
+from .token_reorganization import TowerCosts
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,16 @@ class Tower:
 
     @property
     def config(self) -> Any:
-        """Configuration with `keep_rate`, `reorganization_layers` and `fuse_inattentive_tokens`; set by `reorganize`.
+        """Configuration with `keep_rate`, `reorganization_layers` and `inattentive_tokens`; set by `reorganize`.
 
         In a model of several parts, as CLIP is, it is that of the part.
         """
         return self.owner.config
+
+    @property
+    def costs(self) -> TowerCosts:
+        """Operations of the layers; of a family those that `reorganize` found."""
+        return self.config.costs if isinstance(self.config, EViTConfig) else self.owner.costs
 
     @property
     def is_reorganized(self) -> bool:

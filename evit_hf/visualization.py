@@ -30,7 +30,7 @@ from .drawing import (
     with_margin,
 )
 from .pictures import as_rgb
-from .profiling import LayerWeights, MacsFormula
+from .profiling import MacsFormula
 from .token_maps import TokenTrace, trace_tokens
 from .towers import tower_of
 
@@ -405,23 +405,17 @@ def _view(
         best = scores.topk(min(num_answers, len(scores)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         answers = tuple((str(names.get(i, f"class {i}")), score) for i, score in pairs)
-    tower = tower_of(model)
-    layers = [LayerWeights.of(layer, tower.attention) for layer in tower.layers]
+    costs = tower_of(model).costs
     stages = {stage.layer: stage for stage in trace.stages}
     prefix, num_tokens = trace.num_prefix_tokens, trace.num_prefix_tokens + trace.grid[0] * trace.grid[1]
-    outside = dense_macs - sum(_layer_macs(weights, num_tokens, num_tokens) for weights in layers)
-    macs, so_far = outside, []
-    for number, weights in enumerate(layers):
+    macs, so_far = dense_macs - costs.num_layers * costs.layer_macs(num_tokens, num_tokens), []
+    for number in range(costs.num_layers):
         left = prefix + stages[number].patches_left.shape[1] if number in stages else num_tokens
-        macs += _layer_macs(weights, num_tokens, left)
+        macs += costs.layer_macs(num_tokens, left)
         num_tokens = left
         if number in stages:
             so_far.append(macs)
     return View(keep_rate, trace, answers, macs, tuple(so_far))
-
-
-def _layer_macs(weights: LayerWeights, before: int, after: int) -> int:
-    return before * (weights.before + 2 * before * weights.width) + after * weights.after
 
 
 def class_scores(model: nn.Module, logits: torch.Tensor) -> torch.Tensor:

@@ -311,7 +311,7 @@ def trained_reorganization(found: Weights) -> tuple[str, dict[str, Any]]:
             return "official EViT", {
                 "keep_rate": settings["base_keep_rate"],
                 "reorganization_layers": list(layers),
-                "fuse_inattentive_tokens": bool(settings.get("fuse_token", False)),
+                "inattentive_tokens": "fused" if settings.get("fuse_token", False) else "dropped",
             }
         if "reduction_loc" in settings:
             num_patches = found.tensors["pos_embed"].shape[1] - found.num_prefix_tokens
@@ -333,7 +333,7 @@ def token_reduction_settings(settings: dict, num_patches: int) -> dict[str, Any]
         settings: the `args` of the file: `model`, `keep_rate`, `reduction_loc`.
         num_patches: patches of the image.
 
-    Returns: `keep_rate`, `reorganization_layers` and `fuse_inattentive_tokens`.
+    Returns: `keep_rate`, `reorganization_layers` and `inattentive_tokens`.
 
     Raises: ConversionError for other methods than EViT and Top-K, or counts that grow.
 
@@ -362,7 +362,8 @@ def token_reduction_settings(settings: dict, num_patches: int) -> dict[str, Any]
         assert num_attentive_tokens(keep_rate, num_tokens) == num_kept
         keep_rates.append(keep_rate)
         num_tokens = num_kept + (fuse and num_kept < num_tokens)
-    return {"keep_rate": keep_rates, "reorganization_layers": layers, "fuse_inattentive_tokens": fuse}
+    inattentive_tokens = "fused" if fuse else "dropped"
+    return {"keep_rate": keep_rates, "reorganization_layers": layers, "inattentive_tokens": inattentive_tokens}
 
 
 def translated(

@@ -62,7 +62,7 @@ def result_rows(preset: str, config: EViTConfig, published: dict[str, Any]) -> l
     """Reported accuracies of a preset, with computed costs; the card's own setting too, if nobody reported it."""
     rows = []
     for keep_rate, fused, top1, top5, source in published["results"].get(preset, []):
-        setting = type(config).from_dict({**config.to_dict(), "fuse_inattentive_tokens": fused})
+        setting = type(config).from_dict({**config.to_dict(), "inattentive_tokens": "fused" if fused else "dropped"})
         rows.append(
             {
                 "keep_rate": keep_rate,
@@ -73,7 +73,7 @@ def result_rows(preset: str, config: EViTConfig, published: dict[str, Any]) -> l
                 "source": published["sources"][source],
             }
         )
-    own = (config.keep_rate, "fused" if config.fuse_inattentive_tokens else "dropped")
+    own = (config.keep_rate, config.inattentive_tokens)
     if own not in [(row["keep_rate"], row["inattentive"]) for row in rows]:
         unknown = {"top1": "not measured", "top5": "not measured", "source": "-"}
         rows.append({"keep_rate": own[0], "inattentive": own[1], "gmacs": num_macs(config) / 1e9, **unknown})
@@ -85,9 +85,9 @@ def obtain(preset: str, folder: str, config: EViTConfig, in_zoo: bool) -> tuple[
     if in_zoo:
         text = (
             "The weights are those of the official repository, https://github.com/youweiliang/evit: download the "
-            f"checkpoint of keep rate {config.keep_rate}, {'with' if config.fuse_inattentive_tokens else 'without'} "
-            "inattentive token fusion, from the model zoo of its README. What it was trained with is read from the "
-            "file."
+            f"checkpoint of keep rate {config.keep_rate}, "
+            f"{'with' if config.inattentive_tokens == 'fused' else 'without'} inattentive token fusion, from the "
+            "model zoo of its README. What it was trained with is read from the file."
         )
         return text, f"evit convert CHECKPOINT.pth {folder}"
     flags = f" --keep-rate {config.keep_rate}"
@@ -139,7 +139,7 @@ def card(preset: str, folder: str, published: dict[str, Any], in_zoo: bool = Fal
     values = {
         "metadata": metadata.to_yaml().strip(),
         "title": f"EViT-{backbone}, keep rate {config.keep_rate}"
-        + ("" if config.fuse_inattentive_tokens else ", without fusion"),
+        + ("" if config.inattentive_tokens == "fused" else ", without fusion"),
         "summary": (
             f"An EViT (Liang et al., ICLR 2022) on {backbone}, {state}. It classifies images like the dense model, "
             "and on the way drops the patches that its class token pays little attention to."
@@ -151,7 +151,7 @@ def card(preset: str, folder: str, published: dict[str, Any], in_zoo: bool = Fal
         "reorganization_layers": config.reorganization_layers,
         "num_hidden_layers": config.num_hidden_layers,
         "keep_rate": config.keep_rate,
-        "fuse_inattentive_tokens": config.fuse_inattentive_tokens,
+        "inattentive_tokens": config.inattentive_tokens,
         "tokens": [tokens[layer][1] - config.num_prefix_tokens for layer in config.reorganization_layers],
         "gmacs": num_macs(config) / 1e9,
         "dense_gmacs": num_macs(config, 1.0) / 1e9,
@@ -186,7 +186,7 @@ def render_all() -> dict[str, str]:
     cards = {}
     for keep_rate, fuse in ZOO:
         folder = f"evit-deit-s-keep-{keep_rate}{'' if fuse else '-nofuse'}"
-        settings = {"keep_rate": keep_rate, "fuse_inattentive_tokens": fuse}
+        settings = {"keep_rate": keep_rate, "inattentive_tokens": "fused" if fuse else "dropped"}
         cards[f"{folder}.md"] = card("evit-deit-s", folder, published, in_zoo=True, **settings)
     for preset in PRESETS:
         cards[f"{preset}.md"] = card(preset, preset, published)

@@ -26,6 +26,49 @@ def reorganize_slowly(hidden_states, attention, keep_rate, fuse=True, num_prefix
     return torch.stack(sequences), torch.stack(kept)
 
 
+def count_slowly(attention, keys, sizes, num_attentive):
+    """Who is kept, who counts each token, and the sizes, for one image and token by token.
+
+    Args:
+        attention: one number for each token.
+        keys: (num_tokens, head_dim), mean over heads.
+        sizes: one number for each token.
+        num_attentive: how many are kept.
+
+    Returns: positions of the kept tokens in descending order of score; for each token the position, among the kept
+        ones, of the one that counts it; the sizes of the kept ones.
+    """
+    tokens = range(len(attention))
+
+    unit = [key / key.norm() for key in keys]
+    cosine = [[(one @ other).item() for other in unit] for one in unit]
+
+    def comes_before(j, i):
+        return (-attention[j], j) < (-attention[i], i)
+
+    scores = []
+    for i in tokens:
+        highest = max((cosine[i][j] for j in tokens if comes_before(j, i)), default=-1.0)
+        scores.append(attention[i] * (1 - highest))
+    kept = sorted(tokens, key=lambda i: (-scores[i], -attention[i], i))[:num_attentive]
+    counted_by = [
+        kept.index(i) if i in kept else max(range(num_attentive), key=lambda n: cosine[i][kept[n]]) for i in tokens
+    ]
+    new_sizes = [sum(sizes[i] for i in tokens if counted_by[i] == n) for n in range(num_attentive)]
+    return kept, counted_by, new_sizes
+
+
+def average_slowly(tokens, kept, counted_by, sizes):
+    """Rows of the kept tokens: half of themselves, half of the mean of what they count, with their own length."""
+    rows = []
+    for n, i in enumerate(kept):
+        mine = [j for j in range(len(tokens)) if counted_by[j] == n]
+        mean = sum(sizes[j] * tokens[j] for j in mine) / sum(sizes[j] for j in mine)
+        mixed = (tokens[i] + mean) / 2
+        rows.append(mixed * tokens[i].norm() / mixed.norm())
+    return torch.stack(rows)
+
+
 def class_token_attention_slowly(query, key, scaling, num_prefix_tokens=1):
     """Mean over the heads of the softmax of the class token's dot products, without the prefix tokens' share."""
     batch_size, num_heads, num_tokens, _ = query.shape

@@ -77,7 +77,7 @@ def test_official_evit_file_gives_the_official_outputs(name, tmp_path):
     assert set(converted.unused) == {"optimizer", "lr_scheduler", "epoch", "scaler"}
     config = converted.model.config
     assert (config.keep_rate, config.reorganization_layers) == (case["keep"], [3, 6, 9])
-    assert config.fuse_inattentive_tokens == case["fuse"]
+    assert (config.inattentive_tokens == "fused") == case["fuse"]
     logits = converted.model(golden[f"{name}.pixel_values"]).logits
     torch.testing.assert_close(logits, golden[f"{name}.logits"], rtol=1e-4, atol=1e-5)
 
@@ -105,7 +105,7 @@ def test_token_reduction_file_keeps_its_own_token_counts(tmp_path):
         converted = convert_checkpoint(file, num_attention_heads=3)
         assert converted.source_format == "TokenReduction"
         config = converted.model.config
-        assert config.fuse_inattentive_tokens == fuse
+        assert (config.inattentive_tokens == "fused") == fuse
         after = [num_tokens_by_layer(config)[layer][1] - 1 - fuse for layer in (3, 6, 9)]
         assert after == [int(0.7**i * 64) for i in (1, 2, 3)] == [44, 31, 21]
         outputs = converted.model(official_tensors()["keep_1.0.pixel_values"])
@@ -378,7 +378,7 @@ def test_command_writes_a_folder_that_loads_everywhere(tmp_path):
     assert {"config.json", "model.safetensors", "preprocessor_config.json", "modeling_evit.py"} <= names
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "evit")
     assert model.config.layer_keep_rates == {2: 0.9, 5: 0.8, 8: 0.7}
-    assert not model.config.fuse_inattentive_tokens
+    assert model.config.inattentive_tokens == "dropped"
     assert model.config.id2label[9] == "class 9"
     assert dict(AutoImageProcessor.from_pretrained(tmp_path / "evit").crop_size) == {"height": 96, "width": 96}
 
@@ -520,7 +520,7 @@ def test_an_official_file_loads_with_its_reorganization(tmp_path):
     file = write_official(tmp_path / "evit.pth", base_keep_rate=0.5, drop_loc="(3, 6, 9)", fuse_token=False)
     expected = convert_checkpoint(file, num_attention_heads=3).model
     model = EViTForImageClassification.from_pretrained(file, num_attention_heads=3)
-    assert (model.config.keep_rate, model.config.fuse_inattentive_tokens) == (0.5, False)
+    assert (model.config.keep_rate, model.config.inattentive_tokens) == (0.5, "dropped")
     pixels = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(model(pixels).logits, expected(pixels).logits)
     assert (

@@ -55,7 +55,7 @@ def test_exports_answer_as_the_model_for_batches_of_any_size(engine, name, tmp_p
 @pytest.mark.parametrize("name", ["evit", "distilled", "dropping"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_each_request_can_have_its_own_keep_rates(engine, name, tmp_path):
-    model = tiny("evit", fuse_inattentive_tokens=False) if name == "dropping" else tiny(name)
+    model = tiny("evit", inattentive_tokens="dropped") if name == "dropping" else tiny(name)
     record = export_model(model, tmp_path, engine, keep_rate_is_input=True)
     assert record["keep_rate"] == "input"
     assert record["largest_difference"] < 1e-5

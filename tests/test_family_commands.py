@@ -126,7 +126,11 @@ def test_convert_gives_a_family_its_settings(tmp_path, capsys):
     main(["convert", str(folder), str(tmp_path / "out"), *flags])
     assert "BeitForImageClassification" in capsys.readouterr().out
     config = load_classifier(str(tmp_path / "out")).config
-    assert (config.keep_rate, config.reorganization_layers, config.fuse_inattentive_tokens) == ([0.9, 0.5], [1, 3], 0)
+    assert (config.keep_rate, config.reorganization_layers, config.inattentive_tokens) == (
+        [0.9, 0.5],
+        [1, 3],
+        "dropped",
+    )
     assert (tmp_path / "out" / "preprocessor_config.json").exists()
     with pytest.raises(SystemExit, match="2"):
         main(["convert", str(folder), str(tmp_path / "other"), "--image-size", "64"])

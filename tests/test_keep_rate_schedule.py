@@ -65,14 +65,14 @@ def test_negative_phases_are_refused():
 def spy_on_keep_rates(model):
     """Record the keep rates that forwards really use, in training and in evaluation."""
     seen = {True: [], False: []}
-    original = model.vit.layer_keep_rates
+    original = model.vit.token_plan
 
-    def spy(keep_rate=None):
-        rates = original(keep_rate)
-        seen[model.training].append(next(iter(rates.values())))
-        return rates
+    def spy(*asked):
+        plan = original(*asked)
+        seen[model.training].append(next(iter(plan.keep_rates.values())))
+        return plan
 
-    model.vit.layer_keep_rates = spy
+    model.vit.token_plan = spy
     return seen
 
 

@@ -16,6 +16,7 @@ from evit_hf import (
     EViTLVConfig,
     EViTLVForImageClassification,
     EViTModel,
+    short_cuts,
 )
 from evit_hf.modeling_evit import EViTDropPath, EViTEmbeddings, EViTMLP
 
@@ -31,7 +32,7 @@ def official_model(case, attention_implementation):
         num_labels=10,
         layer_norm_eps=1e-6,
         keep_rate=case["keep"],
-        fuse_inattentive_tokens=case["fuse"],
+        inattentive_tokens="fused" if case["fuse"] else "dropped",
         attn_implementation=attention_implementation,
     )
     model = EViTForImageClassification(config).eval()
@@ -156,7 +157,7 @@ def test_each_layer_does_what_the_loop_over_tokens_does(images):
 
 @pytest.mark.parametrize("fuse", [True, False])
 def test_eager_and_sdpa_agree(fuse, images):
-    model = EViTForImageClassification(tiny_config_with(fuse_inattentive_tokens=fuse)).eval()
+    model = EViTForImageClassification(tiny_config_with(inattentive_tokens="fused" if fuse else "dropped")).eval()
     model.set_attn_implementation("eager")
     eager = model(images)
     model.set_attn_implementation("sdpa")
@@ -243,7 +244,7 @@ def test_attentive_index_names_patches_of_the_original_grid(images):
 def test_attentive_index_moves_with_the_patches():
     """Images whose content sits in one patch: kept tokens are reported where the content is."""
     torch.manual_seed(0)
-    model = EViTForImageClassification(tiny_config_with(keep_rate=0.01, fuse_inattentive_tokens=False)).eval()
+    model = EViTForImageClassification(tiny_config_with(keep_rate=0.01, inattentive_tokens="dropped")).eval()
     with torch.no_grad():
         model.vit.embeddings.position_embeddings.zero_()  # only the content tells the patches apart
     image = torch.randn(1, 3, 32, 32)
@@ -292,7 +293,7 @@ def test_model_without_head_pools_the_class_token(tiny_config, images):
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("fuse", [True, False])
 def test_class_attention_is_that_of_the_map_by_patch(fuse, implementation, images):
-    config = tiny_config_with(fuse_inattentive_tokens=fuse, attn_implementation="eager")
+    config = tiny_config_with(inattentive_tokens="fused" if fuse else "dropped", attn_implementation="eager")
     model = EViTForImageClassification(config).eval()
     maps = model(images, output_attentions=True)
     model.set_attn_implementation(implementation)
@@ -462,7 +463,7 @@ def test_bad_patch_scores_are_refused(tiny_model, images):
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("fuse", [True, False])
 def test_masked_patches_cannot_be_seen(implementation, fuse, images):
-    config = tiny_config_with(attn_implementation=implementation, fuse_inattentive_tokens=fuse)
+    config = tiny_config_with(attn_implementation=implementation, inattentive_tokens="fused" if fuse else "dropped")
     model = EViTForImageClassification(config).eval()
     mask = torch.ones(3, 17, dtype=torch.long)
     mask[:, 1:5] = 0  # the first row of patches
@@ -617,7 +618,7 @@ def test_logits_and_gradients_without_hidden_states_are_the_official_ones(name, 
 
 
 def called_with(monkeypatch, module_class, note):
-    """What `note` says about each forward and its first argument; patched in the class, where no model looks."""
+    """What `note` says about each forward and its first argument; patched in the class, and models do not notice."""
     notes, forward = [], module_class.forward
 
     def noting(module, *arguments, **keywords):
@@ -625,6 +626,8 @@ def called_with(monkeypatch, module_class, note):
         return forward(module, *arguments, **keywords)
 
     monkeypatch.setattr(module_class, "forward", noting)
+    for kind in [kind for kind in short_cuts._FORWARDS if issubclass(kind, module_class)]:
+        monkeypatch.setitem(short_cuts._FORWARDS, kind, kind.forward)
     return notes
 
 
@@ -638,7 +641,9 @@ def test_last_layer_computes_the_prefix_tokens_alone(images, monkeypatch):
         return [length for length in seen if length]
 
     alone, full = model(images), model(images, output_hidden_states=True)
-    assert lengths() == [8, 8]  # a last layer that reorganizes leaves nothing out
+    assert lengths() == [2, 8]  # also if the last layer chooses tokens: nobody reads them after it
+    torch.testing.assert_close(alone.logits, full.logits)
+    assert all(map(torch.equal, alone.attentive_index, full.attentive_index))
     model.config.reorganization_layers, model.config.keep_rate = [1], 0.5
     seen.clear()
     alone, full = model(images), model(images, output_hidden_states=True)
@@ -775,3 +780,158 @@ def test_contradictory_config_is_refused_by_the_model(tiny_config):
     tiny_config.num_hidden_layers = 2
     with pytest.raises(Exception, match=r"`reorganization_layers` must be in \[0, 1\]"):
         EViTForImageClassification(tiny_config)
+
+
+# Counted tokens
+
+
+def counting_model(macs=0.6, **changes):
+    """64 patches, reorganized at all five layers."""
+    torch.manual_seed(0)
+    settings = {"image_size": 64, "num_hidden_layers": 5, "keep_rate": None, "macs": macs, **changes}
+    return EViTForImageClassification(tiny_config_with(**settings)).eval()
+
+
+@pytest.fixture
+def larger_images():
+    return torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_macs_of_the_model_of_a_call_and_set_later(larger_images):
+    model = counting_model()
+    output = model(larger_images)
+    assert [index.shape[1] for index in output.attentive_index] == [53, 42, 31, 20, 16]
+    assert output.token_sizes.sum(dim=1).tolist() == [64.0] * 3
+    assert output.counted_by.shape == (3, 64)
+    assert torch.equal(model(larger_images, keep_rate=1.0).logits, model(larger_images, macs=1.0).logits)
+    expected = model(larger_images, macs=0.8).logits
+    model.set_macs(0.8)
+    assert torch.equal(model(larger_images).logits, expected)
+    model.set_keep_rate(0.5)
+    output = model(larger_images)
+    assert output.token_sizes is None
+    assert [index.shape[1] for index in output.attentive_index] == [32, 17, 9]
+    assert torch.equal(model(larger_images, macs=0.8).logits, expected)
+    with pytest.raises(ValueError, match="`keep_rate` 0.5 and `macs` 0.8 both say how many tokens"):
+        model(larger_images, keep_rate=0.5, macs=0.8)
+    with pytest.raises(TypeError, match="`mac` is not a keyword of EViT: did you mean `macs`"):
+        model(larger_images, mac=0.5)
+    with pytest.raises(ValueError, match="`macs` 0.1 is out of reach: with 16 of 64 image tokens"):
+        model(larger_images, macs=0.1)
+
+
+@torch.no_grad()
+def test_all_operations_are_the_dense_model_bit_by_bit(larger_images):
+    model = counting_model(macs=1.0)
+    dense = EViTForImageClassification(tiny_config_with(image_size=64, num_hidden_layers=5, keep_rate=1.0)).eval()
+    dense.load_state_dict(model.state_dict())
+    output = model(larger_images)
+    assert torch.equal(output.logits, dense(larger_images).logits)
+    assert torch.equal(output.token_sizes, torch.ones(3, 64))
+    assert torch.equal(output.counted_by, torch.arange(64).expand(3, -1))
+
+
+@torch.no_grad()
+def test_counting_is_the_same_on_every_road(larger_images):
+    model = counting_model()
+    expected = model(larger_images)
+    eager, double = copy.deepcopy(model), copy.deepcopy(model).double()
+    eager.set_attn_implementation("eager")
+    others = {
+        "plain road": model(larger_images, output_hidden_states=True),
+        "eager": eager(larger_images),
+        "float64": double(larger_images.double()),
+        "cut into pieces": model(larger_images.repeat(30, 1, 1, 1)),
+    }
+    for name, output in others.items():
+        torch.testing.assert_close(output.logits[:3].float(), expected.logits, rtol=1e-4, atol=1e-4, msg=name)
+        assert torch.equal(output.counted_by[:3], expected.counted_by), name
+        assert torch.equal(output.token_sizes[:3].float(), expected.token_sizes), name
+    hidden = others["plain road"].hidden_states
+    assert [state.shape[1] for state in hidden] == [65, 54, 43, 32, 21, 17]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(larger_images)
+    assert output.token_sizes.dtype == torch.float32
+    assert (output.logits - expected.logits).abs().max() < 0.1 * expected.logits.abs().max()
+
+
+@torch.no_grad()
+def test_features_go_back_on_the_whole_grid(larger_images):
+    model = counting_model().vit
+    output = model(larger_images)
+    on_grid = output.last_hidden_state[:, 1:].gather(1, output.counted_by.unsqueeze(-1).expand(-1, -1, 32))
+    kept = output.patch_index.unsqueeze(-1).expand(-1, -1, 32)
+    assert torch.equal(on_grid.gather(1, kept), output.last_hidden_state[:, 1:])
+    torch.testing.assert_close(
+        on_grid.mean(dim=1), (output.last_hidden_state[:, 1:] * output.token_sizes.unsqueeze(-1)).sum(dim=1) / 64
+    )
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@torch.no_grad()
+def test_masked_patches_have_no_size(larger_images, implementation):
+    model = counting_model()
+    model.set_attn_implementation(implementation)
+    mask = torch.ones(3, 65)
+    mask[:, 45:] = 0
+    output = model(larger_images, attention_mask=mask)
+    assert output.token_sizes.sum(dim=1).tolist() == [44.0] * 3
+    changed = larger_images.clone()
+    changed[:, :, 48:] = 7.0  # the last 16 patches
+    torch.testing.assert_close(model(changed, attention_mask=mask).logits, output.logits)
+
+
+@torch.no_grad()
+def test_macs_follow_the_image_size():
+    model = counting_model()
+    images = torch.randn(2, 3, 96, 48, generator=torch.Generator().manual_seed(2))
+    output = model(images, interpolate_pos_encoding=True)
+    assert output.token_sizes.sum(dim=1).tolist() == [72.0] * 2
+    assert [index.shape[1] for index in output.attentive_index] == [60, 48, 36, 24, 16]
+
+
+def test_counted_tokens_have_the_gradients_of_a_run_without_checkpointing(larger_images):
+    gradients = []
+    for checkpoints in (False, True):
+        model = counting_model().train()
+        if checkpoints:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(larger_images, labels=torch.tensor([0, 1, 2])).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradients[1][name], gradient), name
+        assert gradient.isfinite().all()
+
+
+@torch.no_grad()
+def test_counted_tokens_need_an_attention_that_can_weigh_them(larger_images):
+    model = counting_model()
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="`attn_implementation` is 'flex_attention', which cannot weigh counted"):
+        model(larger_images)
+
+
+@torch.no_grad()
+def test_lv_vit_counts():
+    config = EViTLVConfig(
+        image_size=64, patch_size=8, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64,
+        stem_hidden_size=8, num_labels=5, initializer_range=0.2, macs=0.7,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, images = EViTLVForImageClassification(config).eval(), torch.randn(2, 3, 64, 64)
+    output = model(images)
+    assert output.token_sizes.sum(dim=1).tolist() == [64.0] * 2
+    assert output.aux_logits.shape[1] == output.token_sizes.shape[1] == output.patch_index.shape[1]
+    torch.testing.assert_close(model(images, output_hidden_states=True).logits, output.logits)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_counted_tokens_compile_into_one_graph(larger_images):
+    model = counting_model()
+    expected = model(larger_images)
+    torch._dynamo.reset()
+    output = torch.compile(model, backend="aot_eager", fullgraph=True)(larger_images)
+    torch.testing.assert_close(output.logits, expected.logits)
+    assert torch.equal(output.counted_by, expected.counted_by)

@@ -29,7 +29,7 @@ def test_dense_outputs_are_the_official_ones(implementation):
 
 @pytest.mark.parametrize("fuse", [True, False])
 def test_auxiliary_head_sees_the_patches_that_are_left(fuse):
-    model = golden_model(keep_rate=0.5, fuse_inattentive_tokens=fuse)
+    model = golden_model(keep_rate=0.5, inattentive_tokens="fused" if fuse else "dropped")
     outputs = model(lvvit_tensors()["pixel_values"])
     assert outputs.aux_logits.shape == (2, 10 if fuse else 8, 10)  # 64, 33, 18, 10 or 64, 32, 16, 8
     assert (outputs.patch_index[:, -1] == -1).all() == fuse

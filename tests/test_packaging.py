@@ -16,7 +16,13 @@ from packaging.version import Version
 import evit_hf
 
 
-MODELING_FILES = ("configuration_evit.py", "cpu_inference.py", "modeling_evit.py", "token_reorganization.py")
+MODELING_FILES = (
+    "configuration_evit.py",
+    "cpu_inference.py",
+    "modeling_evit.py",
+    "token_reorganization.py",
+    "tokens_left.py",
+)
 MODELING_FILES += (
     "pictures.py",
     "short_cuts.py",
@@ -200,6 +206,7 @@ def test_saved_folder_holds_the_code_that_remote_loading_needs(tmp_path, tiny_mo
     names = {path.name for path in tmp_path.glob("*.py")}
     assert (
         {"configuration_evit.py", "cpu_inference.py", "modeling_evit.py", "pictures.py", "token_reorganization.py"}
+        | {"tokens_left.py"}
         <= names
         <= set(MODELING_FILES)
     )

@@ -59,7 +59,7 @@ def flat(answers):
         ("image-classification", "evit", {}),
         ("image-classification", "evit", {"reorganization_layers": [1]}),
         ("image-classification", "evit", {"reorganization_layers": []}),
-        ("image-classification", "evit", {"fuse_inattentive_tokens": False, "keep_rate": [0.9, 0.5, 1.0]}),
+        ("image-classification", "evit", {"inattentive_tokens": "dropped", "keep_rate": [0.9, 0.5, 1.0]}),
         ("image-classification", "distilled", {}),
         ("image-classification", "lv", {}),
         ("image-feature-extraction", "model", {}),

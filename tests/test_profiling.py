@@ -8,6 +8,7 @@ from evit_hf import (
     EViTConfig,
     EViTForImageClassification,
     EViTForImageClassificationWithTeacher,
+    EViTLVConfig,
     EViTLVForImageClassification,
     preset_config,
 )
@@ -43,7 +44,7 @@ def test_tokens_of_deit_s_at_the_papers_rates():
     ],
 )
 def test_gmacs_of_deit_s_are_the_papers(keep_rate, fuse, gmacs):
-    config = EViTConfig(**DEIT_S, keep_rate=keep_rate, fuse_inattentive_tokens=fuse)
+    config = EViTConfig(**DEIT_S, keep_rate=keep_rate, inattentive_tokens="fused" if fuse else "dropped")
     assert num_macs(config) / 1e9 == pytest.approx(gmacs, abs=0.001)
 
 
@@ -56,7 +57,7 @@ def test_higher_resolution_at_equal_cost(image_size, keep_rate, gmacs):
     ("model_class", "changes"),
     [
         (EViTForImageClassification, {}),
-        (EViTForImageClassification, {"fuse_inattentive_tokens": False}),
+        (EViTForImageClassification, {"inattentive_tokens": "dropped"}),
         (EViTForImageClassification, {"reorganization_layers": [1, 3]}),  # the last layer too
         (EViTForImageClassificationWithTeacher, {"use_distillation_token": True}),
         (
@@ -70,6 +71,19 @@ def test_formula_of_executed_operations_equals_the_count_of_pytorch(model_class,
     model = model_class(tiny_config_with(**changes, attn_implementation="sdpa"))
     assert count_macs(model, images[:1], keep_rate=keep_rate) == num_macs(model.config, keep_rate, executed=True)
     assert model.training
+
+
+@pytest.mark.parametrize("model_class", [EViTForImageClassification, EViTLVForImageClassification])
+@pytest.mark.parametrize("macs", [0.6, 0.95])
+def test_formula_of_executed_operations_holds_where_tokens_are_counted(model_class, macs):
+    settings = {"image_size": 64, "keep_rate": None, "macs": macs}
+    config = tiny_config_with(**settings)
+    if model_class is EViTLVForImageClassification:
+        sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 4}
+        config = EViTLVConfig(**settings, **sizes, patch_size=8, stem_hidden_size=4, num_labels=5)
+    counted = count_macs(model_class(config), torch.randn(1, 3, 64, 64))
+    assert counted == num_macs(config, executed=True) == num_macs(config, executed=True, macs=macs)
+    assert num_macs(config) / num_macs(config, 1.0) == pytest.approx(macs, abs=0.02)
 
 
 def test_formula_of_the_paper_equals_the_count_of_the_papers_order(images):
@@ -147,7 +161,7 @@ def test_gmacs_of_the_presets_by_formula_and_counted(name, keep_rate, gmacs):
 
 
 def test_presets_take_overrides_and_are_known_by_name():
-    config = preset_config("evit-deit-s-288", num_labels=7, fuse_inattentive_tokens=False)
+    config = preset_config("evit-deit-s-288", num_labels=7, inattentive_tokens="dropped")
     assert (config.image_size, config.keep_rate, config.num_labels) == (288, 0.6, 7)
     assert preset_config("evit-lvvit-m").model_type == "evit_lv"
     assert preset_config("evit-lvvit-s").reorganization_layers == [4, 8, 12]

@@ -207,7 +207,7 @@ def test_readme_table_holds_the_computed_costs():
         counts = num_tokens_by_layer(config)
         assert tokens == " / ".join(str(counts[layer][1] - 1) for layer in (3, 6, 9))
         assert f"{num_macs(config) / 1e9:.2f}" == fused
-        config.fuse_inattentive_tokens = False
+        config.inattentive_tokens = "dropped"
         assert f"{num_macs(config) / 1e9:.2f}" == dropped
 
 

@@ -1,4 +1,6 @@
 import copy
+import functools
+import json
 import pickle
 from pathlib import Path
 
@@ -45,12 +47,17 @@ def test_keep_rate_one_is_bit_equal(case, implementation):
         assert torch.equal(output[name], value), name
 
 
-@pytest.mark.parametrize("fuse", [True, False], ids=["fused", "dropped"])
+@pytest.mark.parametrize("inattentive", ["fused", "dropped", "counted"])
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_equals_a_loop_over_tokens(case, fuse):
+def test_equals_a_loop_over_tokens(case, inattentive):
     dense = build(case)
-    model = reorganize(copy.deepcopy(dense), 0.7, reorganization_layers=LAYERS, fuse_inattentive_tokens=fuse)
+    budget = (
+        {"macs": 0.95 if case == "vivit" else 0.7}
+        if inattentive == "counted"
+        else {"keep_rate": 0.7, "reorganization_layers": LAYERS}
+    )
+    model = reorganize(copy.deepcopy(dense), **budget, inattentive_tokens=inattentive)
     entered = []
     handles = [
         layer.register_forward_pre_hook(lambda _, args, kwargs: entered.append((args[0], kwargs)), with_kwargs=True)
@@ -67,9 +74,11 @@ def test_equals_a_loop_over_tokens(case, fuse):
     first, kwargs = entered[0]
     rotary = kwargs.get("position_embeddings")
     rotary = None if rotary is None else [table.double() for table in rotary]
+    plan = entered[0][1]["tokens"].plan
     for image in range(2):
         tokens = first[image].double()
         patches, kept_patches = list(range(len(tokens) - num_prefix)), []
+        sizes, whole_grid = [1] * len(patches), list(range(len(patches)))
         for number, layer in enumerate(copy.deepcopy(layers_of(model))):
             layer = layer.double()
             bias = kwargs.get("attention_mask")
@@ -77,17 +86,25 @@ def test_equals_a_loop_over_tokens(case, fuse):
                 window = (6, 6)
                 own = layer.relative_position_bias(window, False, dim_size=37)
                 bias = own if bias is None else own + bias
-            rate = 0.7 if number in LAYERS else None
             bias = None if bias is None else bias[0].double()
-            tokens, patches, kept = reference(
-                layer, tokens, num_prefix, num_scoring, rate, fuse, patches, rotary, bias
+            num_kept = plan.num_attentive(number, len(patches))
+            tokens, patches, sizes, kept, counted_by = reference(
+                layer, tokens, num_prefix, num_scoring, num_kept, inattentive, patches, sizes, rotary, bias
             )
-            if kept is not None:
+            if number in plan.layers:
+                kept = patches if kept is None else kept  # a layer may have no token left to give up
                 kept_patches.append([-1 if patch is None else patch for patch in kept])
+            if counted_by is not None:
+                whole_grid = [counted_by[token] for token in whole_grid]
         assert [index[image].tolist() for index in output.attentive_index] == kept_patches
         assert output.patch_index[image].tolist() == [-1 if patch is None else patch for patch in patches]
         error = (left[0][image].double() - tokens).norm() / tokens.norm()
         assert error < 1e-5, error
+        if inattentive == "counted":
+            assert output.token_sizes[image].tolist() == sizes
+            assert output.counted_by[image].tolist() == whole_grid
+            assert sum(sizes) == len(whole_grid)
+            assert len(kept_patches) == len(layers_of(model))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -119,23 +136,56 @@ def test_eager_and_sdpa_agree(case):
         assert torch.equal(kept, other)
 
 
-@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("inattentive", ["fused", "dropped", "counted"])
 @torch.no_grad()
-def test_vit_equals_evit(fuse):
+def test_vit_equals_evit(inattentive):
     vit = build("vit-classifier")
-    config = EViTConfig(
-        **{**vit.config.to_dict(), "model_type": "evit"},
-        keep_rate=0.7,
-        reorganization_layers=LAYERS,
-        fuse_inattentive_tokens=fuse,
-    )
-    evit = EViTForImageClassification(config).eval()
+    budget = {"macs": 0.7} if inattentive == "counted" else {"keep_rate": 0.7, "reorganization_layers": LAYERS}
+    budget["inattentive_tokens"] = inattentive
+    evit = EViTForImageClassification(EViTConfig(**{**vit.config.to_dict(), "model_type": "evit"}, **budget)).eval()
     evit.load_state_dict(vit.state_dict())
-    model = reorganize(vit, 0.7, reorganization_layers=LAYERS, fuse_inattentive_tokens=fuse)
+    model = reorganize(vit, **budget)
     expected, output = evit(**inputs("vit")), model(**inputs("vit"))
     torch.testing.assert_close(output.logits, expected.logits, rtol=1e-5, atol=1e-5)
     for kept, other in zip(output.attentive_index, expected.attentive_index, strict=True):
         assert torch.equal(kept, other)
+    if inattentive == "counted":
+        assert torch.equal(output.token_sizes, expected.token_sizes)
+        assert torch.equal(output.counted_by, expected.counted_by)
+
+
+@pytest.mark.parametrize("case", ["vit", "dinov2", "sapiens2", "clip-classifier", "beit"])
+@torch.no_grad()
+def test_counting_is_the_same_in_eager_and_sdpa(case):
+    outputs = [reorganize(build(case, name), macs=0.6)(**inputs(case)) for name in ("eager", "sdpa")]
+    for name, value in tensors(outputs[0]).items():
+        torch.testing.assert_close(outputs[1][name], value, rtol=1e-4, atol=1e-4)
+    assert torch.equal(outputs[0].counted_by, outputs[1].counted_by)
+
+
+@pytest.mark.parametrize("case", ["dinov2", "dinov2-registers", "clip-classifier", "metaclip2", "beit"])
+@torch.no_grad()
+def test_averages_over_patches_weigh_tokens_by_size(case):
+    model = reorganize(build(case), macs=0.6)
+    averaged = []
+    classifier = model.classifier
+    classifier.register_forward_pre_hook(lambda _, args: averaged.append(args[0]))
+    left = []
+    inner = next(child for child in model.children() if isinstance(child, transformers.PreTrainedModel))
+    bare = type(inner).forward
+
+    def forward(*args, **kwargs):
+        left.append(bare(*args, **kwargs))
+        return copy.copy(left[-1])
+
+    inner.forward = functools.partial(forward, inner)
+    output = model(**inputs(case))
+    sizes, features = output.token_sizes.unsqueeze(-1), left[0].last_hidden_state[:, -output.token_sizes.shape[1] :]
+    mean = (features * sizes).sum(dim=1) / sizes.sum(dim=1)
+    if case == "beit":
+        mean = inner.pooler.layernorm(mean)
+    torch.testing.assert_close(averaged[0][:, -32:], mean, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(averaged[0][:, -32:], features.mean(dim=1), rtol=1e-2)
 
 
 @torch.no_grad()
@@ -163,8 +213,62 @@ def test_keep_rate_of_a_call_of_the_model_and_by_layer():
     assert [index.shape[1] for index in model(**inputs(EXAMPLE), keep_rate=0.5).attentive_index] == [18, 10, 6]
     kept = model(**inputs(EXAMPLE), keep_rate=[1.0, 0.5, 1.0]).attentive_index
     assert [index.shape[1] for index in kept] == [36, 18, 19]
-    reorganize(model, keep_rate=[0.9, 0.8], reorganization_layers=(1, 3), fuse_inattentive_tokens=False)
+    reorganize(model, keep_rate=[0.9, 0.8], reorganization_layers=(1, 3), inattentive_tokens="dropped")
     assert [index.shape[1] for index in model(**inputs(EXAMPLE)).attentive_index] == [33, 27]
+
+
+@torch.no_grad()
+def test_macs_in_one_call():
+    model, images = build("dinov2"), inputs("dinov2")
+    dense = model(**images).logits
+    reorganize(model)  # nothing said: a sensible budget
+    assert owner_of(model).config.macs == 0.66
+    assert [index.shape[1] for index in model(**images).attentive_index] == [30, 23, 17, 16]
+    assert torch.equal(model(**images, macs=1.0).logits, dense)
+    assert torch.equal(model(**images, macs=1.0).token_sizes, torch.ones(2, 36))
+    expected = model(**images, macs=0.8)
+    assert torch.equal(reorganize(model, macs=0.8)(**images).logits, expected.logits)
+    assert [index.shape[1] for index in model(**images, keep_rate=0.5).attentive_index] == [18, 10, 6]  # the paper's
+    fused = model(**images, keep_rate=0.5).logits
+    reorganize(model, 0.5)
+    assert torch.equal(model(**images).logits, fused)
+    assert torch.equal(model(**images, macs=0.8).logits, expected.logits)
+    with pytest.raises(ValueError, match="`keep_rate` 0.5 and `macs` 0.8 both say how many"):
+        model(**images, keep_rate=0.5, macs=0.8)
+    with pytest.raises(ValueError, match="`keep_rate` 0.5 and `macs` 0.8 both say how many"):
+        reorganize(model, 0.5, macs=0.8)
+    with pytest.raises(ValueError, match="`macs` 0.2 is out of reach"):
+        model(**images, macs=0.2)
+    with pytest.raises(ValueError, match=r"`macs` must be in \(0, 1\], got 1.2"):
+        model(**images, macs=1.2)
+
+
+@torch.no_grad()
+def test_macs_at_other_image_sizes():
+    model = reorganize(build("dinov2"), macs=0.7)
+    images = torch.randn(1, 3, 64, 40, generator=torch.Generator().manual_seed(0))
+    output = model(images)
+    assert output.counted_by.shape == (1, 40)
+    assert output.token_sizes.sum() == 40
+
+
+@pytest.mark.parametrize("case", ["dinov2", "beit"])
+@torch.no_grad()
+def test_macs_are_saved_with_the_model(case, tmp_path):
+    model = reorganize(build(case), macs=0.6)
+    model.save_pretrained(tmp_path)
+    again = reorganize(type(model).from_pretrained(tmp_path))
+    expected, output = model(**inputs(case)), again(**inputs(case))
+    assert torch.equal(output.logits, expected.logits)
+    assert torch.equal(output.counted_by, expected.counted_by)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    assert (settings["macs"], settings["inattentive_tokens"]) == (0.6, "counted")
+    # A folder of an earlier version.
+    del settings["macs"], settings["inattentive_tokens"]
+    settings |= {"keep_rate": 0.7, "reorganization_layers": LAYERS, "fuse_inattentive_tokens": False}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    config = reorganize(type(model).from_pretrained(tmp_path)).config
+    assert (config.keep_rate, config.macs, config.inattentive_tokens) == (0.7, None, "dropped")
 
 
 @torch.no_grad()
@@ -214,7 +318,7 @@ def test_copies_and_pickles_are_reorganized():
 @pytest.mark.parametrize("case", ["vit-classifier", EXAMPLE, "clip", "clip-classifier", "dinov3", "beit"])
 @torch.no_grad()
 def test_saved_and_reorganized_again(case, tmp_path):
-    model = reorganized(case, keep_rate=[0.9, 0.7, 0.5], fuse_inattentive_tokens=False)
+    model = reorganized(case, keep_rate=[0.9, 0.7, 0.5], inattentive_tokens="dropped")
     model.save_pretrained(tmp_path)
     dense, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
@@ -266,7 +370,7 @@ def test_gradients_are_those_of_the_model_without_checkpointing():
             model.get_input_embeddings().weight.requires_grad_(True)
         # Two passes at different rates before one backward: state on a module would be that of the second.
         first = model(images, keep_rate=0.7).last_hidden_state[:, 0].sum()
-        second = model(images.flip(0), keep_rate=0.5).last_hidden_state[:, 0].pow(2).sum()
+        second = model(images.flip(0), macs=0.6).last_hidden_state[:, 0].pow(2).sum()
         (first + second).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     for other in gradients[1:]:
@@ -280,8 +384,9 @@ def test_gradients_are_those_of_the_model_without_checkpointing():
     "case", [case for case in ("vit-classifier", "dinov3", "radio", "clip-classifier", "beit") if case in CASES]
 )
 @torch.no_grad()
-def test_compiles_into_one_graph(case):
-    model = reorganized(case)
+@pytest.mark.parametrize("budget", [{"keep_rate": 0.7}, {"macs": 0.7}], ids=["fused", "counted"])
+def test_compiles_into_one_graph(case, budget):
+    model = reorganize(build(case), **budget)
     expected = tensors(model(**inputs(case)))
     torch._dynamo.reset()
     output = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs(case))
@@ -293,7 +398,7 @@ def test_callback_schedules_foreign_models(tmp_path):
     model = reorganized(EXAMPLE, keep_rate=0.5)
     rates = []
     layers_of(model)[0].register_forward_pre_hook(
-        lambda module, args, kwargs: rates.append(kwargs["tokens"].keep_rates[1]), with_kwargs=True
+        lambda module, args, kwargs: rates.append(kwargs["tokens"].plan.keep_rates[1]), with_kwargs=True
     )
     rows = [{"pixel_values": torch.randn(3, 48, 48), "labels": i % 5} for i in range(8)]
     arguments = transformers.TrainingArguments(
@@ -459,30 +564,33 @@ def test_timm_models_are_reorganized(case):
     assert all(torch.equal(index, again) for index, again in zip(kept, other, strict=True))
 
 
-@pytest.mark.parametrize("fuse", [True, False], ids=["fused", "dropped"])
+@pytest.mark.parametrize("inattentive", ["fused", "dropped", "counted"])
 @pytest.mark.parametrize("case", TIMM_CASES)
 @torch.no_grad()
-def test_timm_equals_a_loop_over_tokens(case, fuse):
-    model = reorganize(timm_model(case), 0.7, reorganization_layers=LAYERS, fuse_inattentive_tokens=fuse)
+def test_timm_equals_a_loop_over_tokens(case, inattentive):
+    budget = {"macs": 0.7} if inattentive == "counted" else {"keep_rate": 0.7, "reorganization_layers": LAYERS}
+    model = reorganize(timm_model(case), **budget, inattentive_tokens=inattentive)
     entered, left, num_prefix = [], [], model.num_prefix_tokens
     for block in model.blocks:
         block.register_forward_pre_hook(lambda _, args, kwargs: entered.append((args[0], kwargs)), with_kwargs=True)
     model.blocks[-1].register_forward_hook(lambda *call: left.append(call[-1]))
     _, kept_index = model(inputs("vit")["pixel_values"], output_attentive_index=True)
+    plan = entered[0][1]["tokens"].plan
     for image in range(2):
         tokens = entered[0][0][image].double()
-        patches, kept_patches = list(range(36)), []
+        patches, sizes, kept_patches = list(range(36)), [1] * 36, []
         for number, block in enumerate(copy.deepcopy(model.blocks)):
             block, (_, kwargs) = block.double(), entered[number]
             rope, bias = kwargs.get("rope"), kwargs.get("attention_mask")
             rotary = None if rope is None else [table.double() for table in reversed(rope.chunk(2, dim=-1))]
             if getattr(block.attn, "relative_position_bias_table", None) is not None:
                 bias = block.attn._get_rel_pos_bias()[0]
-            rate = 0.7 if number in LAYERS else None
-            tokens, patches, kept = reference(
-                block, tokens, num_prefix, 1, rate, fuse, patches, rotary, None if bias is None else bias.double()
+            bias, num_kept = None if bias is None else bias.double(), plan.num_attentive(number, len(patches))
+            tokens, patches, sizes, kept, _ = reference(
+                block, tokens, num_prefix, 1, num_kept, inattentive, patches, sizes, rotary, bias
             )
-            if kept is not None:
+            if number in plan.layers:
+                kept = patches if kept is None else kept  # a layer may have no token left to give up
                 kept_patches.append([-1 if patch is None else patch for patch in kept])
         assert [index[image].tolist() for index in kept_index] == kept_patches
         error = (left[0][image].double() - tokens).norm() / tokens.norm()
@@ -500,9 +608,9 @@ def test_timm_models_compile_into_one_graph(case):
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("inattentive", ["fused", "dropped", "counted"])
 @torch.no_grad()
-def test_timm_equals_transformers_with_the_same_weights(fuse):
+def test_timm_equals_transformers_with_the_same_weights(inattentive):
     vit, model = build("vit-classifier"), timm_model(qkv_bias=True, mlp_ratio=1.5)
     names = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings"}
     names |= {f"patch_embed.proj.{x}": f"embeddings.patch_embeddings.projection.{x}" for x in ("weight", "bias")}
@@ -522,9 +630,10 @@ def test_timm_equals_transformers_with_the_same_weights(fuse):
     for norm in [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]:
         norm.eps = vit.config.layer_norm_eps
     images = inputs("vit")["pixel_values"]
-    settings = {"reorganization_layers": LAYERS, "fuse_inattentive_tokens": fuse}
-    expected = reorganize(vit, 0.7, **settings)(images)
-    logits, kept = reorganize(model, 0.7, **settings)(images, output_attentive_index=True)
+    settings = {"keep_rate": 0.7, "reorganization_layers": LAYERS, "inattentive_tokens": inattentive}
+    settings = {"macs": 0.7} if inattentive == "counted" else settings
+    expected = reorganize(vit, **settings)(images)
+    logits, kept = reorganize(model, **settings)(images, output_attentive_index=True)
     torch.testing.assert_close(logits, expected.logits, rtol=1e-5, atol=1e-5)
     for index, other in zip(kept, expected.attentive_index, strict=True):
         assert torch.equal(index, other)

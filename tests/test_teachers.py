@@ -43,7 +43,7 @@ def test_oracle_scores_are_the_dense_attention_of_its_class_token(from_layer, im
 
 @pytest.mark.parametrize("fuse", [True, False])
 def test_a_student_under_an_oracle_keeps_the_patches_that_the_oracle_names(fuse, images):
-    student, oracle = tiny(fuse_inattentive_tokens=fuse), tiny(seed=1)
+    student, oracle = tiny(inattentive_tokens="fused" if fuse else "dropped"), tiny(seed=1)
     scores = Oracle(oracle, [1, 2, 3])(images)
     kept = student(images, patch_scores=scores).attentive_index
     for image in range(len(images)):

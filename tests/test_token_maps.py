@@ -94,7 +94,9 @@ def slow_maps(attention, kept, fuses):
 def test_maps_equal_a_loop_and_follow_fused_tokens(fuse, images):
     """With scores from outside the fused token of stage 1 is kept in stage 2 or fused again, image by image."""
     torch.manual_seed(0)
-    model = EViTForImageClassification(tiny_config_with(fuse_inattentive_tokens=fuse, keep_rate=0.5)).eval()
+    model = EViTForImageClassification(
+        tiny_config_with(inattentive_tokens="fused" if fuse else "dropped", keep_rate=0.5)
+    ).eval()
     trace = trace_tokens(model, images)
     assert [stage.layer for stage in trace.stages] == [1, 2, 3]
     assert torch.allclose(trace.output.logits, model(images).logits, atol=1e-6)

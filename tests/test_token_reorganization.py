@@ -1,18 +1,27 @@
 import pytest
 import torch
-from reference import class_token_attention_slowly, reorganize_slowly
+from reference import average_slowly, class_token_attention_slowly, count_slowly, reorganize_slowly
 
 from evit_hf.token_reorganization import (
+    TowerCosts,
+    all_patches,
     append_fused_patch,
+    averaged_tokens,
+    choose_tokens,
     class_token_attention,
     class_token_probabilities,
     follow_patches,
+    follow_tokens,
     fused_token,
     inattentive_weights,
+    log_sizes,
+    mean_keys,
     num_attentive_tokens,
+    rearrange_tokens,
     reorganize_token_mask,
     reorganize_tokens,
     scores_by_patch,
+    tokens_left_at_macs,
 )
 
 
@@ -75,7 +84,7 @@ def test_reorganization_equals_the_loop_over_tokens(keep_rate, fuse, num_prefix_
         attention,
         num_attentive_tokens(keep_rate, 11),
         num_prefix_tokens=num_prefix_tokens,
-        fuse_inattentive_tokens=fuse,
+        inattentive_tokens="fused" if fuse else "dropped",
     )
     assert torch.equal(attentive_index, expected_index)
     torch.testing.assert_close(reorganized, expected)
@@ -191,7 +200,7 @@ def test_token_mask_follows_the_tokens():
     index = torch.tensor([[0, 2], [1, 0]])
     assert reorganize_token_mask(mask, index).tolist() == [[1, 1, 1, 0], [1, 1, 0, 0]]
     assert reorganize_token_mask(mask, index[:, :1]).tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert reorganize_token_mask(mask, index, fuse_inattentive_tokens=False).tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert reorganize_token_mask(mask, index, inattentive_tokens="dropped").tolist() == [[1, 1, 1], [1, 1, 0]]
 
 
 def test_masked_tokens_have_no_attention():
@@ -199,6 +208,183 @@ def test_masked_tokens_have_no_attention():
     row = class_token_probabilities(query, query, 0.3, torch.tensor([[1, 1, 0, 1]]))
     assert torch.equal(row[..., 2], torch.zeros(1, 2, 1))
     torch.testing.assert_close(row.sum(-1), torch.ones(1, 2, 1))
+
+
+# Counting
+
+
+def counted(attention, keys, num_attentive, sizes=None, hidden_states=None):
+    """The choice for one image, and what it makes of the tokens."""
+    keys = mean_keys(torch.as_tensor(keys)[None, None], num_prefix_tokens=0)
+    sizes = None if sizes is None else torch.tensor([sizes])
+    choice = choose_tokens(
+        torch.tensor([attention]), num_attentive, inattentive_tokens="counted", keys=keys, token_sizes=sizes
+    )
+    return choice if hidden_states is None else (choice, rearrange_tokens(hidden_states, choice))
+
+
+def test_counting_by_hand():
+    # The second token looks like the first, which is attended to more: it is counted, though it comes second.
+    hidden_states = torch.tensor([[[9.0, 9.0], [4.0, 0.0], [0.0, 4.0], [1.0, 1.0]]])
+    choice, tokens = counted([0.4, 0.3, 0.2], [[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]], 2, hidden_states=hidden_states)
+    assert choice.attentive_index.tolist() == [[0, 2]]
+    assert choice.counted.counted_by.tolist() == [[0, 0, 1]]
+    assert choice.counted.token_sizes.tolist() == [[2.0, 1.0]]
+    # Half of (4, 0), half of the mean (2, 2), is (3, 1), which gets the length 4.
+    mixed = torch.tensor([3.0, 1.0]) * 4 / 10**0.5
+    torch.testing.assert_close(tokens, torch.stack([hidden_states[0, 0], mixed, hidden_states[0, 3]])[None])
+
+
+@pytest.mark.parametrize("num_attentive", [1, 5, 10])
+@pytest.mark.parametrize("num_prefix_tokens", [1, 3])
+def test_counting_equals_the_loop_over_tokens(num_attentive, num_prefix_tokens):
+    hidden_states, attention = random_tokens(num_prefix_tokens=num_prefix_tokens)
+    generator = torch.Generator().manual_seed(5)
+    key = torch.randn(3, 4, num_prefix_tokens + 11, 8, generator=generator)
+    sizes = torch.randint(1, 6, (3, 11), generator=generator).float()
+    settings = {"num_prefix_tokens": num_prefix_tokens, "inattentive_tokens": "counted"}
+    keys = mean_keys(key, num_prefix_tokens)
+    choice = choose_tokens(attention, num_attentive, keys=keys, token_sizes=sizes, **settings)
+    tokens = rearrange_tokens(hidden_states, choice, num_prefix_tokens)
+    for image in range(3):
+        own_keys = key[image, :, num_prefix_tokens:].double().mean(dim=0)
+        kept, counted_by, new_sizes = count_slowly(
+            attention[image].double().tolist(), own_keys, sizes[image].tolist(), num_attentive
+        )
+        assert choice.attentive_index[image].tolist() == kept
+        assert choice.counted.counted_by[image].tolist() == counted_by
+        assert choice.counted.token_sizes[image].tolist() == new_sizes
+        own = hidden_states[image].double()
+        rows = average_slowly(own[num_prefix_tokens:], kept, counted_by, sizes[image].tolist())
+        expected = torch.cat((own[:num_prefix_tokens], rows))
+        torch.testing.assert_close(tokens[image].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sizes_sum_to_the_patches_and_patches_are_followed_through_layers():
+    hidden_states, attention = random_tokens(num_image_tokens=20)
+    tokens, followed = all_patches(3, 20, torch.device("cpu")), torch.arange(20).expand(3, -1)
+    for seed, num_attentive in enumerate((15, 9, 4)):
+        keys = torch.randn(3, 1, attention.shape[1], 8, generator=torch.Generator().manual_seed(seed))
+        choice = choose_tokens(
+            attention,
+            num_attentive,
+            inattentive_tokens="counted",
+            keys=mean_keys(keys, 0),
+            token_sizes=tokens.token_sizes,
+        )
+        followed = choice.counted.counted_by.gather(1, followed)
+        attention, tokens = attention.gather(1, choice.attentive_index), follow_tokens(tokens, choice)
+        assert torch.equal(tokens.counted_by, followed)
+        assert tokens.token_sizes.sum(dim=1).tolist() == [20.0] * 3
+        for image in range(3):
+            assert torch.equal(tokens.counted_by[image].bincount(minlength=num_attentive), tokens.token_sizes[image])
+            # A kept token is a patch, which it counts itself.
+            itself = tokens.counted_by[image][tokens.patch_index[image]]
+            assert itself.tolist() == list(range(num_attentive))
+
+
+def test_a_size_is_as_many_equal_keys():
+    query, key, value = torch.randn(3, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
+    sizes = torch.tensor([[3.0, 1.0, 2.0]])
+    bias = log_sizes(sizes, num_prefix_tokens=2)
+    assert bias.shape == (1, 1, 1, 5)
+    assert bias[..., :2].tolist() == [[[[0.0, 0.0]]]]
+    attention = torch.nn.functional.scaled_dot_product_attention
+    repeated = torch.tensor([0, 1, 2, 2, 2, 3, 4, 4])
+    expected = attention(query, key[:, :, repeated], value[:, :, repeated])
+    torch.testing.assert_close(attention(query, key, value, bias), expected)
+
+
+def test_ties_are_broken_by_position_and_score():
+    alike = [[1.0, 0.0]] * 4
+    choice = counted([0.2] * 4, alike, 2)  # the first is new, the others are not
+    assert choice.attentive_index.tolist() == [[0, 1]]
+    assert choice.counted.counted_by.tolist() == [[0, 1, 0, 0]]
+    choice = counted([0.1, 0.2, 0.2, 0.1], alike, 3)
+    assert choice.attentive_index.tolist() == [[1, 2, 0]]
+    assert choice.counted.counted_by.tolist() == [[2, 0, 1, 0]]
+
+
+def test_nan_and_keys_of_zeros_have_a_defined_answer():
+    nan = float("nan")
+    choice = counted([0.3, nan, 0.2], [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]], 2)
+    assert choice.attentive_index.tolist()[0][0] == 1
+    assert choice.counted.token_sizes.sum() == 3
+    choice = counted([0.3, 0.2, 0.1], [[nan, nan]] * 3, 1)
+    assert choice.counted.token_sizes.tolist() == [[3.0]]
+    choice = counted([0.3, 0.2, 0.1], [[1.0, 0.0], [0.0, 0.0], [1.0, 0.0]], 2)
+    assert choice.attentive_index.tolist() == [[0, 1]]
+    assert choice.counted.counted_by.tolist() == [[0, 1, 0]]
+
+
+def test_cosines_are_float32_under_autocast():
+    generator = torch.Generator().manual_seed(0)
+    key, attention = torch.randn(2, 2, 30, 16, generator=generator), torch.rand(2, 30, generator=generator)
+    expected = choose_tokens(attention, 9, inattentive_tokens="counted", keys=mean_keys(key, 0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        keys = mean_keys(key, 0)
+        choice = choose_tokens(attention, 9, inattentive_tokens="counted", keys=keys)
+        tokens = rearrange_tokens(torch.randn(2, 31, 6), choice)
+    assert keys.dtype == tokens.dtype == torch.float32
+    assert torch.equal(choice.counted.counted_by, expected.counted.counted_by)
+
+
+def test_averaged_tokens_keep_their_length_and_have_gradients():
+    generator = torch.Generator().manual_seed(0)
+    attentive = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    inattentive = torch.randn(2, 2, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    shares = torch.tensor([[[0.5, 0.0], [0.0, 0.25], [0.0, 0.0]]] * 2, dtype=torch.float64)
+    averaged = averaged_tokens(attentive, inattentive, shares)
+    torch.testing.assert_close(averaged.norm(dim=2), attentive.norm(dim=2))
+    torch.testing.assert_close(averaged[:, 2], attentive[:, 2])
+    assert torch.autograd.gradcheck(lambda *tokens: averaged_tokens(*tokens, shares), (attentive, inattentive))
+
+
+def test_no_gradient_flows_through_sizes_or_scores():
+    hidden_states, attention = random_tokens()
+    key = torch.randn(3, 2, 12, 8, requires_grad=True)
+    attention.requires_grad_()
+    choice = choose_tokens(attention, 4, inattentive_tokens="counted", keys=mean_keys(key))
+    assert not choice.counted.token_sizes.requires_grad
+    assert not rearrange_tokens(hidden_states, choice).requires_grad
+
+
+def test_scores_from_outside_choose_who_counts():
+    attention, keys = torch.tensor([[0.3, 0.2, 0.1]]), mean_keys(torch.randn(1, 1, 3, 4), 0)
+    scores = torch.tensor([[0.0, 1.0, 2.0]])
+    choice = choose_tokens(attention, 2, inattentive_tokens="counted", keys=keys, token_scores=scores)
+    assert choice.attentive_index.tolist() == [[2, 1]]
+
+
+# A share of the operations
+
+
+VIT_B = TowerCosts(768 * 3 * 256, 4 * 768**2, 2 * 768, 2 * 768 * 3072, 64, 12, 1)
+
+
+def test_every_layer_gives_up_the_same_number_and_no_fewer_tokens_than_needed():
+    left = tokens_left_at_macs(0.66, 196, range(12), VIT_B)
+    assert list(left.values()) == [186, 175, 164, 153, 142, 131, 121, 110, 99, 88, 77, 66]
+    dense = VIT_B.macs(196, {})
+    assert round(dense / 1e9, 2) == 17.56
+    for macs in (0.97, 0.8, 0.66, 0.5, 0.3, 0.2):
+        left = tokens_left_at_macs(macs, 196, range(12), VIT_B)
+        share = VIT_B.macs(196, left) / dense
+        assert macs - 0.003 < share <= macs
+        assert min(left.values()) >= 16
+    assert tokens_left_at_macs(1.0, 196, [3, 6], VIT_B) == {3: 196, 6: 196}
+    assert tokens_left_at_macs(0.5, 196, range(12), VIT_B)[11] == 16
+
+
+def test_operations_out_of_reach_are_refused():
+    with pytest.raises(
+        ValueError, match=r"`macs` 0.1 is out of reach: with 16 of 196 image tokens .* still needs 0.1"
+    ):
+        tokens_left_at_macs(0.1, 196, range(12), VIT_B)
+    with pytest.raises(ValueError, match=r"with 9 of 9 image tokens .* still needs 1.0 of its operations"):
+        tokens_left_at_macs(0.9, 9, range(12), VIT_B)
+    with pytest.raises(ValueError, match=r"after layers \[\] the model still needs 1.0"):
+        tokens_left_at_macs(0.9, 196, [], VIT_B)
 
 
 # Errors
@@ -215,6 +401,10 @@ def test_impossible_requests_are_refused():
         reorganize_tokens(hidden_states, attention, 4, token_scores=torch.rand(3, 10))
     with pytest.raises(ValueError, match=r"`attentive_index` must be .* = \(3, 4\), got \(3, 5\)"):
         reorganize_tokens(hidden_states, attention, 4, attentive_index=torch.zeros(3, 5, dtype=torch.long))
+    with pytest.raises(ValueError, match="must be 'fused' or 'dropped', got 'counted': to count them, use"):
+        reorganize_tokens(hidden_states, attention, 4, inattentive_tokens="counted")
+    with pytest.raises(ValueError, match="`keys` is missing"):
+        choose_tokens(attention, 4, inattentive_tokens="counted")
     with pytest.raises(ValueError, match="pass one of them"):
         reorganize_tokens(
             hidden_states, attention, 4, token_scores=attention, attentive_index=torch.zeros(3, 4, dtype=torch.long)

@@ -37,8 +37,8 @@ def test_formula_of_every_family_equals_the_count_of_pytorch(case):
     reorganize(model, 0.7, reorganization_layers=LAYERS)
     formula = MacsFormula.of(model, 48 if case == "radio" else None)
     dense = count_macs(model, pixels, keep_rate=1.0)
-    for fuse in (True, False):
-        reorganize(model, fuse_inattentive_tokens=fuse)
+    for inattentive in ("fused", "dropped", "counted"):
+        reorganize(model, inattentive_tokens=inattentive)
         assert formula(0.7, executed=True) == count_macs(model, pixels)
         assert formula(1.0) == formula({}) == dense
         assert formula() == formula(0.7) == formula(dict.fromkeys(LAYERS, 0.7)) < formula({1: 0.7}) < dense
@@ -106,9 +106,13 @@ def test_the_tower_of_an_evit_is_its_backbone(tiny_model):
 def test_reorganize_changes_the_settings_of_an_evit(tiny_model):
     assert reorganize(tiny_model) is tiny_model
     assert tiny_model.config.keep_rate == 0.6
-    reorganize(tiny_model, [0.9, 0.5], reorganization_layers=(1, 3), fuse_inattentive_tokens=False)
+    reorganize(tiny_model, [0.9, 0.5], reorganization_layers=(1, 3), inattentive_tokens="dropped")
     config = tiny_model.config
-    assert (config.keep_rate, config.reorganization_layers, config.fuse_inattentive_tokens) == ([0.9, 0.5], [1, 3], 0)
+    assert (config.keep_rate, config.reorganization_layers, config.inattentive_tokens) == (
+        [0.9, 0.5],
+        [1, 3],
+        "dropped",
+    )
     with pytest.raises(ValueError, match="`keep_rate` has 1 entries"):
         reorganize(tiny_model, [0.9], reorganization_layers=[1, 2])
     assert (config.keep_rate, config.reorganization_layers) == ([0.9, 0.5], [1, 3])

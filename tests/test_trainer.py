@@ -298,8 +298,8 @@ def test_evaluation_counts_as_a_loop_does(tiny_model):
 
 def test_timing_alternates_the_keep_rates_and_restores_the_mode(tiny_model, images, monkeypatch):
     seen = []
-    original = tiny_model.vit.layer_keep_rates
-    monkeypatch.setattr(tiny_model.vit, "layer_keep_rates", lambda rate: seen.append(rate) or original(rate))
+    original = tiny_model.vit.token_plan
+    monkeypatch.setattr(tiny_model.vit, "token_plan", lambda *asked: seen.append(asked[0]) or original(*asked))
     speeds = images_per_second(tiny_model.train(), images, [1.0, 0.5], rounds=3)
     assert len(speeds) == 2
     assert min(speeds) > 0

@@ -214,7 +214,9 @@ def test_given_up_patches_are_painted_over_where_they_are(tiny_model):
 def test_a_sheet_has_a_column_for_each_layer(fuse):
     torch.manual_seed(0)
     labels = {i: f"class {i}\n" * 9 for i in range(5)}
-    model = EViTForImageClassification(tiny_config_with(fuse_inattentive_tokens=fuse, id2label=labels))
+    model = EViTForImageClassification(
+        tiny_config_with(inattentive_tokens="fused" if fuse else "dropped", id2label=labels)
+    )
     seen = visualize(model, SQUARE, Image.effect_noise((50, 80), 90), [0.7], "x" * 200)
     assert (seen.fused_weights(seen.views[0], 0) is not None) == fuse
     sheet = seen.sheet()

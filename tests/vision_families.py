@@ -6,6 +6,7 @@ import timm
 import torch
 import transformers
 from packaging import version
+from reference import average_slowly, count_slowly
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -206,17 +207,21 @@ def scaled(layer, branch, number):
     return branch
 
 
-def reference(layer, tokens, num_prefix, num_scoring, keep_rate, fuse, patches, rotary=None, bias=None):
+def reference(layer, tokens, num_prefix, num_scoring, num_kept, inattentive, patches, sizes, rotary=None, bias=None):
     """One layer for one image in float64, with loops over heads and tokens; reads weights, calls no attention.
 
     Args:
         layer: dense, in float64.
         tokens: (sequence_length, hidden_size).
+        num_kept: image tokens to keep.
+        inattentive: "fused", "dropped" or "counted".
         patches: patch of each image token, None for a fused one.
         rotary: (cos, sin), each ((num_heads,) num_patches, head_dim), or None.
+        sizes: patches that each image token counts.
         bias: (num_heads, num_tokens, num_tokens) over all positions, or None.
 
-    Returns: tokens and patches after the layer; the patches that were kept, in descending order of score.
+    Returns: tokens, patches and sizes after the layer; the patches that were kept, in descending order of score; which
+        of them counts each token, or None.
     """
     attention = next(getattr(layer, n) for n in ("attention", "self_attn", "attn") if hasattr(layer, n))
     norm = next(getattr(layer, n) for n in ("layernorm_before", "norm1", "layer_norm1") if hasattr(layer, n))
@@ -234,6 +239,8 @@ def reference(layer, tokens, num_prefix, num_scoring, keep_rate, fuse, patches, 
         key_head = head * k.shape[1] // heads
         for i in range(length):
             logits = k[:, key_head] @ q[i, head] / math.sqrt(dim)
+            for j, size in enumerate(sizes, start=num_prefix):
+                logits[j] += math.log(size)
             if bias is not None:
                 for j in range(length):
                     a, b = position[i], position[j]
@@ -252,17 +259,23 @@ def reference(layer, tokens, num_prefix, num_scoring, keep_rate, fuse, patches, 
     branch = projection(attention.norm(output) if hasattr(attention, "norm") else output)
     tokens = tokens + (norm(branch) if is_post_norm else scaled(layer, branch, 1))
 
-    kept, image_scores = None, scores[num_prefix:]
-    num_kept = math.ceil(keep_rate * len(patches)) if keep_rate is not None else len(patches)
-    if num_kept < len(patches):
+    kept, counted_by, image_scores = None, None, scores[num_prefix:]
+    if num_kept < len(patches) and inattentive == "counted":
+        keys = k[num_prefix:].mean(dim=1)
+        order, counted_by, new_sizes = count_slowly(image_scores.tolist(), keys, sizes, num_kept)
+        rows = average_slowly(tokens[num_prefix:], order, counted_by, sizes)
+        tokens, sizes, patches = torch.cat((tokens[:num_prefix], rows)), new_sizes, [patches[i] for i in order]
+        kept = list(patches)
+    elif num_kept < len(patches):
         order = sorted(range(len(patches)), key=lambda i: -image_scores[i].item())
         rows = [tokens[num_prefix + i] for i in order[:num_kept]]
         new_patches = [patches[i] for i in order[:num_kept]]
         kept = list(new_patches)
-        if fuse:
+        if inattentive == "fused":
             rows.append(sum(image_scores[i] * tokens[num_prefix + i] for i in order[num_kept:]))
             new_patches.append(None)
         tokens, patches = torch.cat((tokens[:num_prefix], torch.stack(rows))), new_patches
+        sizes = [1] * len(patches)
     norm = next(getattr(layer, n) for n in ("layernorm_after", "norm2", "layer_norm2") if hasattr(layer, n))
     branch = norm(layer.mlp(tokens)) if is_post_norm else scaled(layer, layer.mlp(norm(tokens)), 2)
-    return tokens + branch, patches, kept
+    return tokens + branch, patches, sizes, kept, counted_by

@@ -157,8 +157,8 @@ class ModelArguments:
     reorganization_layers: list[int] | None = setting(
         None, "Zero-based layers that reorganize; by default at one, two and three quarters of the depth."
     )
-    inattentive_tokens: Literal["fused", "dropped"] = setting(
-        "fused", "What becomes of the inattentive tokens: fused into one token, or dropped."
+    inattentive_tokens: Literal["fused", "dropped", "counted"] = setting(
+        "fused", "What becomes of the inattentive tokens: fused into one token, dropped, or counted by the kept ones."
     )
     image_size: int | None = setting(
         None,

@@ -15,8 +15,8 @@ class ConvertArguments:
 
     keep_rate: list[float] | None = setting(None, "In (0, 1]: one, or one for each layer.", KEEP_RATE)
     reorganization_layers: list[int] | None = setting(None, "Zero-based layers.", NOT_NEGATIVE)
-    inattentive_tokens: Literal["fused", "dropped"] | None = setting(
-        None, "What becomes of the inattentive tokens: fused into one token, or dropped."
+    inattentive_tokens: Literal["fused", "dropped", "counted"] | None = setting(
+        None, "What becomes of the inattentive tokens: fused into one token, dropped, or counted by the kept ones."
     )
     labels: str | None = setting(None, "File with the names of the classes: one a line, or JSON.")
     image_size: list[int] | None = setting(
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
         source,
         keep_rate=keep_rate[0] if keep_rate and len(keep_rate) == 1 else keep_rate,
         reorganization_layers=arguments.reorganization_layers,
-        fuse_inattentive_tokens=None if tokens is None else tokens == "fused",
+        inattentive_tokens=tokens,
         image_size=image_size[0] if image_size and len(image_size) == 1 else image_size,
         labels=read_labels(arguments.labels) if arguments.labels else None,
         num_attention_heads=arguments.num_attention_heads,
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
         *(f"note: {note}" for note in converted.notes),
         f"{dest}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
         f"{config.image_size} pixels, keep rate {config.keep_rate} at layers {config.reorganization_layers}, "
-        f"{'fused' if config.fuse_inattentive_tokens else 'dropped'}, {num_macs(model) / 1e9:.3f} GMACs",
+        f"{config.inattentive_tokens}, {num_macs(model) / 1e9:.3f} GMACs",
     ]
     print("\n".join(lines))
 
@@ -113,7 +113,7 @@ def reorganize_family(source: str, dest: Path, arguments: ConvertArguments) -> b
         load_model(source),
         rates[0] if rates and len(rates) == 1 else rates,
         reorganization_layers=arguments.reorganization_layers,
-        fuse_inattentive_tokens=None if tokens is None else tokens == "fused",
+        inattentive_tokens=tokens,
     )
     model.save_pretrained(dest)
     with suppress(OSError):  # a folder without image processor
@@ -123,6 +123,6 @@ def reorganize_family(source: str, dest: Path, arguments: ConvertArguments) -> b
     print(
         f"{dest}: {type(model).__name__}, {num_parameters / 1e6:.2f} M parameters, keep rate "
         f"{config.keep_rate} at layers {config.reorganization_layers}, "
-        f"{'fused' if config.fuse_inattentive_tokens else 'dropped'}"
+        f"{config.inattentive_tokens}"
     )
     return True

@@ -28,7 +28,7 @@ from evit_hf import (
     reorganize,
 )
 from evit_hf.checkpoint_files import ConversionError
-from evit_hf.configuration_evit import height_and_width
+from evit_hf.configuration_evit import DEFAULT_KEEP_RATE, height_and_width
 from evit_hf.profiling import MacsFormula, keep_rate_for_macs, num_macs
 from evit_hf.reorganization import FAMILIES
 from evit_hf.towers import example_inputs, tower_of
@@ -53,7 +53,7 @@ def build_model(arguments: TrainArguments, splits: ImageSplits) -> PreTrainedMod
         **label_maps(splits.label_names),
         "problem_type": "multi_label_classification" if splits.multi_label else "single_label_classification",
         "keep_rate": arguments.keep_rate,
-        "fuse_inattentive_tokens": model.inattentive_tokens == "fused",
+        "inattentive_tokens": model.inattentive_tokens,
         "drop_path_rate": model.drop_path_rate,
         **({"reorganization_layers": model.reorganization_layers} if model.reorganization_layers is not None else {}),
     }
@@ -215,7 +215,8 @@ def load_model(name_or_path: str) -> PreTrainedModel:
     if architecture in own:
         return own[architecture].from_pretrained(name_or_path)
     if is_of_a_family(config) and "Classification" not in architecture:
-        return reorganize(getattr(transformers, architecture).from_pretrained(name_or_path))
+        keep_rate = None if was_reorganized(name_or_path) else DEFAULT_KEEP_RATE
+        return reorganize(getattr(transformers, architecture).from_pretrained(name_or_path), keep_rate)
     return load_classifier(name_or_path)
 
 
@@ -230,7 +231,7 @@ def _load_family(
     name_or_path: str,
     keep_rate: float | list[float] | None = None,
     reorganization_layers: list[int] | None = None,
-    fuse_inattentive_tokens: bool | None = None,
+    inattentive_tokens: str | None = None,
     drop_path_rate: float = 0.0,
     id2label: dict[int, str] | None = None,
     image_size: int | None = None,
@@ -259,11 +260,13 @@ def _load_family(
             f"`{name_or_path}` does not fill {len(lost)} parameters of a {type(model).__name__}, which would be left "
             f"at random values: {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}."
         )
+    if keep_rate is None and not was_reorganized(name_or_path):
+        keep_rate = DEFAULT_KEEP_RATE
     return reorganize(
         model,
         keep_rate,
         reorganization_layers=reorganization_layers,
-        fuse_inattentive_tokens=fuse_inattentive_tokens,
+        inattentive_tokens=inattentive_tokens,
     )
 
 

@@ -409,7 +409,7 @@ def record_of(parts: Parts, state: TrainingState) -> dict[str, Any]:
             "hidden_size": tower.hidden_size,
             "image_size": parts.image_size,
             "reorganization_layers": tower.config.reorganization_layers,
-            "fuse_inattentive_tokens": tower.config.fuse_inattentive_tokens,
+            "inattentive_tokens": tower.config.inattentive_tokens,
         },
         num_parameters=sum(parameter.numel() for parameter in state.network.parameters()),
         num_train_images="streamed" if parts.splits.is_streamed else len(train),

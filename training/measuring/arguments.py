@@ -46,8 +46,9 @@ class BenchmarkArguments:
     schedule: bool = setting(
         False, "Train through a schedule of keep rates instead, with each way to compile: graphs, waiting, speed."
     )
-    inattentive_tokens: Literal["fused", "dropped"] | None = setting(
-        None, "What becomes of the inattentive tokens: fused into one token, or dropped; by default as in the model."
+    inattentive_tokens: Literal["fused", "dropped", "counted"] | None = setting(
+        None,
+        "What becomes of the inattentive tokens: fused, dropped or counted by the kept ones; by default the model's.",
     )
     output_dir: str | None = setting(None, "Folder for benchmark.json and benchmark.png, or schedule.json.")
 

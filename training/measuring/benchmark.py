@@ -192,7 +192,7 @@ def measure(
         threads=torch.get_num_threads(),
         clock=arguments.clock,
         rounds=arguments.rounds,
-        fuse=tower_of(model).config.fuse_inattentive_tokens,
+        fuse=tower_of(model).config.inattentive_tokens == "fused",
         device=str(device),
         matmul_peak_gflops=peak,
         rows=rows,

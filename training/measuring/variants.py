@@ -44,7 +44,7 @@ def build_model(name: str, image_size: int | None = None, inattentive_tokens: st
     Args:
         name: preset, folder or Hub id; of a family also a model without a classifier.
         image_size: pixels instead of the model's own; families take images of several sizes as they are.
-        inattentive_tokens: "fused" or "dropped" instead of the model's own.
+        inattentive_tokens: "fused", "dropped" or "counted" instead of the model's own.
 
     Raises: ValueError for an unknown preset or folder.
     """
@@ -58,7 +58,7 @@ def build_model(name: str, image_size: int | None = None, inattentive_tokens: st
     if isinstance(model, EViTPreTrainedModel) and image_size not in (None, model.config.image_size):
         model.set_image_size(image_size)
     if inattentive_tokens is not None:
-        reorganize(model, fuse_inattentive_tokens=inattentive_tokens == "fused")
+        reorganize(model, inattentive_tokens=inattentive_tokens)
     return model.eval()
 
 

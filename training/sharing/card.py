@@ -113,7 +113,9 @@ class FinishedRun:
     @property
     def tower(self) -> dict[str, Any]:
         """Sizes and settings of the layers; runs of earlier versions have them only in their configuration."""
-        return self.record.get("tower") or self.config
+        tower = self.record.get("tower") or self.config
+        inattentive_tokens = "fused" if tower.get("fuse_inattentive_tokens", True) else "dropped"  # the old name
+        return {"inattentive_tokens": inattentive_tokens, **tower}
 
     @property
     def architecture(self) -> str:
