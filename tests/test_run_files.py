@@ -79,7 +79,8 @@ def test_a_card_of_damaged_files_is_refused_with_the_name(name, how, damaged):
     with pytest.raises(ValueError, match=re.escape(str(folder))) as error:
         render_run_card(folder, "org/name")
     assert "\n" not in str(error.value)
-    if how in ("half", "a broken line", "not text", "a folder", "a list", "a number", "null", "empty"):
+    # Half of a YAML file may be YAML: then it lacks a value.
+    if how not in ("zeros", "nothing in it") and (how, name) != ("half", "arguments.yaml"):
         assert name in str(error.value)
 
 
@@ -89,6 +90,8 @@ def test_a_damaged_recipe_is_refused_with_its_name(how, damaged, capsys, tmp_pat
     if how in ("empty", "null", "nothing in it"):  # a recipe that changes nothing
         parse_train_arguments([str(path)])
         return
+    if how == "half":  # which may be YAML
+        path.write_bytes(path.read_bytes() + b"\nepochs: [1")
     with pytest.raises(SystemExit, match="2"):
         parse_train_arguments([str(path)])
     said = capsys.readouterr().err
