@@ -218,6 +218,7 @@ def test_flags_and_recipes_of_the_training_guide_exist():
     elsewhere = {"help", "flag", "keep_rates", "dataset"} | {"nproc_per_node", "nnodes", "node_rank", "rdzv_endpoint"}
     elsewhere |= {"num_machines", "machine_rank", "main_process_ip", "num_processes", "multi_gpu", "use_fsdp"}
     elsewhere |= {"fsdp_version", "fsdp_auto_wrap_policy", "fsdp_transformer_layer_cls_to_wrap"}
+    elsewhere |= {"cpus_per_task", "gres", "open_mode", "requeue", "signal", "time"}  # Slurm's
     flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][\w-]*)", text)}
     assert flags <= set(SETTINGS) | elsewhere, flags - set(SETTINGS) - elsewhere
     assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == {path.stem for path in RECIPES.glob("*.yaml")}
