@@ -217,8 +217,9 @@ def test_a_file_that_cannot_be_written_costs_no_training(starter, data, model, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", ["ENOSPC", "EIO", "EACCES", "EMFILE"])
-@pytest.mark.parametrize("name", UNWRITABLE)
+@pytest.mark.parametrize(
+    ("name", "code"), list(zip(UNWRITABLE, itertools.cycle(["ENOSPC", "EIO", "EACCES", "EMFILE"])))
+)
 def test_every_file_that_cannot_be_written_costs_no_training(starter, data, model, tmp_path, name, code):  # noqa: F811
     check_unwritable(starter, data, model, tmp_path, name, code)
 
