@@ -225,36 +225,18 @@ def test_a_run_that_was_killed_resumes_with_every_row_once(model_folder, tmp_pat
 
 
 @pytest.mark.cluster
-def test_a_cluster_loses_a_node_and_its_driver_and_no_row(model_folder, tmp_path, monkeypatch):
-    """Ray with two nodes on this machine: the driver is killed first, then a node in the second run."""
+def test_ray_on_this_machine_writes_every_row_once_and_refuses_to_do_it_again(model_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "120")
-    from ray import cluster_utils
-
-    folder, output = many_pictures(tmp_path / "many", 401), tmp_path / "rows"
-
-    def num_rows():
-        files = list(output.glob("*.parquet")) if output.exists() else []
-        return sum(pyarrow.parquet.read_metadata(file).num_rows for file in files)
-
-    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 4})
-    try:
-        node = cluster.add_node(num_cpus=4)
-        run = (model_folder, folder, "--ray", cluster.address, "--output", output, "--batch-size", "8", "--quiet")
-        process = run_command(*run)
-        wait_for(lambda: num_rows() >= 20, process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert num_rows() < 401
-        process = run_command(*run)
-        wait_for(lambda: num_rows() >= 60, process)
-        cluster.remove_node(node, allow_graceful=False)
-        assert process.wait(400) == 0, process.stderr.read()
-    finally:
-        cluster.shutdown()
+    folder, output = many_pictures(tmp_path / "many", 41), tmp_path / "rows"
+    run = (model_folder, folder, "--ray", "local", "--output", output, "--batch-size", "8", "--quiet")
+    process = run_command(*run)
+    assert process.wait(500) == 0, process.stderr.read()
     rows = pyarrow.dataset.dataset(output).to_table().to_pylist()
     counts = Counter(row["path"] for row in rows)
-    assert len(counts) == 401
+    assert len(counts) == 41
     assert set(counts.values()) == {1}
     assert [os.path.basename(row["path"]) for row in rows if row["error"]] == ["0007.png"]
     assert all(len(row["labels"]) == 5 for row in rows if not row["error"])
+    process = run_command(*run)
+    assert process.wait(100) == 2
+    assert "is there already" in process.stderr.read()
