@@ -237,7 +237,7 @@ def test_what_cannot_work_is_said_before_the_work_starts(tmp_path, monkeypatch):
 def test_a_failed_export_leaves_nothing_and_no_half_over_an_old_one(tmp_path, monkeypatch):
     export_model(tiny("evit"), tmp_path / "old", "torch-export", processor=PROCESSOR)
     before = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
-    monkeypatch.setattr("evit_hf.export.check_parity", lambda *_: (_ for _ in ()).throw(ExportError("differs")))
+    monkeypatch.setattr("evit_hf.export.check_parity", lambda *_, **__: (_ for _ in ()).throw(ExportError("differs")))
     for name in ("old", "new/deep"):
         with pytest.raises(ExportError, match="differs"):
             export_model(tiny("evit", keep_rate=0.3), tmp_path / name, "torch-export", processor=PROCESSOR)

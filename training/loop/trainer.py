@@ -101,8 +101,8 @@ def run_training(parts: Parts, state: TrainingState, is_resumed: bool) -> list[d
         accelerator.wait_for_everyone()
         accelerator.print(describe(parts, state))
         pusher = pusher_of(arguments) if arguments.hub.push_to_hub and accelerator.is_main_process else None
-        if pusher is not None:
-            stack.callback(pusher.close)
+        if pusher is not None:  # after an error nobody waits for a push that is under way; at the end `finish` does
+            stack.push(lambda kind, *_: pusher.close() if kind is not None else None)
         train_loader, eval_loader = loaders(parts, state)
         stack.callback(train_loader.close)
         stack.callback(eval_loader.close)
