@@ -157,15 +157,13 @@ def visualize_all(model: str, words: list[str], output: Path, arguments: Visuali
 
 def seer(model: str, arguments: VisualizeArguments) -> Any:
     """Load a model, and return what visualizes a picture with it by name and path."""
-    import torch
-
     from evit_hf.visualization import visualize
 
     from ..data.images import decoded
     from ..learning.models import load_classifier, load_processor
     from ..measuring.machine import best_device
 
-    device = torch.device(arguments.device) if arguments.device else best_device()
+    device = best_device(arguments.device)
     network = load_classifier(model).eval().to(device)
     processor = load_processor(model)
     keep_rates = [None] if arguments.keep_rates is None else arguments.keep_rates

@@ -112,7 +112,7 @@ def benchmark(name: str, arguments: BenchmarkArguments, argv: Sequence[str] = ()
 
     from .machine import PACKAGES, best_device, machine
 
-    device = torch.device(arguments.device) if arguments.device else best_device()
+    device = best_device(arguments.device)
     comparisons = []
     threads_before = torch.get_num_threads()
     try:

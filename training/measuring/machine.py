@@ -16,8 +16,10 @@ import torch
 PACKAGES = ("torch", "transformers", "timm", "onnxruntime", "openvino", "evit-hf")
 
 
-def best_device() -> torch.device:
-    """The accelerator if there is one, else the CPU."""
+def best_device(name: str | None = None) -> torch.device:
+    """The device of that name; without one the accelerator if there is one, else the CPU."""
+    if name:
+        return torch.device(name)
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 

@@ -80,7 +80,7 @@ def benchmark_schedule(name: str, arguments: BenchmarkArguments, argv: Sequence[
 
     Returns: the report, with a `ScheduleRow` as a dictionary for each strategy.
     """
-    device = torch.device(arguments.device) if arguments.device else best_device()
+    device = best_device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads[0])
     torch._inductor.config.force_disable_caches = True  # what an earlier run compiled would seem to cost nothing

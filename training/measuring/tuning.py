@@ -70,7 +70,7 @@ def tune(name: str, target: str, arguments: TuneArguments, data: DataArguments) 
     Raises: ValueError for a target that cannot be read or reached.
     """
     goal = parse_target(target)
-    device = torch.device(arguments.device) if arguments.device else best_device()
+    device = best_device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     model = load_classifier(name).eval().to(device)

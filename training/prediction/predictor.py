@@ -66,7 +66,7 @@ class Predictor:
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
-        self.device = torch.device(device) if device is not None else best_device()
+        self.device = best_device(device)
         self.network = load_classifier(model).eval().to(self.device, getattr(torch, dtype))
         self.transform = ProcessorTransform(load_processor(model))
         self.keep_rate = 1.0 if keep_rate is None and not was_reorganized(model) else keep_rate
