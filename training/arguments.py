@@ -23,7 +23,10 @@ from .settings import (
     FlagParser,
     check_settings,
     closest,
+    default_of,
     flag,
+    json_setting,
+    quiet_setting,
     setting,
 )
 
@@ -199,13 +202,19 @@ class OptimizationArguments:
     eval_batch_size: int = setting(
         128, "Images for each evaluation step and process.", AT_LEAST_ONE, changes_training=False
     )
-    learning_rate: float = setting(2e-5, "Peak learning rate of AdamW.", NOT_NEGATIVE)
+    learning_rate: float | None = setting(
+        None, "Peak learning rate of AdamW; by default 2e-5 to fine-tune, 5e-4 from scratch.", NOT_NEGATIVE
+    )
     scale_learning_rate: bool = setting(
         False, "The learning rate is meant for batch size 512: scale it linearly with the batch size."
     )
     min_learning_rate: float = setting(0.0, "Learning rate at the end of the cosine; it is not scaled.", NOT_NEGATIVE)
     layer_decay: float = setting(1.0, "Factor on the learning rate from each layer to the one below it.", KEEP_RATE)
-    warmup_epochs: float = setting(0.0, "Epochs of linear warm-up from zero.", NOT_NEGATIVE)
+    warmup_epochs: float | None = setting(
+        None,
+        "Epochs of linear warm-up from zero; by default 0 to fine-tune, from scratch a tenth of all, but at most 5.",
+        NOT_NEGATIVE,
+    )
     weight_decay: float = setting(0.05, "Weight decay; norms, biases, positions and tokens have none.", NOT_NEGATIVE)
     label_smoothing: float = setting(0.0, "Share of the target spread over all classes; the paper has 0.1.", SHARE)
     mix_token: float = setting(
@@ -365,6 +374,8 @@ class RunArguments:
         "Build everything, train two steps, report memory, GMACs and the projected time, and save nothing.",
         changes_training=False,
     )
+    json: bool = json_setting()
+    quiet: bool = quiet_setting()
 
 
 @dataclass
@@ -378,6 +389,28 @@ class TrainArguments:
     teacher: TeacherArguments
     hub: HubArguments
     run: RunArguments
+
+    def __post_init__(self) -> None:
+        """Give the settings whose defaults depend on others their values."""
+        for name, value in self._fitting_defaults().items():
+            if getattr(self.optimization, name) is None:
+                setattr(self.optimization, name, value)
+
+    def _fitting_defaults(self) -> dict[str, float]:
+        """Defaults that are different to fine-tune and from scratch."""
+        if self.model.model is not None:
+            return {"learning_rate": 2e-5, "warmup_epochs": 0.0}
+        return {"learning_rate": 5e-4, "warmup_epochs": min(5.0, self.optimization.epochs / 10)}
+
+    def as_flags(self) -> list[str]:
+        """The settings that differ from their defaults, as words of a command line."""
+        fitting = self._fitting_defaults()
+        flags = []
+        for name, value in self.as_dict().items():
+            if value in (None, []) or value == fitting.get(name, default_of(FIELDS[name])):
+                continue
+            flags += [flag(name), *map(str, value if isinstance(value, list) else [value])]
+        return flags
 
     def as_dict(self) -> dict[str, Any]:
         """All settings under their flat names, as a recipe would give them."""
@@ -436,6 +469,7 @@ class TrainArguments:
     def learning_rate(self) -> float:
         """Peak learning rate, scaled by batch size / 512 where that is wanted."""
         optimization = self.optimization
+        assert optimization.learning_rate is not None
         return optimization.learning_rate * (
             optimization.batch_size / 512 if optimization.scale_learning_rate else 1.0
         )

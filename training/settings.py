@@ -58,6 +58,23 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+def quiet_setting() -> Any:
+    """The setting `--quiet`, which every command that measures or predicts takes."""
+    return setting(False, "Print results and errors only: no notes, no bars.", changes_training=False)
+
+
+def json_setting() -> Any:
+    """The setting `--json`, which every command that measures or predicts takes."""
+    return setting(
+        False, "Print the result as JSON on standard output, all else on standard error.", changes_training=False
+    )
+
+
+def default_of(one: dataclasses.Field[Any]) -> Any:
+    """Default of a setting."""
+    return one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
+
+
 def flag(name: str) -> str:
     """A setting as it is written on a command line: `--keep-rate` for keep_rate."""
     return f"--{name.replace('_', '-')}"
@@ -210,7 +227,7 @@ def _add_flag(group: Any, one: dataclasses.Field[Any], hint: Any) -> None:
     """Add the flag of a field to a parser."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):  # of a type and None
         hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
-    default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
+    default = default_of(one)
     keywords: dict[str, Any] = {"default": default, "help": one.metadata["help"].replace("%", "%%")}
     metavar = {int: "N", float: "X"}
     if typing.get_origin(hint) is Literal:

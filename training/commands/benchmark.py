@@ -6,6 +6,7 @@ evit benchmark evit-deit-ti --schedule --keep-rates 0.7
 """
 
 from ..measuring.arguments import BenchmarkArguments
+from ..screen import screen
 from ..settings import FlagParser
 from .errors import command
 
@@ -30,11 +31,12 @@ def main(argv: list[str]) -> None:
     from ..learning.sources import resolve_model
 
     model = resolve_model(rest.model, takes_presets=True)
-    if arguments.schedule:
-        from ..measuring.schedule import benchmark_schedule
+    with screen(arguments.quiet, arguments.json):
+        if arguments.schedule:
+            from ..measuring.schedule import benchmark_schedule
 
-        benchmark_schedule(model, arguments, argv)
-    else:
-        from ..measuring.benchmark import benchmark
+            benchmark_schedule(model, arguments, argv)
+        else:
+            from ..measuring.benchmark import benchmark
 
-        benchmark(model, arguments, argv)
+            benchmark(model, arguments, argv)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..arguments import DataArguments
-from ..settings import AT_LEAST_ONE, KEEP_RATE, FlagParser, setting
+from ..screen import say, screen, show_result
+from ..settings import AT_LEAST_ONE, KEEP_RATE, FlagParser, json_setting, quiet_setting, setting
 from .errors import command
 
 
@@ -29,6 +30,8 @@ class EvaluateArguments:
         None, "Folder for evaluation.json and evaluation.png; by default the model's, if local."
     )
     mixed_precision: Literal["no", "bf16", "fp16"] = setting("no", "Precision of matrix products.")
+    json: bool = json_setting()
+    quiet: bool = quiet_setting()
 
 
 @command("evaluate")
@@ -46,7 +49,8 @@ def main(argv: list[str]) -> None:
     (arguments, data), rest, _ = parser.parse(argv)
     from ..learning.sources import resolve_model
 
-    evaluate_model(resolve_model(rest.model), arguments, data)
+    with screen(arguments.quiet, arguments.json):
+        evaluate_model(resolve_model(rest.model), arguments, data)
 
 
 def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments) -> "list[Measurement]":
@@ -75,7 +79,7 @@ def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision, cpu=not torch.accelerator.is_available())
     network = load_classifier(model)
     splits = load_evaluation_split(data)
-    accelerator.print(describe_splits(splits, ("evaluation",)))
+    say(describe_splits(splits, ("evaluation",)))
     splits = with_classes_of(network, splits)
     # The data knows; not every checkpoint says.
     network.config.problem_type = f"{'multi' if splits.multi_label else 'single'}_label_classification"
@@ -86,14 +90,14 @@ def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments
     prepared = accelerator.prepare_model(network, evaluation_mode=True)
     with closing(loader):
         results = compare_keep_rates(accelerator, prepared, loader, arguments.keep_rates)
-    accelerator.print(comparison_table(results))
+    report = {"model": model, "dataset": data.dataset, "label_names": splits.label_names}
+    report["results"] = [result.as_json() for result in results]
+    show_result(comparison_table(results), report)
     folder = Path(arguments.output_dir or model)
     if accelerator.is_main_process and (arguments.output_dir or folder.is_dir()):
         folder.mkdir(parents=True, exist_ok=True)
-        report = {"model": model, "dataset": data.dataset, "label_names": splits.label_names}
-        report["results"] = [result.as_json() for result in results]
         (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
         draw_tradeoff(results, folder / "evaluation.png")
-        accelerator.print(f"Saved {folder / 'evaluation.json'} and {folder / 'evaluation.png'}.")
+        say(f"Saved {folder / 'evaluation.json'} and {folder / 'evaluation.png'}.")
     accelerator.end_training()
     return results

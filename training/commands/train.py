@@ -1,6 +1,7 @@
 """The command `evit train`, which launchers start as `accelerate launch -m evit_training train RECIPE --flags`."""
 
 from ..arguments import TrainArguments, parse_train_arguments
+from ..screen import screen
 from .errors import command
 
 
@@ -16,7 +17,8 @@ def main(argv: list[str]) -> None:
     resolve_models(arguments)
     from ..loop.trainer import train
 
-    train(arguments)
+    with screen(arguments.run.quiet, arguments.run.json):
+        train(arguments)
 
 
 def resolve_models(arguments: TrainArguments) -> None:

@@ -2,6 +2,7 @@
 
 from ..arguments import DataArguments
 from ..measuring.arguments import TuneArguments, parse_target
+from ..screen import screen
 from ..settings import FlagParser
 from .errors import command
 
@@ -26,4 +27,5 @@ def main(argv: list[str]) -> None:
     model = resolve_model(rest.model)
     from ..measuring.tuning import tune
 
-    tune(model, rest.target, arguments, data)
+    with screen(arguments.quiet, arguments.json):
+        tune(model, rest.target, arguments, data)

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterator
 from multiprocessing.util import Finalize
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader, default_collate
 from transformers import BaseImageProcessor
 
 from ..arguments import TrainArguments
+from ..screen import say
 from .augmentation import ProcessorTransform
 from .images import EvaluationImages, ImageSplits, StreamedEvaluationImages, StreamedTrainingImages, TrainingImages
 from .sampling import EvaluationBatches, StepPlan, TrainingBatches
@@ -135,7 +138,8 @@ def training_loader(
         first_step: optimizer steps done so far.
     """
     data, seed = arguments.data, arguments.run.seed
-    common = {"num_workers": data.num_workers, "pin_memory": accelerator.device.type == "cuda"}
+    num_workers = data.num_workers if splits.is_streamed else useful_workers(data.num_workers)
+    common = {"num_workers": num_workers, "pin_memory": accelerator.device.type == "cuda"}
     if splits.is_streamed:
         images = StreamedTrainingImages(
             splits,
@@ -169,9 +173,19 @@ def evaluation_loader(
     if splits.is_streamed:
         streamed = StreamedEvaluationImages(splits, transform, batch_size, process, num_processes, on_bad_image)
         return ImageLoader(streamed, batch_size=None, num_workers=min(num_workers, 1))
+    num_workers = useful_workers(num_workers)
     images = EvaluationImages(splits, transform, on_bad_image)
     batches = EvaluationBatches(len(images), batch_size, process, num_processes)
     return ImageLoader(images, batch_sampler=batches, num_workers=num_workers, persistent_workers=num_workers > 0)
+
+
+@functools.cache
+def useful_workers(num_workers: int) -> int:
+    """Number of loading processes, no more than CPUs: more of them only take each other's time. Says so once."""
+    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if num_workers > num_cpus:
+        say(f"`--num-workers` is {num_workers}, but this process has {num_cpus} CPUs: {num_cpus} load images.")
+    return min(num_workers, num_cpus)
 
 
 def ignore_signals(worker: int) -> None:

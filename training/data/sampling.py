@@ -72,6 +72,12 @@ class StepPlan:
         first = step % self.steps_per_epoch * self.batch_size
         return min(self.batch_size, self._num_used - first)
 
+    def num_images_until(self, step: int) -> int:
+        """Images of the first `step` optimizer steps."""
+        epochs, rest = divmod(step, self.steps_per_epoch)
+        in_epoch = min(self.steps_per_epoch * self.batch_size, self._num_used)
+        return epochs * in_epoch + min(rest * self.batch_size, self._num_used)
+
     def num_micro_batches(self, step: int) -> int:
         """Forward passes of each process in an optimizer step."""
         return math.ceil(self.num_images_in_step(step) / self.num_processes / self.micro_batch_size)

@@ -87,7 +87,7 @@ def learning_rate_schedule(
     peak = optimizer.defaults["lr"]
     return get_cosine_with_min_lr_schedule_with_warmup(
         optimizer,
-        num_warmup_steps=round(arguments.warmup_epochs * steps_per_epoch),
+        num_warmup_steps=round((arguments.warmup_epochs or 0) * steps_per_epoch),
         num_training_steps=num_steps,
         min_lr_rate=arguments.min_learning_rate / peak if peak else 0.0,
         last_epoch=step - 1,

@@ -135,6 +135,10 @@ class LogWindow:
         self.loss_sum += loss
         self.num_steps += 1
 
+    def mean_loss(self) -> float:
+        """Mean loss of this process; NaN without a step."""
+        return self.loss_sum.item() / self.num_steps if self.num_steps else float("nan")
+
     def summarize(self, accelerator: Accelerator) -> dict[str, float]:
         """Mean loss over all processes, speed, share of the time spent waiting for images, and peak memory."""
         loss = accelerator.reduce(self.loss_sum, "sum").item() / accelerator.num_processes if self.num_steps else 0.0

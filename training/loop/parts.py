@@ -23,6 +23,7 @@ from ..learning.objective import Objective
 from ..learning.optimization import WeightAverage, build_optimizer, freeze
 from ..learning.teachers import build_oracle, build_teacher
 from ..measuring.machine import check_launcher
+from ..screen import say
 from .checkpoints import Progress
 from .metrics_log import tracker_settings
 from .state import TrainingState
@@ -98,7 +99,7 @@ def build_parts(arguments: TrainArguments, accelerator: Accelerator) -> tuple[Pa
     """
     optimization, seed = arguments.optimization, arguments.run.seed
     splits = load_splits(arguments.data, seed)
-    accelerator.print(describe_splits(splits))
+    say(describe_splits(splits))
     plan = StepPlan(
         # Streamed data is one long epoch.
         optimization.max_steps * optimization.batch_size if splits.is_streamed else len(splits.train),

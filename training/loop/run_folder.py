@@ -20,6 +20,7 @@ from ..arguments import TrainArguments
 from ..data.augmentation import ProcessorTransform
 from ..data.images import EvaluationImages, ImageSplits
 from ..measuring.machine import package_versions
+from ..screen import say
 from ..sharing.command import command_of_run
 from .checkpoints import (
     CheckpointError,
@@ -103,7 +104,7 @@ def checkpoint_to_resume(accelerator: Accelerator, arguments: TrainArguments) ->
     if run.resume == "auto":
         newest = newest_checkpoint(output_dir / "checkpoints")
         if newest is None and left:
-            accelerator.print(f"`{output_dir}` has no checkpoint yet: the run starts from the beginning.")
+            say(f"`{output_dir}` has no checkpoint yet: the run starts from the beginning.")
         return newest
     named = None if run.resume is None else Path(run.resume)
     is_its_own = named is not None and named.resolve().parent.parent == output_dir.resolve()
@@ -139,7 +140,13 @@ def prepare_output_dir(output_dir: Path, arguments: TrainArguments, keeps_files:
         else:
             path.unlink(missing_ok=True)
     # Without what is only about this start of the run, so that the file is a recipe that can be resumed.
-    settings = arguments.as_dict() | {"resume": None, "resume_override": False, "overwrite": False}
+    settings = arguments.as_dict() | {
+        "resume": None,
+        "resume_override": False,
+        "overwrite": False,
+        "quiet": False,
+        "json": False,
+    }
     replace_durably(output_dir / "arguments.yaml", yaml.safe_dump(settings, sort_keys=False).encode())
 
 
@@ -201,11 +208,11 @@ def resume(state: TrainingState, path: Path, arguments: TrainArguments, num_step
             "`--max-steps`."
         )
     if num_processes != state.progress.num_processes:
-        state.accelerator.print(
+        say(
             f"The checkpoint is of {num_processes} processes, this run has {state.progress.num_processes}: order, "
             "augmentation and batch size stay, dropout and mixing are drawn again."
         )
-    state.accelerator.print(f"Resuming from {path}, after step {state.progress.step}.")
+    say(f"Resuming from {path}, after step {state.progress.step}.")
 
 
 def export(

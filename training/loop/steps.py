@@ -17,6 +17,7 @@ from evit_hf.keep_rate_schedule import KeepRate
 from ..data.images import BadImageError
 from ..data.sampling import StepPlan, seed_for
 from ..learning.objective import Objective
+from ..screen import say
 from .checkpoints import newest_checkpoint
 from .interruption import on_any_process
 from .state import TrainingState
@@ -140,7 +141,7 @@ class StepGradients:
                 "`--gradient-checkpointing`, `--mixed-precision bf16`, or a lower `--keep-rate`."
             )
         progress.accumulation_factor *= 2
-        self.state.accelerator.print(
+        say(
             f"Out of memory: micro-batches of {math.ceil(full_size / progress.accumulation_factor)} "
             f"instead of {size} images from step {progress.step + 1} on; a step still has "
             f"{self.plan.batch_size} images."
@@ -201,7 +202,7 @@ def report_skipped_step(state: TrainingState, max_in_row: int, report: Path, ima
     Raises: TrainingDivergedError after too many in a row.
     """
     progress, accelerator = state.progress, state.accelerator
-    accelerator.print(f"Skipped step {progress.step}: its loss or gradients were not finite on some process.")
+    say(f"Skipped step {progress.step}: its loss or gradients were not finite on some process.")
     # An fp16 gradient scaler starts at 2 ** 16 and halves: that many steps may overflow before it fits.
     if progress.skipped_in_row < max_in_row + (16 if accelerator.scaler is not None else 0):
         return

@@ -9,15 +9,14 @@ import datetime
 import itertools
 import json
 import math
+import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
-
-import yaml
-from tqdm.auto import tqdm
 
 from evit_hf.keep_rate_schedule import KeepRate
 from evit_hf.towers import tower_of
@@ -36,6 +35,7 @@ from ..measuring.evaluation import (
     main_score,
 )
 from ..measuring.machine import device_name, memory_gib
+from ..screen import say, show_result
 from ..sharing.card import render_run_card
 from ..sharing.datasets import hub_id_of, licence_of
 from ..sharing.hub import PushError
@@ -56,6 +56,7 @@ from .run_folder import (
 )
 from .state import TrainingState
 from .steps import Batch, StepGradients, count_bad_images, images_of_step, report_skipped_step, update_weights
+from .training_bar import TrainingBar, in_words
 
 
 def train(arguments: TrainArguments) -> list[dict]:
@@ -99,7 +100,7 @@ def run_training(parts: Parts, state: TrainingState, is_resumed: bool) -> list[d
         if accelerator.is_main_process:  # nothing was written before all of the above worked
             prepare_output_dir(output_dir, arguments, keeps_files=is_resumed)
         accelerator.wait_for_everyone()
-        accelerator.print(describe(parts, state))
+        say(describe(parts, state))
         pusher = pusher_of(arguments) if arguments.hub.push_to_hub and accelerator.is_main_process else None
         if pusher is not None:  # after an error nobody waits for a push that is under way; at the end `finish` does
             stack.push(lambda kind, *_: pusher.close() if kind is not None else None)
@@ -108,11 +109,12 @@ def run_training(parts: Parts, state: TrainingState, is_resumed: bool) -> list[d
         stack.callback(eval_loader.close)
         interruption = stack.enter_context(Interruption(accelerator, progress, parts.num_steps))
         evaluation_batches = InterruptibleBatches(eval_loader, interruption)
-        train_steps(parts, state, iter(train_loader), evaluation_batches, interruption, pusher)
+        with closing(TrainingBar(parts.plan, parts.num_steps, progress.step)) as training_bar:
+            train_steps(parts, state, iter(train_loader), evaluation_batches, interruption, pusher, training_bar)
         results = finish(parts, state, evaluation_batches)
     if pusher is not None:
         pusher.finish(output_dir, f"EViT after {progress.step} optimizer steps")
-        accelerator.print(f"Pushed to {arguments.hub.push_to_hub}.")
+        say(f"Pushed to {arguments.hub.push_to_hub}.")
     return results
 
 
@@ -123,6 +125,7 @@ def train_steps(
     evaluation_batches: "InterruptibleBatches",
     interruption: Interruption,
     pusher: BackgroundPush | None,
+    training_bar: TrainingBar,
 ) -> None:
     """Take the optimizer steps that are left."""
     arguments, plan, num_steps = parts.arguments, parts.plan, parts.num_steps
@@ -135,13 +138,6 @@ def train_steps(
         plan.steps_per_epoch,
         num_steps,
         progress.schedule_step,
-    )
-    progress_bar = tqdm(
-        total=num_steps,
-        initial=progress.step,
-        desc="train",
-        unit="step",
-        disable=None if accelerator.is_local_main_process else True,
     )
     gradients = StepGradients(state, parts.objective, plan, run.seed)
     start_of_run = time.perf_counter() - progress.seconds
@@ -168,7 +164,7 @@ def train_steps(
 
         # Evaluate, at the target keep rate
         if is_evaluated and not must_end:
-            evaluate_weights(parts, state, evaluation_batches, log)
+            training_bar.pause(evaluate_weights(parts, state, evaluation_batches, log))
             progress.seconds = time.perf_counter() - start_of_run
         if is_saved:
             state.rotate(run.keep_checkpoints)
@@ -195,7 +191,7 @@ def train_steps(
             window.add(loss)
         else:
             report_skip(parts, state)
-        progress_bar.update()
+        training_bar.update(progress.step, window, keep_rate)
 
         # Log
         if (
@@ -203,10 +199,8 @@ def train_steps(
             or is_due(progress.step, plan.steps_per_epoch)
             or progress.step == num_steps
         ):
-            entry = log_step(parts, state, log, window, rate_used, keep_rate)
-            progress_bar.set_postfix(loss=f"{entry['loss']:.3f}", keep_rate=three_digits(keep_rate))
+            training_bar.log(log_step(parts, state, log, window, rate_used, keep_rate))
             window = LogWindow(accelerator.device)
-    progress_bar.close()
 
 
 def is_due(step: int, interval: int | None) -> bool:
@@ -228,7 +222,7 @@ def stops_early(parts: Parts, state: TrainingState) -> bool:
     patience, progress = parts.arguments.run.early_stopping_patience, state.progress
     if patience is None or progress.evaluated_step != progress.step or progress.evaluations_since_best < patience:
         return False
-    state.accelerator.print(
+    say(
         f"Stopped early after step {progress.step} of {parts.num_steps}: no evaluation was better than that of step "
         f"{progress.best['step']}."
     )
@@ -267,11 +261,13 @@ def log_step(
     return entry
 
 
-def evaluate_weights(parts: Parts, state: TrainingState, batches: "InterruptibleBatches", log: MetricsLog) -> None:
+def evaluate_weights(parts: Parts, state: TrainingState, batches: "InterruptibleBatches", log: MetricsLog) -> str:
     """Evaluate the weights, and their averages; remember which were the best.
 
     Nothing is remembered of an evaluation that was interrupted: it is repeated on resuming. Weights of which the
     checkpoint could not be written are not the best.
+
+    Returns: the main score in words, of the averages where there are any.
     """
     accelerator, progress, average = state.accelerator, state.progress, state.average
     entry: dict[str, Any] = {"step": progress.step, "epoch": progress.step / parts.plan.steps_per_epoch}
@@ -288,16 +284,14 @@ def evaluate_weights(parts: Parts, state: TrainingState, batches: "Interruptible
         entry.update({f"{prefix}{key}": x for key, x in metrics.items() if isinstance(x, (int, float))})
         label = "" if kind == "raw" else "averaged weights: "
         second = ("top5", "top-5") if name == "top1" else ("macro_f1", "macro F1")
-        first = "top-1" if name == "top1" else "micro F1"
-        summary.append(
-            f"{label}{first} {100 * score:.2f} %, {second[1]} {100 * metrics[second[0]]:.2f} %, "
-            f"loss {metrics['loss']:.3f}"
-        )
+        first = f"{'top-1' if name == 'top1' else 'micro F1'} {100 * score:.2f} %"
+        summary.append(f"{label}{first}, {second[1]} {100 * metrics[second[0]]:.2f} %, loss {metrics['loss']:.3f}")
     progress.evaluations_since_best = 0 if best is not progress.best else progress.evaluations_since_best + 1
     progress.best, progress.evaluated_step = best, progress.step
     log.write(entry)
     state.save_evaluation()
-    accelerator.print(f"epoch {entry['epoch']:.4g}, step {progress.step}: {'; '.join(summary)}")
+    say(f"epoch {entry['epoch']:.4g}, step {progress.step}: {'; '.join(summary)}")
+    return first
 
 
 class InterruptibleBatches:
@@ -306,6 +300,10 @@ class InterruptibleBatches:
     def __init__(self, loader: ImageLoader, interruption: Interruption) -> None:
         self.loader = loader
         self.interruption = interruption
+
+    def __len__(self) -> int:
+        """Number of batches; streamed data has none."""
+        return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches."""
@@ -370,11 +368,11 @@ def finish(parts: Parts, state: TrainingState, batches: InterruptibleBatches) ->
             raise CheckpointError(
                 f"The model is saved in {output_dir / 'model'}, but not all that belongs to it: {error}."
             ) from None
-    accelerator.print(comparison_table(results))
+    show_result(comparison_table(results), rows)
     saved = ", ".join(name for name in RUN_FILES if (output_dir / name).exists())
-    accelerator.print(f"Saved in {output_dir}: {saved}. The model has the {which}.")
+    say(f"Saved in {output_dir}: {saved}. The model has the {which}.")
     for failure in state.failures:
-        accelerator.print(failure)
+        say(failure)
     return rows
 
 
@@ -454,7 +452,7 @@ def push_weights(parts: Parts, state: TrainingState, pusher: BackgroundPush | No
     try:
         export(state.network, parts.processor, weights, folder)
     except CheckpointError as error:
-        state.accelerator.print(f"Not pushed: {error}")
+        say(f"Not pushed: {error}")
         return
     pusher.start(folder, f"EViT after {progress.step} of {parts.num_steps} optimizer steps")
 
@@ -483,7 +481,7 @@ def load_final_weights(parts: Parts, state: TrainingState) -> str:
 def dry_run(parts: Parts, state: TrainingState) -> list:
     """Train two steps and evaluate one batch, report what the whole run would take, and leave no files."""
     arguments, plan, accelerator, progress = parts.arguments, parts.plan, state.accelerator, state.progress
-    accelerator.print(describe(parts, state))
+    say(describe(parts, state))
     train_loader, eval_loader = loaders(parts, state)
     micro_batches = iter(train_loader)
     gradients = StepGradients(state, parts.objective, plan, arguments.run.seed)
@@ -511,30 +509,31 @@ def dry_run(parts: Parts, state: TrainingState) -> list:
     eval_loader.close()
     total = seconds[-1] * parts.num_steps + eval_seconds
     target = parts.keep_rates.target
-    accelerator.print(
+    say(
         f"Dry run: loss {loss.item():.3f}, {memory_gib(accelerator.device):.2f} GiB at the peak, "
         f"{parts.macs(1.0) / 1e9:.4f} GMACs dense and {parts.macs(target) / 1e9:.4f} at keep rate "
-        f"{three_digits(target)}, {seconds[-1]:.3f} s for a step of {plan.batch_size} images at keep rate "
-        f"{three_digits(keep_rate)}. {parts.num_steps} steps and {num_evaluations} evaluations would take "
+        f"{in_words(target)}, {seconds[-1]:.3f} s for a step of {plan.batch_size} images at keep rate "
+        f"{in_words(keep_rate)}. {parts.num_steps} steps and {num_evaluations} evaluations would take "
         f"{datetime.timedelta(seconds=round(total))} or less, plus the time to load images. Nothing was saved."
     )
     return []
 
 
-def three_digits(keep_rate: KeepRate) -> str:
-    """Keep rate, or one for each layer, with three digits."""
-    rates = keep_rate if isinstance(keep_rate, list) else [keep_rate]
-    return " ".join(f"{rate:.3f}" for rate in rates)
-
-
 def describe(parts: Parts, state: TrainingState) -> str:
-    """Settings of the run, and what they come to, as text."""
+    """Settings of the run other than the defaults, and what they come to, as text."""
     arguments, accelerator, target = parts.arguments, state.accelerator, parts.keep_rates.target
     tower, num_labels = tower_of(state.network), state.network.config.num_labels
     num_parameters = sum(parameter.numel() for parameter in state.model.parameters())
     num_trained = sum(parameter.numel() for parameter in state.model.parameters() if parameter.requires_grad)
     frozen = "" if num_trained == num_parameters else f" ({num_trained / 1e6:.2f} M trained)"
-    settings = yaml.safe_dump(arguments.as_dict(), sort_keys=False, default_flow_style=None).rstrip()
+    settings = shlex.join(arguments.as_flags()) or "all settings have their defaults"
+    settings = textwrap.fill(f"Settings: {settings}", 100, subsequent_indent="  ", break_on_hyphens=False)
+    start = (
+        ""
+        if arguments.model.model is not None
+        else "No `--model`: training starts from RANDOM WEIGHTS, which takes many images and epochs. `--model "
+        "google/vit-base-patch16-224`, or a folder, starts from trained ones.\n"
+    )
     counts = (
         "streamed images"
         if parts.splits.is_streamed
@@ -542,10 +541,10 @@ def describe(parts: Parts, state: TrainingState) -> str:
     )
     passes = parts.plan.accumulation_steps * state.progress.accumulation_factor
     return (
-        f"{settings}\n"
+        f"{settings}\n{start}"
         f"{counts}, {num_labels} classes, {num_parameters / 1e6:.2f} M parameters{frozen}, layers "
         f"{tower.config.reorganization_layers} of {len(tower.layers)} reorganize at keep rate "
-        f"{three_digits(target)}, {parts.macs(target) / 1e9:.4f} GMACs ({parts.macs(1.0) / 1e9:.4f} "
+        f"{in_words(target)}, {parts.macs(target) / 1e9:.4f} GMACs ({parts.macs(1.0) / 1e9:.4f} "
         f"dense), learning rate {arguments.learning_rate:g}, {parts.num_steps} steps of {parts.plan.batch_size} "
         f"images on {accelerator.num_processes} x {accelerator.device.type}, {passes} forward passes for each"
     )

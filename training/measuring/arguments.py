@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from ..settings import AT_LEAST_ONE, KEEP_RATE, Accepted, flag, setting
+from ..settings import AT_LEAST_ONE, KEEP_RATE, Accepted, flag, json_setting, quiet_setting, setting
 
 
 CLOCK = Accepted("one of wall, cpu", lambda value: value in ("wall", "cpu"))
@@ -51,6 +51,8 @@ class BenchmarkArguments:
         "What becomes of the inattentive tokens: fused, dropped or counted by the kept ones; by default the model's.",
     )
     output_dir: str | None = setting(None, "Folder for benchmark.json and benchmark.png, or schedule.json.")
+    json: bool = json_setting()
+    quiet: bool = quiet_setting()
 
     def check_mode(self, given: Collection[str]) -> None:
         """Refuse what the mode would ignore.
@@ -83,6 +85,8 @@ class TuneArguments:
     clock: str = setting("wall", CLOCK_HELP, CLOCK)
     save: str | None = setting(None, "Folder for the model with the layers and keep rates that were found.")
     output_dir: str | None = setting(None, "Folder for tune.json.")
+    json: bool = json_setting()
+    quiet: bool = quiet_setting()
 
 
 @dataclass(frozen=True)

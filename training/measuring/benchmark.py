@@ -2,13 +2,13 @@
 
 import json
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..screen import say, show_result
 from .arguments import BenchmarkArguments
 
 
@@ -122,8 +122,7 @@ def benchmark(name: str, arguments: BenchmarkArguments, argv: Sequence[str] = ()
                 for image_size in arguments.image_sizes or [None]:
                     for batch_size in arguments.batch_sizes:
                         comparisons.append(measure(name, arguments, device, dtype, image_size, batch_size))
-                        sys.stdout.write(table(comparisons[-1]) + "\n\n")
-                        sys.stdout.flush()
+                        say(f"{table(comparisons[-1])}\n", is_result=True)
     finally:
         torch.set_num_threads(threads_before)
     report = {
@@ -131,12 +130,13 @@ def benchmark(name: str, arguments: BenchmarkArguments, argv: Sequence[str] = ()
         **machine(device, PACKAGES),
         "settings": [comparison.as_json() for comparison in comparisons],
     }
+    show_result(None, report)
     if arguments.output_dir:
         folder = Path(arguments.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "benchmark.json").write_text(json.dumps(report, indent=2) + "\n")
         draw(comparisons, report["device"], folder / "benchmark.png")
-        sys.stdout.write(f"Saved {folder / 'benchmark.json'} and {folder / 'benchmark.png'}.\n")
+        say(f"Saved {folder / 'benchmark.json'} and {folder / 'benchmark.png'}.")
     return report
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from evit_hf.profiling import MacsFormula
 
 from ..learning.teachers import Oracle
+from ..screen import bar
 from .machine import device_name
 from .metrics import ClassificationCounts, MultiLabelCounts, binomial_standard_error
 from .timing import Variant, alternate
@@ -78,7 +79,8 @@ def evaluate(
     is_multi_label = network.config.problem_type == "multi_label_classification"
     counts_class = MultiLabelCounts if is_multi_label else ClassificationCounts
     counts = counts_class(network.config.num_labels, accelerator.device)
-    for batch in loader:
+    title = "evaluating" if keep_rate is None else f"evaluating at keep rate {keep_rate}"
+    for batch in bar(loader, desc=title, unit=" batches", leave=False):
         batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
         scores = oracle(batch["pixel_values"]) if oracle is not None else None
         logits = network(batch["pixel_values"], keep_rate=keep_rate, patch_scores=scores).logits

@@ -2,7 +2,6 @@
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from evit_hf.towers import example_inputs
 
 from ..learning.models import compile_layers
+from ..screen import say, show_result
 from .arguments import BenchmarkArguments
 from .machine import PACKAGES, best_device, machine
 from .timing import synchronize
@@ -90,8 +90,7 @@ def benchmark_schedule(name: str, arguments: BenchmarkArguments, argv: Sequence[
     for title, (prepare, levels) in STRATEGIES.items():
         rates = [1.0 - (1.0 - target) * i / levels for i in range(levels + 1)]
         rows.append(summarize(title, *timed_passes(name, arguments, device, prepare, rates)))
-        sys.stdout.write(f"  {title}: {rows[-1].graphs} graphs, {rows[-1].seconds_waited:.0f} s\n")
-        sys.stdout.flush()
+        say(f"  {title}: {rows[-1].graphs} graphs, {rows[-1].seconds_waited:.0f} s")
     report = {
         "command": f"evit benchmark {' '.join(argv)}",
         **machine(device, PACKAGES),
@@ -101,7 +100,7 @@ def benchmark_schedule(name: str, arguments: BenchmarkArguments, argv: Sequence[
         "threads": torch.get_num_threads(),
         "rows": [asdict(row) for row in rows],
     }
-    sys.stdout.write(schedule_table(report, rows) + "\n")
+    show_result(schedule_table(report, rows), report)
     if arguments.output_dir:
         folder = Path(arguments.output_dir)
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ..screen import bar
+
 
 # A rate above the measured peak by more than this is an error of the measurement; packed weights gain up to 15 %.
 PEAK_MARGIN = 1.25
@@ -94,7 +96,7 @@ def alternate(
     gc.collect()
     gc.disable()
     try:
-        for number in range(-warmup_rounds, rounds):
+        for number in bar(range(-warmup_rounds, rounds), desc="measuring speed", unit=" rounds", leave=False):
             for i in shuffler.sample(range(len(variants)), len(variants)):
                 synchronize(device)
                 start = now()

@@ -8,7 +8,6 @@ target is met. One rate for the layers that the paper takes is measured too, and
 import copy
 import json
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from ..arguments import DataArguments
 from ..data.loaders import batches
 from ..data.splits import load_evaluation_split, with_classes_of
 from ..learning.models import load_classifier, load_processor
+from ..screen import say, show_result
 from .arguments import Target, TuneArguments, parse_target
 from .machine import best_device
 from .timing import Variant, alternate
@@ -89,19 +89,20 @@ def tune(name: str, target: str, arguments: TuneArguments, data: DataArguments) 
         return measured_milliseconds(model, images, settings, device, arguments.rounds, arguments.clock)
 
     cost, settings = search(model, calibration, goal, target, milliseconds)
-    candidates = {}
+    candidates, lines = {}, []
     for (key, rates), ms in zip(settings.items(), milliseconds(list(settings.values())), strict=True):
         loss, accuracy = loss_and_accuracy(model, calibration, rates)
         layers = sorted(rates)
         candidates[key] = Candidate(layers, [rates[layer] for layer in layers], cost(rates) / 1e9, ms, loss, accuracy)
-        sys.stdout.write(
+        lines.append(
             f"{key}: layers {layers}, keep rates {candidates[key].keep_rate}, {candidates[key].gmacs:.3f} GMACs, "
-            f"{ms:.1f} ms for {arguments.batch_size} images, loss {loss:.4f}, accuracy {100 * accuracy:.2f} %\n"
+            f"{ms:.1f} ms for {arguments.batch_size} images, loss {loss:.4f}, accuracy {100 * accuracy:.2f} %"
         )
     chosen = choose(candidates, goal)
     num_images = sum(len(labels) for _, labels in calibration)
     report = {"target": target, "num_images": num_images, **{key: asdict(one) for key, one in candidates.items()}}
     report["chosen"] = chosen
+    show_result("\n".join([*lines, f"Chosen: {chosen}"]), report)
     save(report, arguments, model, settings[chosen], processor)
     return report
 
@@ -119,8 +120,8 @@ def search(
         one rate in the paper's layers meets the target.
     """
     cost, budget = cost_and_budget(model, tuple(calibration[0][0].shape[-2:]), goal, milliseconds)
-    sys.stdout.write(f"Target {target}: at most {budget / 1e9:.3f} GMACs of {cost({}) / 1e9:.3f}.\n")
-    tuned = greedy(model, calibration, cost, budget, lambda line: sys.stdout.write(f"{line}\n"))
+    say(f"Target {target}: at most {budget / 1e9:.3f} GMACs of {cost({}) / 1e9:.3f}.")
+    tuned = greedy(model, calibration, cost, budget, say)
     paper = uniform(model, cost, budget)
     return cost, {"dense": {}, "tuned": tuned, **({"paper_layers": paper} if paper else {})}
 
@@ -147,7 +148,6 @@ def save(
     processor: BaseImageProcessor,
 ) -> None:
     """Write tune.json and the model with the chosen layers and keep rates, where asked."""
-    sys.stdout.write(f"Chosen: {report['chosen']}\n")
     if arguments.output_dir:
         Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
         (Path(arguments.output_dir) / "tune.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -156,7 +156,7 @@ def save(
         model.save_pretrained(arguments.save)
         processor.save_pretrained(arguments.save)
         set_modes_by_umask(Path(arguments.save))
-        sys.stdout.write(f"Saved the model with these settings in {arguments.save}.\n")
+        say(f"Saved the model with these settings in {arguments.save}.")
 
 
 def cost_and_budget(

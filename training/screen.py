@@ -1,0 +1,93 @@
+"""The screen of a command: notes, bars and the result, as `--quiet` and `--json` ask for.
+
+Notes go to standard output, with `--json` to standard error, with `--quiet` nowhere. Bars are drawn on terminals only.
+The result goes to standard output. Of several processes on a machine the first one writes.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+
+Item = TypeVar("Item")
+
+
+@dataclass
+class _Shown:
+    """What the command that runs wants to be shown."""
+
+    quiet: bool = False
+    json: bool = False
+
+
+_shown = _Shown()
+
+
+@contextlib.contextmanager
+def screen(quiet: bool, as_json: bool) -> Iterator[None]:
+    """Show what a command's `--quiet` and `--json` ask for, and no bars of libraries, while it runs."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    before = vars(_shown).copy()
+    _shown.quiet, _shown.json = quiet, as_json
+    try:
+        yield
+    finally:
+        vars(_shown).update(before)
+
+
+def is_first_process() -> bool:
+    """Whether this process is the first one on its machine, the one that writes on the screen."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+def say(text: str, is_result: bool = False) -> None:
+    """Write a note, above the bars.
+
+    Args:
+        text: one line or several.
+        is_result: whether it is a part of the result, which `--quiet` shows too unless `--json` has the whole.
+    """
+    if not _shown.quiet or (is_result and not _shown.json):
+        _write(text, sys.stderr if _shown.json else sys.stdout)
+
+
+def show_result(text: str | None, result: Any) -> None:
+    """Write the result of a command: with `--json` the object as one line of JSON, else `text`, if it was not said."""
+    if _shown.json:
+        _write(json.dumps(result), sys.stdout)
+    elif text is not None:
+        _write(text, sys.stdout)
+
+
+def bar(items: Iterable[Item] | None = None, **options: Any) -> "tqdm[Item]":
+    """A bar of tqdm on standard error, drawn only on a terminal and without `--quiet`.
+
+    Args:
+        items: what is counted; by default the bar is moved by `update`.
+        **options: of `tqdm`.
+    """
+    from tqdm import tqdm
+
+    is_off = _shown.quiet or not is_first_process()
+    return tqdm(items, file=sys.stderr, disable=True if is_off else None, dynamic_ncols=True, **options)
+
+
+def _write(text: str, stream: Any) -> None:
+    from tqdm import tqdm
+
+    if is_first_process():
+        with tqdm.external_write_mode(file=stream):
+            stream.write(f"{text}\n")
+            stream.flush()
