@@ -42,7 +42,7 @@ class ConversionError(RuntimeError):
     status = 2  # of a command that it ends
 
 
-def read_checkpoint(path: Path) -> Mapping:
+def read_checkpoint(path: Path) -> Mapping[str, Any]:
     """Content of a `.safetensors` file (tensors by name) or of a pickle (the nested dictionaries of a training run).
 
     Tensors of a zipped pickle stay mapped to the file: copy what is kept.
@@ -59,7 +59,7 @@ def read_checkpoint(path: Path) -> Mapping:
         is_archive = zipfile.is_zipfile(path)
         if is_archive:
             _check_archive(path, num_bytes)
-        with torch.serialization.safe_globals(HARMLESS_TYPES):
+        with torch.serialization.safe_globals([*HARMLESS_TYPES]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except ConversionError:
         raise
@@ -172,11 +172,11 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         try:
             with safe_open(path, framework="pt") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
-                tensors = {name: (tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
+                described = {name: (tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
         except Exception as error:  # a damaged file makes the reader fail in any way
             raise ConversionError(_reason(path, error)) from None
-        wrong = {name: dtype for name, (_, dtype) in tensors.items() if not dtype.startswith(("F", "BF"))}
-        shapes = {name: shape for name, (shape, _) in tensors.items()}
+        wrong = {name: dtype for name, (_, dtype) in described.items() if not dtype.startswith(("F", "BF"))}
+        shapes = {name: shape for name, (shape, _) in described.items()}
     else:
         content = read_checkpoint(path)
         tensors = {str(name): x for name, x in content.items() if isinstance(x, torch.Tensor)}
@@ -236,7 +236,7 @@ def _listed(entries: Mapping[str, Any], num_shown: int = 20) -> str:
 
 
 def chosen_weights(
-    content: Mapping, landmark: str, wanted: str | None, source: Any
+    content: Mapping[str, Any], landmark: str, wanted: str | None, source: Any
 ) -> tuple[dict[str, Any], str, dict[str, str]]:
     """The weights of one Vision Transformer, wherever a training script left them.
 
@@ -253,7 +253,7 @@ def chosen_weights(
 
     Raises: ConversionError if there are several and none is well known, or if `wanted` is not one of them.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for path, mapping in _mappings(content):
         for name in mapping:
             if isinstance(name, str) and (name == landmark or name.endswith(f".{landmark}")):
@@ -282,7 +282,9 @@ def chosen_weights(
     return weights, place, unused
 
 
-def _mappings(content: Mapping, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping]]:
+def _mappings(
+    content: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
     """The dictionary and those in it, with their keys, as deep as training scripts nest them."""
     yield path, content
     if len(path) < MAX_NESTING:

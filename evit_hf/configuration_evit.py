@@ -267,7 +267,7 @@ VIT_RULES = {
 
 def takes_foreign_numbers(config_class: Class) -> Class:
     """Decorate a configuration whose fields take numbers of numpy and PyTorch, before `@strict` looks at types."""
-    set_attribute: Callable[[Any, str, Any], None] = config_class.__setattr__
+    set_attribute: Callable[..., None] = config_class.__setattr__
 
     def __setattr__(self: Any, name: str, value: Any) -> None:  # noqa: N807
         set_attribute(self, name, python_value(value))

@@ -77,7 +77,7 @@ class ConvertedCheckpoint:
     unused: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Save model, image processor and the code for `trust_remote_code=True` into a folder."""
         self.model.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
@@ -85,7 +85,7 @@ class ConvertedCheckpoint:
 
 
 def convert_checkpoint(
-    source: str | os.PathLike | nn.Module | Mapping[str, Any],
+    source: str | os.PathLike[str] | nn.Module | Mapping[str, Any],
     *,
     keep_rate: float | list[float] | None = None,
     reorganization_layers: list[int] | None = None,
@@ -173,7 +173,7 @@ def _weights_of(source: Any, wanted: str | None) -> Weights | None:
     return _timm_weights(source, config, folder, {}, wanted) if is_timm_config(config) else None
 
 
-def _raw_config(source: str | os.PathLike, hub: dict[str, Any]) -> tuple[dict[str, Any], Path | None]:
+def _raw_config(source: str | os.PathLike[str], hub: dict[str, Any]) -> tuple[dict[str, Any], Path | None]:
     """Content of the source's config.json, empty if there is none that can be read, and the folder it is in."""
     try:
         path = cached_file(
@@ -191,7 +191,11 @@ def _raw_config(source: str | os.PathLike, hub: dict[str, Any]) -> tuple[dict[st
 
 
 def _timm_weights(
-    source: str | os.PathLike, config: dict[str, Any], folder: Path, hub: dict[str, Any], wanted: str | None = None
+    source: str | os.PathLike[str],
+    config: dict[str, Any],
+    folder: Path,
+    hub: dict[str, Any],
+    wanted: str | None = None,
 ) -> Weights:
     """Read a folder or Hub id as timm saves them."""
     for name in WEIGHT_FILES if not Path(source).is_dir() else ():  # from the Hub, into the folder of config.json
@@ -324,8 +328,8 @@ def _source_processor(source: str, config: EViTConfig) -> tuple[Any, list[str]]:
 
 
 def open_checkpoint(
-    model_class: type[EViTPreTrainedModel], source: str | os.PathLike, kwargs: dict[str, Any]
-) -> tuple[type[EViTPreTrainedModel], str | os.PathLike | None, dict[str, Any]]:
+    model_class: type[EViTPreTrainedModel], source: str | os.PathLike[str], kwargs: dict[str, Any]
+) -> tuple[type[EViTPreTrainedModel], str | os.PathLike[str] | None, dict[str, Any]]:
     """Prepare what `from_pretrained` was given: read timm's folders and single files, check files of Transformers'.
 
     Args:
@@ -432,7 +436,7 @@ def _name_labels(model: PreTrainedModel, labels: list[str]) -> None:
     model.config.label2id = {label: number for number, label in enumerate(labels)}
 
 
-def read_labels(path: str | os.PathLike) -> list[str]:
+def read_labels(path: str | os.PathLike[str]) -> list[str]:
     """Names of classes from a file: one in each line, a JSON list, or a JSON object of numbers and names.
 
     Raises: ConversionError if the numbers of an object are not 0, 1, 2, ...

@@ -212,7 +212,7 @@ def _check_keep_rate_input(model: PreTrainedModel, keep_rate_is_input: bool) -> 
 
 def export_model(
     model: PreTrainedModel,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     export_format: str,
     keep_rate_is_input: bool = False,
     processor: BaseImageProcessor | None = None,
@@ -309,7 +309,7 @@ def _write_settings(
 
 
 @contextmanager
-def complete_folder(folder: str | os.PathLike) -> Iterator[Path]:
+def complete_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to write into, whose files move to `folder` if nothing fails; otherwise `folder` stays as it was.
 
     `export.json` comes last, so that a folder that was interrupted while files moved is not taken for an export.
@@ -389,7 +389,7 @@ def check_parity(
     return worst
 
 
-def load_exported(folder: str | os.PathLike, num_threads: int | None = None) -> Callable[..., torch.Tensor]:
+def load_exported(folder: str | os.PathLike[str], num_threads: int | None = None) -> Callable[..., torch.Tensor]:
     """Load an exported folder as a function of (pixel_values, keep_rate=None) that returns the answer, float32.
 
     The keep rate is one number or one for each reorganization layer, as in the model's forward; None takes the
@@ -432,15 +432,17 @@ def load_exported(folder: str | os.PathLike, num_threads: int | None = None) -> 
 # One writer and one loader for each format
 
 
-def _write_torch_export(program: torch.export.ExportedProgram, inputs: tuple, path: Path, output: str) -> None:
+def _write_torch_export(
+    program: torch.export.ExportedProgram, inputs: tuple[Any, ...], path: Path, output: str
+) -> None:
     torch.export.save(program, path)
 
 
-def _write_aoti(program: torch.export.ExportedProgram, inputs: tuple, path: Path, output: str) -> None:
+def _write_aoti(program: torch.export.ExportedProgram, inputs: tuple[Any, ...], path: Path, output: str) -> None:
     torch._inductor.aoti_compile_and_package(program, package_path=str(path))
 
 
-def _write_onnx(program: torch.export.ExportedProgram, inputs: tuple, path: Path, output: str) -> None:
+def _write_onnx(program: torch.export.ExportedProgram, inputs: tuple[Any, ...], path: Path, output: str) -> None:
     names = ["pixel_values", "keep_rate"][: len(inputs)]
     exported = torch.onnx.export(
         program, dynamo=True, input_names=names, output_names=[output], verbose=False, optimize=True
@@ -469,7 +471,7 @@ def _name_batch_axis(path: Path) -> None:
     onnx.save(model, path)
 
 
-def _write_openvino(program: torch.export.ExportedProgram, inputs: tuple, path: Path, output: str) -> None:
+def _write_openvino(program: torch.export.ExportedProgram, inputs: tuple[Any, ...], path: Path, output: str) -> None:
     import openvino
 
     onnx_path = path.with_suffix(".onnx")

@@ -90,7 +90,7 @@ def timm_processor(
             f"images are resized to {size['height']}x{size['width']} pixels whatever their proportions: an image "
             f"processor has no crop mode '{mode}' for {height}x{width} pixels"
         )
-    channels = {} if num_channels == 3 else {"do_convert_rgb": False}
+    channels: dict[str, Any] = {} if num_channels == 3 else {"do_convert_rgb": False}
     processor = ViTImageProcessor(
         size=size,
         do_center_crop=True,

@@ -230,7 +230,7 @@ class ReorganizingLayer:
         )
         return attention_mask, {**kwargs, "position_embeddings": rotation}
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         """Pickle and copy by way of the dense class, since this one is made when it is needed."""
         return _empty_layer, (type(self).dense_class, type(self).halves), self.__dict__
 
@@ -713,7 +713,7 @@ def _auto_classes(model: PreTrainedModel) -> list[str]:
     return [name for name, entry in found.items() if type(model) in (entry if isinstance(entry, tuple) else [entry])]
 
 
-def _save_pretrained(save: Callable, save_directory: str | os.PathLike, **kwargs: Any) -> Any:
+def _save_pretrained(save: Callable[..., Any], save_directory: str | os.PathLike[str], **kwargs: Any) -> Any:
     """Save a reorganized model with the code that reorganizes it for those who load it with `trust_remote_code=True`.
 
     By default Transformers writes names of older versions, which its `Trainer` does not find when it resumes.
@@ -728,7 +728,7 @@ class ReorganizedAutoModel:
     """What the Auto classes build of a saved, reorganized model with `trust_remote_code=True`."""
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+    def from_pretrained(cls, name: str | os.PathLike[str], *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """Load the model in its own class, and reorganize it as its configuration says.
 
         Args:
@@ -782,8 +782,8 @@ class TimmSettings:
 
 
 def _start(
-    module: nn.Module, args: tuple, kwargs: dict[str, Any], owner: nn.Module, names: tuple[str, ...]
-) -> tuple[tuple, dict[str, Any]] | None:
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], owner: nn.Module, names: tuple[str, ...]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Before the outermost model's forward: what is asked for goes into the keywords, which reach every layer."""
     kwargs, family = dict(kwargs), FAMILIES[owner.config.model_type]
     if "tokens" not in kwargs:
@@ -827,7 +827,7 @@ def _start(
     return args, kwargs
 
 
-def _finish(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+def _finish(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """After a model's forward: its output tells which patches were kept.
 
     As attributes: `Trainer` would take fields for predictions, and a pipeline would cut them by image.
@@ -848,7 +848,7 @@ def _finish(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any)
         output.counted_by = counted_by if left is None else left.counted_by
 
 
-def _weigh_patches(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any, pools: bool) -> None:
+def _weigh_patches(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, pools: bool) -> None:
     """After the forward of a model whose patches are averaged: weigh the tokens that are left by their sizes.
 
     Each patch gets the features of the token that counts it, and the average is that of the family. So is a pooling

@@ -246,7 +246,7 @@ class ReorganizingTimmModel:
             "a dense model, or `forward_features(x, keep_rate=1.0)`."
         )
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         """Pickle and copy by way of the dense class, since this one is made when it is needed."""
         return _empty_model, (type(self).dense_class,), self.__dict__
 

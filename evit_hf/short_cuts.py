@@ -22,13 +22,13 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 # What libraries replace that count or rewrite operations by name.
-_PLACES = [
+_PLACES: list[tuple[Any, str]] = [
     (nn.functional, name) for name in ("linear", "gelu", "layer_norm", "softmax", "scaled_dot_product_attention")
 ]
 _PLACES.append((nn.Module, "__call__"))
 _ORIGINALS = [getattr(owner, name) for owner, name in _PLACES]
 # `forward` of each class of modules when it was first seen.
-_FORWARDS: WeakKeyDictionary[type, Any] = WeakKeyDictionary(
+_FORWARDS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary(
     {kind: kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Conv2d)}
 )
 # Transformers' own hooks, which record `output_hidden_states` and `output_attentions`, stay in a model for good.
@@ -73,7 +73,7 @@ def classes_of(modules: list[nn.Module]) -> tuple[type, ...]:
     return built_of
 
 
-def _forwards_are_replaced(kinds: set[type]) -> bool:
+def _forwards_are_replaced(kinds: set[Any]) -> bool:
     """Whether a class of modules has a `forward` other than when it was first seen."""
     return any(_FORWARDS.setdefault(kind, kind.forward) is not kind.forward for kind in kinds)
 

@@ -81,7 +81,7 @@ TIMM_FEATURES = (
     "a different patch embedding (hybrid, or with a norm)",
 )
 # Arguments of timm's VisionTransformer that a plain one may have with these values, or with any (None).
-PLAIN_ARGUMENTS: dict[str, tuple | None] = {
+PLAIN_ARGUMENTS: dict[str, tuple[Any, ...] | None] = {
     **dict.fromkeys(("img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads")),
     **dict.fromkeys(("mlp_ratio", "qkv_bias", "proj_bias", "dynamic_img_size", "strict_img_size", "weight_init")),
     **dict.fromkeys(("fix_init", "distilled", "pool_include_prefix", "act_layer", "global_pool")),
@@ -190,7 +190,7 @@ def is_packed_swiglu(tensors: Mapping[str, torch.Tensor]) -> bool:
     )
 
 
-def describe_config(config: Mapping, names: Iterable[str], source: Any) -> TimmDescription:
+def describe_config(config: Mapping[str, Any], names: Iterable[str], source: Any) -> TimmDescription:
     """Read timm's `config.json`.
 
     Args:
@@ -254,7 +254,7 @@ def describe_config(config: Mapping, names: Iterable[str], source: Any) -> TimmD
     return TimmDescription(known, preprocessing, _labels(labels, source), num_classes)
 
 
-def _mapping(config: Mapping, name: str, source: Any) -> dict[str, Any]:
+def _mapping(config: Mapping[str, Any], name: str, source: Any) -> dict[str, Any]:
     value = config.get(name) or {}
     if not isinstance(value, Mapping):
         raise ConversionError(f"`{name}` in the config.json of `{source}` must be an object, got {value!r:.100}.")
@@ -285,7 +285,7 @@ def _pooling(pooling: Any, has_head: bool) -> list[str]:
     return [f"a classifier that pools '{pooling}', but EViT classifies, and scores, with the class token"]
 
 
-def describe_model(module: nn.Module) -> tuple[TimmDescription, dict[str, torch.Tensor]]:
+def describe_model(module: Any) -> tuple[TimmDescription, dict[str, torch.Tensor]]:
     """Read a VisionTransformer object of timm, in the wrappers of trainers or without.
 
     Returns: what it says, and its tensors.
@@ -320,7 +320,7 @@ def _is_vision_transformer(module: nn.Module) -> bool:
     return any(ancestor.__name__ == "VisionTransformer" for ancestor in type(module).__mro__)
 
 
-def _features_of_model(module: nn.Module) -> tuple[list[str], str, float]:
+def _features_of_model(module: Any) -> tuple[list[str], str, float]:
     """What a plain ViT does not have, the activation in Transformers' words, and epsilon of the norms."""
     blocks = list(module.blocks)
     features = sorted({f"{type(block).__name__} blocks" for block in blocks} - {"Block blocks"})

@@ -301,7 +301,7 @@ class ReshapeTransform:
         for handle in self._handles:
             handle.remove()
 
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         pixel_values = args[0] if args else next(kwargs[name] for name in ("pixel_values", "x") if name in kwargs)
         height, width = pixel_values.shape[-2:]
         self._grid = (height // self._patch_size[0], width // self._patch_size[1])
@@ -346,8 +346,8 @@ class _Follower:
             handle.remove()
 
     def _before(
-        self, number: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]]:
+        self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Ask for the class token's attention."""
         tokens = kwargs.get("tokens")
         if number == self.tower.config.reorganization_layers[0]:
@@ -363,7 +363,9 @@ class _Follower:
             tokens.scored_layers = (*tokens.scored_layers, number)
         return args, kwargs
 
-    def _after(self, number: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def _after(
+        self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         """Tell what the layer did."""
         tokens, patch_index = kwargs.get("tokens"), self._patch_index
         if tokens is not None:

@@ -243,7 +243,7 @@ class Asked:
 
 
 def tokens_of_a_pass(
-    owner: nn.Module,
+    owner: Any,
     keep_rate: Any,
     macs: Any,
     patch_scores: Any,

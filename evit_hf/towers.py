@@ -26,7 +26,7 @@ class Tower:
         num_scoring_tokens: class tokens whose attention scores the image tokens.
     """
 
-    owner: nn.Module
+    owner: Any  # a module; its attributes are those of its family
     name: str
     layers: nn.ModuleList | nn.Sequential
     attention: str
@@ -112,17 +112,18 @@ def tower_of(model: nn.Module) -> Tower:
     Raises: ValueError for other models, with the reason.
     """
     if isinstance(model, EViTPreTrainedModel):
-        backbone, config = model.base_model, model.config
+        backbone: Any = model.base_model
+        config = model.config
         name = "layers" if backbone is model else f"{model.base_model_prefix}.layers"
         prefix, scoring = config.num_prefix_tokens, config.num_scoring_tokens
         return Tower(backbone, name, backbone.layers, "attention", prefix, scoring)
     owner, _, family = find_tower(model)
     path = next(name for name, module in model.named_modules() if module is owner)
-    name = layers_name(owner, family)
+    layers: Any = layers_name(owner, family)
     return Tower(
         owner=owner,
-        name=f"{path}.{name}" if path else name,
-        layers=getattr(owner, name),
+        name=f"{path}.{layers}" if path else layers,
+        layers=getattr(owner, layers),
         attention=family.attention,
         num_prefix_tokens=family.num_prefix_tokens(owner),
         num_scoring_tokens=family.num_class_tokens(owner),

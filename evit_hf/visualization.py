@@ -314,8 +314,8 @@ class Visualization:
             rows = [text_line(self.name, width, 26)] if self.name else []
             for view in self.views or (self.dense,):
                 rows += [_rule(width), view.heading(width)]
-                panels: list = [self.overview()] * 3
-                captions: list = [["all patches", ""], ["attention"], ["fused token"]]
+                panels: list[Any] = [self.overview()] * 3
+                captions: list[Any] = [["all patches", ""], ["attention"], ["fused token"]]
                 if i >= 0:
                     panels = [self.kept(view, i), self.attention(view, i), self.fused_weights(view, i)]
                     captions = [
@@ -332,7 +332,7 @@ class Visualization:
             frames.append(with_margin(below(rows, width, gap=GAP)))
         return frames
 
-    def save_animation(self, path: str | os.PathLike, seconds: float = 1.2) -> None:
+    def save_animation(self, path: str | os.PathLike[str], seconds: float = 1.2) -> None:
         """Write the frames as an endless WebP, GIF or PNG animation, as the suffix of the path says.
 
         Args:

@@ -114,13 +114,13 @@ class Weights:
             zeros = positions.new_zeros(1, num_prefix, positions.shape[-1])
             self.tensors = {**self.tensors, "pos_embed": torch.cat((zeros, positions), dim=1)}
             self.notes.append("only its patches have positions: that of the class token is zero")
-        elif embedded is not None and embedded > num_prefix:
+        elif name is not None and embedded is not None and embedded > num_prefix:
             prefix, registers, patches = positions.tensor_split([num_prefix, embedded], dim=1)
             positions = torch.cat((prefix, patches), dim=1)
             self.tensors = {**self.tensors, "pos_embed": positions, name: self.tensors[name] + registers}
 
 
-def weights_in(content: Mapping, source: Any, wanted: str | None) -> Weights:
+def weights_in(content: Mapping[str, Any], source: Any, wanted: str | None) -> Weights:
     """Find the weights in the content of a file."""
     entries, place, unused = chosen_weights(content, "patch_embed.proj.weight", wanted, source)
     missing = sorted(NEEDED.keys() - entries.keys())
@@ -323,7 +323,7 @@ def trained_reorganization(found: Weights) -> tuple[str, dict[str, Any]]:
     return "timm" if found.description else "DeiT or timm", {}
 
 
-def token_reduction_settings(settings: dict, num_patches: int) -> dict[str, Any]:
+def token_reduction_settings(settings: dict[str, Any], num_patches: int) -> dict[str, Any]:
     """Per-layer keep rates that leave as many tokens as a TokenReduction model keeps.
 
     TokenReduction keeps int(keep_rate ** i * num_patches) tokens at its i-th layer, of the *initial* patches; EViT
@@ -388,7 +388,8 @@ def translated(
         model = model_class(config, **({"add_pooling_layer": False} if model_class is EViTModel else {}))
     expected = model.state_dict()
 
-    parts, unexpected = {}, []
+    parts: dict[str, Any] = {}
+    unexpected: list[str] = []
     for name, tensor in found.tensors.items():
         ours = [x if has_head else x.removeprefix("vit.") for x in _our_names(name, keys)]
         split = tensor.tensor_split(3) if len(ours) == 3 and tensor.ndim else [tensor] * len(ours)

@@ -119,9 +119,10 @@ def sentence(error: Exception) -> str:
 def _sentence(error: Exception) -> str:
     if isinstance(error, ImportError):
         return _about_missing(error)
+    said: BaseException = error
     if type(error).__name__ == "StrictDataclassClassValidationError" and error.__cause__ is not None:
-        error = error.__cause__  # its own text puts the name of a validator first
-    text = str(error) or type(error).__name__
+        said = error.__cause__  # its own text puts the name of a validator first
+    text = str(said) or type(said).__name__
     if getattr(error, "is_table", False):
         return text
     text = " ".join(text.split())

@@ -4,7 +4,7 @@ import json
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..arguments import DataArguments
 from ..screen import say, screen, show_result
@@ -82,7 +82,7 @@ def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments
     say(describe_splits(splits, ("evaluation",)))
     splits = with_classes_of(network, splits)
     # The data knows; not every checkpoint says.
-    network.config.problem_type = f"{'multi' if splits.multi_label else 'single'}_label_classification"
+    network.config.problem_type = "multi_label_classification" if splits.multi_label else "single_label_classification"
     processor = load_processor(model)
     loader = evaluation_loader(
         splits, processor, arguments.batch_size, data.num_workers, accelerator, data.on_bad_image

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import torch
@@ -29,7 +29,7 @@ with contextlib.suppress(ImportError):
 # Errors that say nothing about an image: it must not be skipped for them.
 OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
-DatasetLike = datasets.Dataset | datasets.IterableDataset
+DatasetLike: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 
 class BadImageError(ValueError):
@@ -122,7 +122,7 @@ def _is_below(path: str, root: str) -> bool:
     return not is_url and os.path.abspath(path).startswith(os.path.abspath(root) + os.sep)
 
 
-def target(label: int | list[int], num_labels: int, multi_label: bool) -> int | torch.Tensor:
+def target(label: Any, num_labels: int, multi_label: bool) -> int | torch.Tensor:
     """Class number, or for several labels (num_labels,) of zeros and ones.
 
     Raises: ValueError for a number that is not a class.
@@ -146,7 +146,7 @@ class _Pictures:
         on_bad_image: "error" raises for an image that cannot be decoded, "skip" leaves it to the class.
     """
 
-    def __init__(self, splits: ImageSplits, transform: Callable, on_bad_image: str = "error") -> None:
+    def __init__(self, splits: ImageSplits, transform: Callable[..., Any], on_bad_image: str = "error") -> None:
         self.splits = splits
         self.transform = transform
         self.on_bad_image = on_bad_image
@@ -175,10 +175,12 @@ class _Pictures:
         }
 
 
-class LabelledImages(_Pictures, torch.utils.data.Dataset):
+class LabelledImages(_Pictures, torch.utils.data.Dataset[Any]):
     """Images of one split that are decoded one by one; base of the two below."""
 
-    def __init__(self, splits: ImageSplits, split: str, transform: Callable, on_bad_image: str = "error") -> None:
+    def __init__(
+        self, splits: ImageSplits, split: str, transform: Callable[..., Any], on_bad_image: str = "error"
+    ) -> None:
         super().__init__(splits, transform, on_bad_image)
         dataset: datasets.Dataset = getattr(splits, split)
         self.images = dataset.select_columns(splits.image_column)
@@ -209,7 +211,9 @@ class TrainingImages(LabelledImages):
     A bad image that may be skipped gives its place to the next good one.
     """
 
-    def __init__(self, splits: ImageSplits, transform: Callable, seed: int, on_bad_image: str = "error") -> None:
+    def __init__(
+        self, splits: ImageSplits, transform: Callable[..., Any], seed: int, on_bad_image: str = "error"
+    ) -> None:
         super().__init__(splits, "train", transform, on_bad_image)
         self.seed = seed
 
@@ -231,7 +235,7 @@ class EvaluationImages(LabelledImages):
     A bad image that may be skipped is a blank that does not count.
     """
 
-    def __init__(self, splits: ImageSplits, transform: Callable, on_bad_image: str = "error") -> None:
+    def __init__(self, splits: ImageSplits, transform: Callable[..., Any], on_bad_image: str = "error") -> None:
         super().__init__(splits, "evaluation", transform, on_bad_image)
 
     def __getitem__(self, key: tuple[int, bool]) -> dict[str, Any]:
@@ -240,7 +244,7 @@ class EvaluationImages(LabelledImages):
         return self.evaluated(self.image(index), self.label(index), is_counted)
 
 
-class StreamedTrainingImages(_Pictures, torch.utils.data.IterableDataset):
+class StreamedTrainingImages(_Pictures, torch.utils.data.IterableDataset[Any]):
     """Endless stream of micro-batches of augmented images, from any micro-batch on, for one process.
 
     Each worker reads its own part of the data (its own files where there are enough of them). Micro-batch number n is
@@ -251,7 +255,7 @@ class StreamedTrainingImages(_Pictures, torch.utils.data.IterableDataset):
     def __init__(
         self,
         splits: ImageSplits,
-        transform: Callable,
+        transform: Callable[..., Any],
         seed: int,
         *,
         micro_batch_size: int,
@@ -310,13 +314,13 @@ class StreamedTrainingImages(_Pictures, torch.utils.data.IterableDataset):
             epoch += 1
 
 
-class StreamedEvaluationImages(_Pictures, torch.utils.data.IterableDataset):
+class StreamedEvaluationImages(_Pictures, torch.utils.data.IterableDataset[Any]):
     """Batches of the streamed evaluation split for one process; every process gets the same number of them."""
 
     def __init__(
         self,
         splits: ImageSplits,
-        transform: Callable,
+        transform: Callable[..., Any],
         batch_size: int,
         process: int = 0,
         num_processes: int = 1,

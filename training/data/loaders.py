@@ -28,14 +28,14 @@ class LoaderError(RuntimeError):
     status = 1
 
 
-class ImageLoader(DataLoader):
+class ImageLoader(DataLoader[Any]):
     """Loader of batches of images, whose processes leave signals to their parent and end with it.
 
     Batches are collated as usual; see `torch.utils.data.DataLoader` for the arguments. Iterating raises LoaderError
     for what the processes died of.
     """
 
-    def __init__(self, images: torch.utils.data.Dataset, **arguments: Any) -> None:
+    def __init__(self, images: torch.utils.data.Dataset[Any], **arguments: Any) -> None:
         super().__init__(images, worker_init_fn=ignore_signals, collate_fn=default_collate, **arguments)
         self.processes: set[multiprocessing.process.BaseProcess] = set()
         # Python ends its children by SIGTERM, which they ignore, and then waits for them. This comes first, also in a
@@ -119,7 +119,7 @@ WAYS_OUT = {
 
 def training_loader(
     splits: ImageSplits,
-    augment: Callable,
+    augment: Callable[..., Any],
     plan: StepPlan,
     arguments: TrainArguments,
     accelerator: Accelerator,

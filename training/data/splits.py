@@ -22,7 +22,7 @@ from .tables import LABEL_COLUMNS, usual_column
 
 
 if TYPE_CHECKING:
-    from evit_hf import EViTPreTrainedModel
+    from transformers import PreTrainedModel
 
     from ..arguments import DataArguments
 
@@ -403,7 +403,7 @@ def _limited(dataset: datasets.Dataset, max_samples: int | None, seed: int) -> d
     return dataset.shuffle(seed=seed).select(range(max_samples))
 
 
-def with_classes_of(model: "EViTPreTrainedModel", splits: ImageSplits) -> ImageSplits:
+def with_classes_of(model: "PreTrainedModel", splits: ImageSplits) -> ImageSplits:
     """The evaluation split with the model's numbers of its classes, matched by name.
 
     Raises: ValueError naming the classes that the model does not know.

@@ -228,7 +228,8 @@ def resolved(values: Sequence[Any], file: str, column: str, allow_outside: bool)
     """
     folder = Path(file).resolve().parent
     listings: dict[str, dict[str, list[str]]] = {}
-    found, missing = [], []
+    found: list[str] = []
+    missing: list[tuple[int, str]] = []
     for number, value in enumerate(values, 1):
         if not (value is None or isinstance(value, (str, int))):
             raise ValueError(

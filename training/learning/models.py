@@ -156,7 +156,7 @@ def saved_classes(name_or_path: str) -> dict[int, str]:
     return {int(number): name for number, name in names.items()}
 
 
-def label_maps(label_names: list[str]) -> dict[str, dict]:
+def label_maps(label_names: list[str]) -> dict[str, dict[str, Any]]:
     """`id2label` and `label2id` of a configuration."""
     return {
         "id2label": dict(enumerate(label_names)),

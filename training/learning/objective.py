@@ -47,7 +47,7 @@ class Objective:
     oracle_steps: int | None = None
     teacher: Teacher | None = None
     teaching: TeacherArguments = field(default_factory=TeacherArguments)
-    autocast: Callable[[], AbstractContextManager] = nullcontext
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __call__(
         self, model: nn.Module, batch: dict[str, torch.Tensor], keep_rate: KeepRate, step: int

@@ -5,6 +5,7 @@ import signal
 import threading
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import filelock
 from accelerate import Accelerator
@@ -44,7 +45,7 @@ class Interruption:
         self.failure: Exception | None = None
         launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
         self.launcher = os.getppid() if launched else None
-        self.before: dict[int, object] = {}
+        self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
         """Start to listen."""

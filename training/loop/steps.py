@@ -241,7 +241,7 @@ def count_bad_images(state: TrainingState, batches: list[Batch], plan: StepPlan,
     Raises: BadImageError if they are more than that; the run was saved.
     """
     progress, accelerator = state.progress, state.accelerator
-    bad = sum(batch["is_bad"].sum() for batch in batches)
+    bad = torch.stack([batch["is_bad"].sum() for batch in batches]).sum()
     if accelerator.num_processes > 1:
         bad = accelerator.reduce(bad.to(accelerator.device), "sum")
     num_bad = progress.bad_images + int(bad)

@@ -59,7 +59,7 @@ from .steps import Batch, StepGradients, count_bad_images, images_of_step, repor
 from .training_bar import TrainingBar, in_words
 
 
-def train(arguments: TrainArguments) -> list[dict]:
+def train(arguments: TrainArguments) -> list[dict[str, Any]]:
     """Train a model and leave it in `arguments.run.output_dir`.
 
     The folder then holds `model/` (weights, configuration, image processor, code for `trust_remote_code`),
@@ -91,7 +91,7 @@ def train(arguments: TrainArguments) -> list[dict]:
     return results
 
 
-def run_training(parts: Parts, state: TrainingState, is_resumed: bool) -> list[dict]:
+def run_training(parts: Parts, state: TrainingState, is_resumed: bool) -> list[dict[str, Any]]:
     """Train from the step that `state` is at to the end; any error says what is saved, and how to resume."""
     arguments, accelerator, progress = parts.arguments, state.accelerator, state.progress
     output_dir = Path(arguments.run.output_dir)
@@ -329,7 +329,7 @@ def until_interrupted(loader: ImageLoader, interruption: Interruption) -> Iterat
         yield batch
 
 
-def finish(parts: Parts, state: TrainingState, batches: InterruptibleBatches) -> list[dict]:
+def finish(parts: Parts, state: TrainingState, batches: InterruptibleBatches) -> list[dict[str, Any]]:
     """Save the final weights as a model, compare it with the dense one, draw.
 
     Raises: CheckpointError if something cannot be saved.
@@ -478,7 +478,7 @@ def load_final_weights(parts: Parts, state: TrainingState) -> str:
     return f"{kind}weights of step {best['step']}, the best: {best['metric']} {100 * best['score']:.2f} %"
 
 
-def dry_run(parts: Parts, state: TrainingState) -> list:
+def dry_run(parts: Parts, state: TrainingState) -> list[Any]:
     """Train two steps and evaluate one batch, report what the whole run would take, and leave no files."""
     arguments, plan, accelerator, progress = parts.arguments, parts.plan, state.accelerator, state.progress
     say(describe(parts, state))

@@ -362,6 +362,6 @@ def draw(comparisons: Sequence[Comparison], device: str, path: Path) -> None:
         axes.tick_params(labelsize=11)
         axes.legend(fontsize=10)
         axes.grid(alpha=0.3)
-    first = comparisons[0]
-    figure.suptitle(f"{first.model}, {first.what}, numbers: keep rate\n{device}", fontsize=13)
+    shown = comparisons[0]
+    figure.suptitle(f"{shown.model}, {shown.what}, numbers: keep rate\n{device}", fontsize=13)
     figure.savefig(path, dpi=130)

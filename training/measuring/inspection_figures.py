@@ -29,7 +29,7 @@ def draw_survival(found: Inspection, path: Path) -> None:
             panel.set_title(f"keep rate {rate.keep_rate:g}, layer {found.layers[i]}", fontsize=12)
             panel.set_xlabel(f"{kept:.0f} of {found.grid[0] * found.grid[1]} patches", fontsize=12)
     _color_bar(figure, image, axes)
-    figure.get_layout_engine().set(hspace=0.06)
+    figure.set_layout_engine("constrained", hspace=0.06)
     figure.suptitle(f"Where patches survive ({found.num_images} images)", fontsize=14)
     figure.savefig(path, dpi=120)
 

@@ -109,7 +109,7 @@ def tune(name: str, target: str, arguments: TuneArguments, data: DataArguments) 
 
 def search(
     model: PreTrainedModel,
-    calibration: list,
+    calibration: list[Any],
     goal: Target,
     target: str,
     milliseconds: Callable[[Sequence[dict[int, float]]], list[float]],
@@ -204,7 +204,7 @@ def candidate_layers(model: PreTrainedModel) -> list[int]:
 
 def greedy(
     model: PreTrainedModel,
-    calibration: list,
+    calibration: list[Any],
     cost: Callable[[dict[int, float]], float],
     budget: float,
     say: Callable[[str], Any],
@@ -264,7 +264,7 @@ def set_rates(config: Any, rates: dict[int, float]) -> None:
 
 
 @torch.no_grad()
-def loss_and_accuracy(model: PreTrainedModel, calibration: list, rates: dict[int, float]) -> tuple[float, float]:
+def loss_and_accuracy(model: PreTrainedModel, calibration: list[Any], rates: dict[int, float]) -> tuple[float, float]:
     """Mean cross-entropy and share of right answers on the calibration images."""
     set_rates(tower_of(model).config, rates)
     loss = right = total = 0.0

@@ -363,7 +363,7 @@ def training_variants(
     return variants
 
 
-def _training_step(network: nn.Module, pixel_values: torch.Tensor, labels: torch.Tensor) -> tuple:
+def _training_step(network: nn.Module, pixel_values: torch.Tensor, labels: torch.Tensor) -> tuple[Any, ...]:
     """Functions that do a whole step and only a forward, and the network."""
     network = network.to(pixel_values.device, pixel_values.dtype).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)

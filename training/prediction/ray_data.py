@@ -52,9 +52,9 @@ def predict_with_ray(
     _check_output(filesystem, folder, output, {**settings, "inputs": words}, overwrite)
     if address == "local":
         # Reading, resuming and predicting each hold CPUs: with two of them they would wait for each other for ever.
-        ray.init(num_cpus=max(4, os.cpu_count() or 1), log_to_driver=False, logging_level="error")
+        ray.init(num_cpus=max(4, os.cpu_count() or 1), log_to_driver=False, logging_level=logging.ERROR)
     else:
-        ray.init(address, log_to_driver=False, logging_level="error")
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     try:
         context = ray.data.DataContext.get_current()
         for name in ("ray.data", "ray"):  # after the context, which sets levels of its own

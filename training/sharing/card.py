@@ -68,7 +68,8 @@ class FinishedRun:
             raise ValueError(f"`{folder}` is not a finished run: {name} is missing.") from None
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"`{folder / name}` cannot be read: {' '.join(str(error).split())}") from None
-        return cls(folder, *values[:-1], settings=without_paths(values[-1]))
+        config, results, report, record, settings = values
+        return cls(folder, config, results, report, record, without_paths(settings))
 
     @property
     def label_names(self) -> list[str]:

@@ -53,9 +53,9 @@ def without_paths(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     path = value.removeprefix("file://")
-    is_local = path != value or re.match(r"[/\\~]|\.\.?[/\\]|[A-Za-z]:[/\\]", path)
+    is_local = path != value or re.match(r"[/\\~]|\.\.?[/\\]|[A-Za-z]:[/\\]", path) is not None
     try:
-        is_local = is_local or (re.search(r"[/\\]", path) and Path(path).exists())
+        is_local = is_local or (re.search(r"[/\\]", path) is not None and Path(path).exists())
     except (OSError, ValueError):  # too long for a path, or with a null character: text
         is_local = False
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or "." if is_local else value

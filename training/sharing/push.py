@@ -24,7 +24,7 @@ class BackgroundPush:
         self.target = [repo_id, *(["--private"] if private else []), *(["--revision", revision] if revision else [])]
         self.deadline = deadline
         self.log = log
-        self.process: subprocess.Popen | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self.started = 0.0
 
     def check(self) -> None:

@@ -6,6 +6,7 @@ Written by `evit space`. It also runs locally: pip install gradio -r requirement
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import torch
@@ -34,7 +35,7 @@ macs = MacsFormula.of(model, tuple(warm_up.shape[-2:]))
 statistics = getattr(processor, "data_config", None) or {"mean": processor.image_mean, "std": processor.image_std}
 
 
-def classify(image: Image.Image | None, keep_rate: float) -> tuple[dict[str, float], list, str]:
+def classify(image: Image.Image | None, keep_rate: float) -> tuple[dict[str, float], list[Any], str]:
     """Probabilities by class, pictures of the patches that are left after each layer, and the cost in words."""
     if image is None:
         raise gr.Error("Upload a picture first.")
@@ -53,7 +54,7 @@ def classify(image: Image.Image | None, keep_rate: float) -> tuple[dict[str, flo
     return answer, kept_patches(pixel_values, outputs.attentive_index), cost
 
 
-def kept_patches(pixel_values: torch.Tensor, attentive_index: tuple[torch.Tensor, ...]) -> list:
+def kept_patches(pixel_values: torch.Tensor, attentive_index: tuple[torch.Tensor, ...]) -> list[Any]:
     """The picture as the model sees it, and what is left of it after each reorganization layer, with captions."""
     mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (statistics["mean"], statistics["std"]))
     images = (pixel_values * std + mean).clamp(0, 1)
