@@ -3,8 +3,6 @@
 evit inspect runs/digits --dataset digits -o inspection
 """
 
-import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,11 @@ from typing import Any
 from ..arguments import DataArguments
 from ..settings import AT_LEAST_ONE, KEEP_RATE, NOT_NEGATIVE, FlagParser, setting
 from .errors import command
+from .screen import ScreenArguments
 
 
 @dataclass
-class InspectArguments:
+class InspectArguments(ScreenArguments):
     """What to look at."""
 
     keep_rates: list[float] = setting(
@@ -23,8 +22,6 @@ class InspectArguments:
     )
     batch_size: int = setting(32, "Images for each forward.", AT_LEAST_ONE)
     num_pictures: int = setting(6, "Images with the most different answers to draw.", NOT_NEGATIVE)
-    json: bool = setting(False, "Print the report as JSON on standard output, everything else on standard error.")
-    quiet: bool = setting(False, "Print results and errors only.")
 
 
 @command("inspect")
@@ -51,9 +48,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"`-o` is a file, `{rest.output}`: name a folder.")
     from ..learning.sources import resolve_model
 
-    report = inspect_data(resolve_model(rest.model), Path(rest.output), arguments, data)
-    if arguments.json:
-        print(json.dumps(report))
+    arguments.print_report(inspect_data(resolve_model(rest.model), Path(rest.output), arguments, data))
 
 
 def inspect_data(model: str, folder: Path, arguments: InspectArguments, data: DataArguments) -> dict[str, Any]:
@@ -70,7 +65,6 @@ def inspect_data(model: str, folder: Path, arguments: InspectArguments, data: Da
     Raises: ValueError for data or a model that cannot be read.
     """
     from accelerate import Accelerator
-    from tqdm import tqdm
 
     from evit_hf.visualization import visualize
 
@@ -82,28 +76,24 @@ def inspect_data(model: str, folder: Path, arguments: InspectArguments, data: Da
     from ..measuring import inspection, inspection_figures
     from ..measuring.machine import best_device
 
-    def say(text: str) -> None:
-        if not arguments.quiet:
-            print(text, file=sys.stderr if arguments.json else sys.stdout)
-
     accelerator = Accelerator(cpu=best_device().type == "cpu")
     if accelerator.num_processes > 1:
         raise ValueError("`evit inspect` runs in one process: start it without torchrun or accelerate.")
     network, processor = load_classifier(model).eval().to(accelerator.device), load_processor(model)
     splits = load_evaluation_split(data)
-    say(describe_splits(splits, ("evaluation",)))
+    arguments.say(describe_splits(splits, ("evaluation",)))
     knows_classes = True
     try:
         splits = with_classes_of(network, splits)
     except ValueError as error:
         knows_classes = False
-        say(f"No accuracy: {error}")
+        arguments.say(f"No accuracy: {error}")
     if splits.multi_label:
         network.config.problem_type = "multi_label_classification"
     loader = evaluation_loader(
         splits, processor, arguments.batch_size, data.num_workers, accelerator, data.on_bad_image
     )
-    batches = tqdm(loader, unit="batch", file=sys.stderr, disable=arguments.quiet or None)
+    batches = arguments.progress("batch", items=loader)
     found = inspection.inspect_model(
         network, batches, arguments.keep_rates, splits.label_names, splits.multi_label, knows_classes
     )
@@ -126,6 +116,6 @@ def inspect_data(model: str, folder: Path, arguments: InspectArguments, data: Da
         inspection_figures.draw_most_different(different, folder / "most_different.png")
     for rate in report["keep_rates"]:
         accuracy = "" if rate["accuracy"] is None else f", {100 * rate['accuracy']:.1f} % right"
-        say(f"keep rate {rate['keep_rate']:g}: {100 * rate['agreement']:.1f} % answers as dense{accuracy}")
-    say(f"Saved {folder / 'inspection.json'} and {4 + bool(different)} figures beside it.")
+        arguments.say(f"keep rate {rate['keep_rate']:g}: {100 * rate['agreement']:.1f} % answers as dense{accuracy}")
+    arguments.say(f"Saved {folder / 'inspection.json'} and {4 + bool(different)} figures beside it.")
     return report

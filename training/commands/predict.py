@@ -12,16 +12,19 @@ import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ..arguments import DataArguments
 from ..settings import AT_LEAST_ONE, KEEP_RATE, FlagParser, flag, setting
 from .errors import command
+from .screen import ScreenArguments
 
 
 @dataclass
-class PredictArguments:
+class PredictArguments(ScreenArguments):
     """What to predict, and where to write it."""
+
+    remarks_on_stderr: ClassVar[bool] = True
 
     output: str | None = setting(
         None, "File for the rows, .csv, .jsonl or .parquet; a run that was killed resumes. By default the screen."
@@ -48,8 +51,6 @@ class PredictArguments:
         "object stores, and writes a folder of Parquet files.",
     )
     overwrite: bool = setting(False, "Replace the output file, and begin again.")
-    json: bool = setting(False, "Print rows as JSON lines on standard output, everything else on standard error.")
-    quiet: bool = setting(False, "Print results and errors only.")
 
     def check_road(self, given: Collection[str]) -> None:
         """Refuse what Ray would ignore.
@@ -105,16 +106,11 @@ def predict(model: str, words: list[str], arguments: PredictArguments) -> None:
         decoded, with `--on-bad-image error`.
     """
     import datasets
-    from tqdm import tqdm
     from transformers.utils import logging
 
     from ..prediction.inputs import find_inputs
     from ..prediction.predictor import Predictor
     from ..prediction.rows_file import RowsFile
-
-    def say(text: str) -> None:
-        if not arguments.quiet:
-            print(text, file=sys.stderr)
 
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
@@ -122,7 +118,7 @@ def predict(model: str, words: list[str], arguments: PredictArguments) -> None:
     data = DataArguments(**{name: getattr(arguments, name) for name in shared})
     inputs = find_inputs(words, data, arguments.split)
     for note in inputs.notes:
-        say(note)
+        arguments.say(note)
     keep_rate = arguments.keep_rate
     predictor = Predictor(
         model,
@@ -142,10 +138,10 @@ def predict(model: str, words: list[str], arguments: PredictArguments) -> None:
     done = rows_file.done if rows_file is not None else set()
     numbers = [i for i, name in enumerate(inputs.names) if name not in done]
     if len(numbers) < len(inputs.names):
-        say(f"Resuming: {len(inputs.names) - len(numbers)} of {len(inputs.names)} images are done.")
+        arguments.say(f"Resuming: {len(inputs.names) - len(numbers)} of {len(inputs.names)} images are done.")
     bad: list[str] = []
     start = time.perf_counter()
-    with tqdm(total=len(numbers), unit="image", file=sys.stderr, disable=arguments.quiet or None) as bar:
+    with arguments.progress("image", total=len(numbers)) as bar:
         for rows in predictor.rows(inputs, numbers, arguments.batch_size, arguments.num_threads):
             errors = [row["error"] for row in rows if row["error"] is not None]
             if errors and arguments.on_bad_image == "error":
@@ -159,10 +155,10 @@ def predict(model: str, words: list[str], arguments: PredictArguments) -> None:
             bar.update(len(rows))
     if rows_file is not None:
         rows_file.finish()
-        say(f"Saved {rows_file.path}.")
+        arguments.say(f"Saved {rows_file.path}.")
     for error in bad[:10]:
-        say(error)
-    say(_summary(len(numbers), time.perf_counter() - start, predictor.own_speed(), len(bad)))
+        arguments.say(error)
+    arguments.say(_summary(len(numbers), time.perf_counter() - start, predictor.own_speed(), len(bad)))
 
 
 def predict_on_cluster(model: str, words: list[str], arguments: PredictArguments) -> None:
@@ -187,11 +183,9 @@ def predict_on_cluster(model: str, words: list[str], arguments: PredictArguments
         overwrite=arguments.overwrite,
         progress=not arguments.quiet,
     )
-    if arguments.json:
-        print(json.dumps({"output": arguments.output, "num_rows": num_rows, "num_errors": num_errors}))
-    if not arguments.quiet:
-        text = f"Saved {num_rows} rows in {arguments.output}, in {time.perf_counter() - start:.1f} s"
-        print(f"{text}; {num_errors} could not be decoded." if num_errors else f"{text}.", file=sys.stderr)
+    arguments.print_report({"output": arguments.output, "num_rows": num_rows, "num_errors": num_errors})
+    text = f"Saved {num_rows} rows in {arguments.output}, in {time.perf_counter() - start:.1f} s"
+    arguments.say(f"{text}; {num_errors} could not be decoded." if num_errors else f"{text}.")
 
 
 def _print(rows: Iterable[dict[str, Any]], as_json: bool) -> None:

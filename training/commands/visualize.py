@@ -4,7 +4,6 @@ evit visualize runs/digits photo.jpg -o photo.png --keep-rates 0.9 0.7 0.5
 evit visualize google/vit-base-patch16-224 holiday/ -o holiday.html
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..settings import AT_LEAST_ONE, KEEP_RATE, FlagParser, setting
 from .errors import command
+from .screen import ScreenArguments
 
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ FILES = (".png", ".webp", ".gif", ".html")
 
 
 @dataclass
-class VisualizeArguments:
+class VisualizeArguments(ScreenArguments):
     """What to draw."""
 
     keep_rates: list[float] | None = setting(
@@ -42,8 +42,6 @@ class VisualizeArguments:
     on_bad_image: Literal["report", "error"] = setting(
         "report", "What a picture that cannot be decoded does: be named and left out, or end the command."
     )
-    json: bool = setting(False, "Print what was found as JSON on standard output, everything else on standard error.")
-    quiet: bool = setting(False, "Print results and errors only.")
 
 
 @command("visualize")
@@ -72,9 +70,7 @@ def main(argv: list[str]) -> None:
     check_output(output, arguments)
     from ..learning.sources import resolve_model
 
-    report = visualize_all(resolve_model(rest.model), rest.images, output, arguments)
-    if arguments.json:
-        print(json.dumps(report))
+    arguments.print_report(visualize_all(resolve_model(rest.model), rest.images, output, arguments))
 
 
 def check_output(output: Path, arguments: VisualizeArguments) -> None:
@@ -105,8 +101,6 @@ def visualize_all(model: str, words: list[str], output: Path, arguments: Visuali
 
     Raises: ValueError if there is nothing to draw, or a picture cannot be decoded with `--on-bad-image error`.
     """
-    from tqdm import tqdm
-
     from ..data.folders import picture_files
     from ..measuring.html_report import write_report
 
@@ -122,7 +116,7 @@ def visualize_all(model: str, words: list[str], output: Path, arguments: Visuali
     def pictures() -> "Iterator[Visualization]":
         from ..data.images import BadImageError
 
-        for name, path in tqdm(files.items(), unit="image", file=sys.stderr, disable=arguments.quiet or None):
+        for name, path in arguments.progress("image", items=files.items(), total=len(files)):
             try:
                 yield see(name, path)
             except BadImageError as error:
@@ -146,12 +140,8 @@ def visualize_all(model: str, words: list[str], output: Path, arguments: Visuali
             pass
     if not report["images"]:
         raise ValueError(f"None of the {len(files)} pictures can be decoded.")
-    if not arguments.quiet:
-        bad = f", {len(report['bad_images'])} could not be decoded" if report["bad_images"] else ""
-        where = report.get("report", output)
-        print(
-            f"Saved {where}: {len(report['images'])} pictures{bad}.", file=sys.stderr if arguments.json else sys.stdout
-        )
+    bad = f", {len(report['bad_images'])} could not be decoded" if report["bad_images"] else ""
+    arguments.say(f"Saved {report.get('report', output)}: {len(report['images'])} pictures{bad}.")
     return report
 
 

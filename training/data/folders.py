@@ -257,6 +257,17 @@ def _listed(names: Iterable[str]) -> str:
     return f"{'folders' if len(names) > 1 else 'a folder'} {', '.join(f'`{name}`' for name in names[:5])}{more}"
 
 
+def pictures_below(folder: str | Path) -> tuple[list[Parts], Counter[str]]:
+    """Pictures below a folder, where classes and splits do not matter, and the number of files left out by reason.
+
+    Raises: ValueError if there are none.
+    """
+    pictures, _, left_out = list_pictures(Path(folder))
+    if not pictures:
+        raise ValueError(f"`{folder}` has no picture that can be read: {reasons(left_out)}.")
+    return pictures, left_out
+
+
 def picture_files(words: Iterable[str]) -> dict[str, str]:
     """Pictures and folders of pictures, with any folders below them, as paths by names of their own.
 
@@ -272,10 +283,7 @@ def picture_files(words: Iterable[str]) -> dict[str, str]:
     for word in words:
         root = Path(word).expanduser()
         if root.is_dir():
-            inside, _, left_out = list_pictures(root)
-            if not inside:
-                raise ValueError(f"`{word}` has no picture that can be read: {reasons(left_out)}.")
-            named = [("/".join(parts), root.joinpath(*parts)) for parts in inside]
+            named = [("/".join(parts), root.joinpath(*parts)) for parts in pictures_below(root)[0]]
         elif root.exists():
             named = [(root.name, root)]
         else:

@@ -10,7 +10,7 @@ import datasets
 import pyarrow.compute
 
 from ..arguments import DataArguments
-from ..data.folders import list_pictures, picture_suffixes, reasons
+from ..data.folders import picture_suffixes, pictures_below, reasons
 from ..data.images import DatasetLike
 from ..data.sources import is_dataset_folder, load_source
 from ..data.splits import image_column_of
@@ -67,10 +67,8 @@ def find_inputs(words: Sequence[str], data: DataArguments, split: str | None = N
     for word in words:
         path = Path(word)
         if path.is_dir() and not is_dataset_folder(path):
-            pictures, unreadable, others = list_pictures(path)
+            pictures, others = pictures_below(word)
             left_out.update(others)
-            if not pictures:
-                raise ValueError(f"`{word}` has no picture that can be read: {reasons(others)}.")
             roots.add(str(path.absolute()))
             add(*_of_files([os.path.join(word, *inside) for inside in pictures]))
         elif path.is_file() and file_type(word) is None:
