@@ -279,7 +279,7 @@ def takes_foreign_numbers(config_class: Class) -> Class:
 @takes_foreign_numbers
 @strict
 class EViTConfig(ViTConfig):
-    r"""Configuration of an EViT: all fields of `transformers.ViTConfig`, and seven of its own.
+    r"""Configuration of an EViT: all fields of `transformers.ViTConfig`, and seven more.
 
     It holds what rebuilds the network, not schedules and other matters of training.
 

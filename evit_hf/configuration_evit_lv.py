@@ -9,12 +9,12 @@ from .configuration_evit import EViTConfig, height_and_width, is_number, is_whol
 from .token_reorganization import TowerCosts
 
 
-# A class of its own, not more fields of EViTConfig: an LV-ViT has other parameters than a ViT (stem, auxiliary head),
+# A separate class, not more fields of EViTConfig: an LV-ViT has other parameters than a ViT (stem, auxiliary head),
 # so its checkpoints fit no other class, and EViTConfig keeps its promise of adding nothing to a ViT.
 @takes_foreign_numbers
 @strict
 class EViTLVConfig(EViTConfig):
-    r"""Configuration of an EViT whose backbone is an LV-ViT: all fields of `EViTConfig`, and three of its own.
+    r"""Configuration of an EViT whose backbone is an LV-ViT: all fields of `EViTConfig`, and three more.
 
     Args:
         stem_hidden_size: channels of the convolutional stem, 64 in LV-ViT-T, S and M.

@@ -1,7 +1,7 @@
 """Inference on CPUs: linear layers on oneDNN, and batches cut to the size of the cache.
 
-Both give the answers of the plain road up to rounding, and both are visible to somebody who looks at single modules;
-`short_cuts.plain_road_wanted` says when they may be taken. On other devices, with gradients, while tracing or
+Both give the answers of the plain computation up to rounding, and both are visible to somebody who looks at single
+modules; `short_cuts.plain_road_wanted` says when they may be taken. On other devices, with gradients, while tracing or
 compiling neither happens. Nothing here has parameters: a model is saved and loaded as if this file did not exist.
 """
 

@@ -119,8 +119,8 @@ class AnswerAtKeepRate(nn.Module):
             # Reorganize
             kept = torch.ceil(rates[i] * num_image_tokens).to(torch.int64)
             num_attentive, num_fused = kept.item(), (num_image_tokens - kept).clamp(max=1).item()
-            for is_sure in (num_attentive >= 1, num_attentive <= num_image_tokens, num_fused >= 0, num_fused <= 1):
-                torch._check(is_sure)
+            for bound in (num_attentive >= 1, num_attentive <= num_image_tokens, num_fused >= 0, num_fused <= 1):
+                torch._check(bound)
             order = None
             if gives_features:  # where nothing is given up, the model leaves the tokens in their order
                 in_order = -torch.arange(num_image_tokens, device=scores.device, dtype=scores.dtype)
@@ -594,7 +594,7 @@ def why_pixels_differ(processor: BaseImageProcessor, record: dict[str, Any]) -> 
         try:
             expected = np.asarray(processor(image, return_tensors="np")["pixel_values"])
             pixels = processed_pixels(image, settings, num_channels)
-        except Exception as error:  # whatever a processor of another family does
+        except Exception as error:  # whatever a processor of a different family raises
             return f"fails, or is not one that it can repeat: {type(error).__name__}: {error}"
         if expected.shape != (1, num_channels, *size):
             return f"makes images {expected.shape[1:]} of a picture, but the model takes {(num_channels, *size)}."

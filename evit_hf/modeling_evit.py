@@ -129,7 +129,7 @@ class AttentiveIndexOutput(ModelOutput):
         self._split(name, value)
 
     def __getitem__(self, name: str | int | slice) -> Any:
-        """Return a field by name, or by position among the fields that are there."""
+        """Return a field by name, or by position among the fields that are set."""
         return self.attentive_index if name == "attentive_index" else super().__getitem__(name)
 
     def _split(self, name: str, value: Any) -> None:
@@ -213,7 +213,7 @@ class EViTEmbeddings(ViTEmbeddings):
     """Patches to tokens: the class token first, then perhaps a distillation token, positions added.
 
     Differences from ViTEmbeddings:
-        - a distillation token, as in DeiT, with a position of its own;
+        - a distillation token, as in DeiT, with its own position;
         - position embeddings of a model with a non-square `image_size` are interpolated on their true grid;
         - no mask token: masked image modeling needs all patches.
     """
@@ -570,7 +570,7 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
     as_rgb = staticmethod(as_rgb)
 
     def post_init(self) -> None:
-        """Initialize, and give the model a configuration of its own, which all its parts share.
+        """Initialize, and give the model its own configuration, which all its parts share.
 
         Two models that are built from one object do not change each other: `model.config` equals that object and is
         not the same one.

@@ -84,7 +84,7 @@ def num_macs(
         config: the configuration of an EViT; or a model, EViT or reorganized, see `MacsFormula`.
         keep_rate: instead of the configuration's: in (0, 1], one number or one for each reorganization layer.
         image_size: pixels, (height, width) or one number for both, instead of the model's own.
-        executed: count what this code really runs under sdpa when nobody looks inside (see `short_cuts`): after the
+        executed: count what this code actually runs under sdpa when nobody looks inside (see `short_cuts`): after the
             last attention only the prefix tokens (LV-ViT reads all of them), no output projection of tokens that are
             given up, the class token's row of attention, the sums of the inattentive tokens or, where those are
             counted, the comparison of tokens.
@@ -131,7 +131,7 @@ class MacsFormula:
     """Multiply-accumulate operations of one image through a model, as a function of its keep rates.
 
     For an EViT it is `num_macs`. Of other models that reorganize, PyTorch counts one dense forward pass, since each
-    family has embeddings and classifiers of its own; what the layers save follows from their weights.
+    family has its own embeddings and classifiers; what the layers save follows from their weights.
 
     Args:
         model: which one, for its settings.
@@ -264,7 +264,7 @@ def _patch_embedding_macs(config: EViTConfig, height: int, width: int) -> int:
 
 
 def count_macs(model: nn.Module, pixel_values: torch.Tensor, **kwargs: object) -> int:
-    """Multiply-accumulate operations that one forward really runs, counted by PyTorch for the whole batch.
+    """Multiply-accumulate operations that one forward actually runs, counted by PyTorch for the whole batch.
 
     Args:
         model: any image model; it runs once, in evaluation mode, without gradients.
@@ -272,7 +272,7 @@ def count_macs(model: nn.Module, pixel_values: torch.Tensor, **kwargs: object) -
         **kwargs: handed to the model, for example `keep_rate=0.5`.
 
     Returns: MACs of matrix products and convolutions, half of the FLOPs of `torch.utils.flop_counter`. For an EViT
-        those of its short cuts, which it takes when nobody counts; a counter of your own sees the paper's order.
+        those of its short cuts, which it takes when nobody counts; your own counter sees the paper's order.
     """
     was_training = model.training
     counter = FlopCounterMode(display=False)

@@ -433,7 +433,7 @@ REFUSED: dict[str, str] = {
     "aimv2": _NO_CLASS_TOKEN,
     "vit_mae": "its model shuffles the patches and drops most of them itself: load the checkpoint as a ViT "
     "(`ViTModel.from_pretrained`)",
-    "mlcd": "its rotary positions are one set for the whole batch, while each image keeps patches of its own",
+    "mlcd": "its rotary positions are one set for the whole batch, while each image keeps different patches",
     "mlcd_vision_model": "its rotary positions are one set for the whole batch, while each image keeps patches of its "
     "own",
     "data2vec-vision": "its attention takes no keywords and adds its position bias out of reach",
@@ -695,7 +695,7 @@ def _set_own(config: EViTConfig, chosen: dict[str, Any]) -> None:
 
 
 def _own_configuration(model: PreTrainedModel) -> None:
-    """Give a model a configuration of its own: others may have been built of the same object."""
+    """Give a model its own configuration: others may have been built from the same object."""
     memo: dict[int, Any] = {}
     model.config = copy.deepcopy(model.config, memo)
     for module in model.modules():

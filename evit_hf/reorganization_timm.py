@@ -1,4 +1,4 @@
-"""`reorganize` for timm's Vision Transformers, which hand no keywords to their blocks: halves and loop of their own.
+"""`reorganize` for timm's Vision Transformers, which hand no keywords to their blocks: their own halves and loop.
 
 For three classes of models with a class token, all of whose blocks attend first and then feed forward:
     - `VisionTransformer` (ViT, DeiT, DeiT III, DINOv2, CLIP): registers, layer scale, q/k norm, gated attention,

@@ -1,9 +1,9 @@
 """Who would see a short cut: one question, asked once per forward.
 
-The plain road is the paper's order, module by module, as in Transformers' ViT. The short cuts give the same answers:
-fused linear layers and batches cut into pieces (`cpu_inference`), tokens reorganized before the output projection, a
-last layer that computes the prefix tokens only. But whoever hooks, patches, counts, differentiates or explains modules
-sees the order in which they are called, and gets the plain road.
+The plain computation is the paper's order, module by module, as in Transformers' ViT. The short cuts give the same
+answers: fused linear layers and batches cut into pieces (`cpu_inference`), tokens reorganized before the output
+projection, a last layer that computes the prefix tokens only. But whoever hooks, patches, counts, differentiates or
+explains modules sees the order in which they are called, and gets the plain computation.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ _ORIGINALS = [getattr(owner, name) for owner, name in _PLACES]
 _FORWARDS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary(
     {kind: kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Conv2d)}
 )
-# Transformers' own hooks, which record `output_hidden_states` and `output_attentions`, stay in a model for good.
+# Transformers' own hooks, which record `output_hidden_states` and `output_attentions`, stay in a model forever.
 _RECORDER = "transformers.utils.output_capturing"
 _counts_short_cuts: ContextVar[bool] = ContextVar("counts_short_cuts", default=False)
 
@@ -39,7 +39,7 @@ _counts_short_cuts: ContextVar[bool] = ContextVar("counts_short_cuts", default=F
 def plain_road_wanted(
     inner_modules: list[nn.Module], built_of: tuple[type, ...], inputs: torch.Tensor, outer: nn.Module | None = None
 ) -> bool:
-    """Whether somebody could tell a short cut from the plain road.
+    """Whether somebody could tell a short cut from the plain computation.
 
     That is whoever has put a hook on a module inside the model (forward, backward, before or after, or on all modules
     of the process), a `forward` of their own, on a module or its class, or a module of a different class (an adapter,

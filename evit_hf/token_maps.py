@@ -284,7 +284,7 @@ class ReshapeTransform:
 
         Returns: (batch_size, num_features, rows, columns).
 
-        Raises: ValueError if no layer had so many tokens.
+        Raises: ValueError if no layer had this many tokens.
         """
         tokens = tokens[0] if isinstance(tokens, tuple) else tokens
         patch_index = self._patches.get(tokens.shape[1])

@@ -495,7 +495,7 @@ def _rule(width: int) -> "Image.Image":
 
 
 def _answers(view: View, dense: View) -> "Image.Image":
-    """The answers of a view beside those of the dense model."""
+    """The answers of a view next to those of the dense model."""
     lines = []
     for title, answers in (("EViT says", view.answers), ("dense says", dense.answers)):
         if answers:

@@ -136,7 +136,7 @@ def test_other_settings_and_a_file_that_is_there_are_refused(model_folder, pictu
     predict(capsys, model_folder, pictures, "--output", output, "--overwrite")
     with pytest.raises(SystemExit):
         main([str(x) for x in (model_folder, pictures, "--output", output)])
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -239,4 +239,4 @@ def test_ray_on_this_machine_writes_every_row_once_and_refuses_to_do_it_again(mo
     assert all(len(row["labels"]) == 5 for row in rows if not row["error"])
     process = run_command(*run)
     assert process.wait(100) == 2
-    assert "is there already" in process.stderr.read()
+    assert "already exists" in process.stderr.read()

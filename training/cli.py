@@ -19,7 +19,7 @@ COMMANDS = {
     "predict": "classify pictures, folders of them and data sets",
     "evaluate": "measure a model at a list of keep rates",
     "visualize": "draw what a model keeps of pictures, looks at and answers",
-    "inspect": "find out what a model keeps over a data set, and what that does to its answers",
+    "inspect": "measure what a model keeps over a data set, and what that does to its answers",
     "benchmark": "time a model against dense ViTs",
     "tune": "find layers and keep rates for a budget",
     "export": "make an ONNX, OpenVINO, torch.export or AOTInductor model",

@@ -1,7 +1,7 @@
 """How a command ends: what was wrong becomes one line on standard error and an exit status, in one place.
 
 An exception of this project has its exit status in its attribute `status`. Errors of libraries about files, values and
-missing packages are the user's to mend, and end with status 2; where memory runs out the status is 4. Everything else
+missing packages are the user's to fix, and end with status 2; if memory runs out, the status is 4. Everything else
 is a bug and keeps its traceback.
 """
 
@@ -88,7 +88,7 @@ def notes(error: Exception) -> list[str]:
 def status_of(error: Exception) -> int | None:
     """Exit status for an error; None for a bug."""
     status = getattr(error, "status", None)
-    if isinstance(status, int) and status < 256:  # HTTP errors have a status of their own
+    if isinstance(status, int) and status < 256:  # HTTP errors have their own kind of status
         return status
     if is_out_of_memory(error):
         return 4
@@ -112,7 +112,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def sentence(error: Exception) -> str:
-    """What an error and its notes say, in one line; only tables of our own keep theirs."""
+    """What an error and its notes say, in one line; only our own tables keep their lines."""
     return " ".join([_sentence(error), *notes(error)])
 
 

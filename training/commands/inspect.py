@@ -117,5 +117,5 @@ def inspect_data(model: str, folder: Path, arguments: InspectArguments, data: Da
     for rate in report["keep_rates"]:
         accuracy = "" if rate["accuracy"] is None else f", {100 * rate['accuracy']:.1f} % right"
         arguments.say(f"keep rate {rate['keep_rate']:g}: {100 * rate['agreement']:.1f} % answers as dense{accuracy}")
-    arguments.say(f"Saved {folder / 'inspection.json'} and {4 + bool(different)} figures beside it.")
+    arguments.say(f"Saved {folder / 'inspection.json'} and {4 + bool(different)} figures next to it.")
     return report

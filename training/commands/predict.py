@@ -50,7 +50,7 @@ class PredictArguments(ScreenArguments):
         "Address of a Ray cluster, or `local` for one on this machine: reads pictures or Parquet files, also from "
         "object stores, and writes a folder of Parquet files.",
     )
-    overwrite: bool = setting(False, "Replace the output file, and begin again.")
+    overwrite: bool = setting(False, "Replace the output file and start over.")
 
     def check_road(self, given: Collection[str]) -> None:
         """Refuse what Ray would ignore.

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
         [PushArguments],
         usage="evit push FOLDER ORG/NAME [--flag value ...]",
         description="Push a model folder or a run folder to the Hugging Face Hub: weights, configuration, image "
-        "processor, code for trust_remote_code, card and results, and nothing else that is there.",
+        "processor, code for trust_remote_code, card and results, and nothing else.",
     )
     parser.add_argument("folder", type=Path, help="Model folder, or run folder with `model/` in it.")
     parser.add_argument("repo_id", help="ORG/NAME on the Hub; made if there is none.")

@@ -52,8 +52,8 @@ def main(argv: list[str]) -> None:
         [VisualizeArguments],
         usage="evit visualize MODEL IMAGE|FOLDER ... -o OUT [--keep-rates 0.7 0.5] [--flag value ...]",
         description="Draw, for each reorganization layer, the patches that are kept, the class token's attention to "
-        "all patches, and where the fused token drew its weight from, with answers and operations beside those of the "
-        "dense model. MODEL is a model folder, a run folder or a Hub id. Files of the same name are replaced.",
+        "all patches, and where the fused token drew its weight from, with answers and operations next to those of "
+        "the dense model. MODEL is a model folder, a run folder or a Hub id. Files of the same name are replaced.",
     )
     parser.add_argument("model", help="Model folder, run folder or Hub id of an image classifier.")
     parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER", help="Pictures, or folders of them.")

@@ -269,7 +269,7 @@ def pictures_below(folder: str | Path) -> tuple[list[Parts], Counter[str]]:
 
 
 def picture_files(words: Iterable[str]) -> dict[str, str]:
-    """Pictures and folders of pictures, with any folders below them, as paths by names of their own.
+    """Pictures and folders of pictures, with any folders below them, as paths by unique names.
 
     Args:
         words: paths.

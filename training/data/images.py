@@ -1,4 +1,4 @@
-"""Labelled images one by one: decoded to RGB, augmented with random numbers of their own, streamed or not."""
+"""Labelled images one by one: decoded to RGB, augmented with their own random numbers, streamed or not."""
 
 import contextlib
 import errno

@@ -82,7 +82,7 @@ def deaths_noticed_in_line() -> Iterator[None]:
 
 @contextlib.contextmanager
 def said_in_one_line(num_workers: int) -> Iterator[None]:
-    """Give the errors of loading processes, whose messages are tracebacks, words of their own.
+    """Replace the errors of loading processes, whose messages are tracebacks, by one sentence.
 
     Args:
         num_workers: how many processes there are.

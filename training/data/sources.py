@@ -79,7 +79,7 @@ def load_source(arguments: "DataArguments") -> Source:
 
 
 def is_dataset_folder(folder: Path) -> bool:
-    """Whether a folder holds a data set in files of its own, rather than pictures."""
+    """Whether a folder holds the files of a data set, rather than pictures."""
     return _was_saved_to_disk(folder) or bool(_binary_files(folder))
 
 
@@ -92,7 +92,7 @@ def _binary_files(root: Path) -> list[Path]:
 
 
 def _load_with_datasets(name: str, arguments: "DataArguments", roots: tuple[str, ...]) -> Source:
-    """A data set that the library `datasets` reads by itself: from the Hub, or a folder of its own kinds."""
+    """A data set that the library `datasets` reads by itself: from the Hub, or a folder in one of its formats."""
     allowed = (*roots, *CACHES)
     try:
         builder = datasets.load_dataset_builder(name, arguments.dataset_config)

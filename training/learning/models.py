@@ -194,7 +194,7 @@ def load_classifier(name_or_path: str, **settings: Any) -> PreTrainedModel:
                 raise
         return _load_family(name_or_path, **settings)
     except (OSError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, UnpicklingError) as error:
-        if hasattr(error, "status"):  # of our own, which says it all
+        if hasattr(error, "status"):  # our own errors say it all
             raise
         reason = " ".join(str(error).split())
         kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "

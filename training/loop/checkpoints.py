@@ -248,7 +248,7 @@ def read_checkpoint(path: Path) -> tuple[Progress, dict[str, Any]]:
         raise NoCheckpointError(f"{path} is not an intact checkpoint: {found}.")
 
     def weights(name: str) -> dict[str, torch.Tensor]:
-        # In the same order on all processes, which safetensors leaves to chance: sharding each is a collective.
+        # In the same order on all processes, which safetensors does not guarantee: sharding each is a collective.
         return dict(sorted(load_tensors((path / name).read_bytes()).items()))
 
     try:

@@ -77,7 +77,7 @@ class Interruption:
         if self.failure is not None:
             return self.failure
         number = self.signal_number or signal.SIGTERM
-        why = f"by signal {int(number)}" if self.signal_number else "because another process of this run is to end,"
+        why = f"by signal {int(number)}" if self.signal_number else "because one of this run's processes is to end,"
         return TrainingInterruptedError(
             number, f"Interrupted {why} after step {self.progress.step} of {self.num_steps}."
         )
@@ -111,7 +111,7 @@ def lock(output_dir: Path) -> filelock.BaseFileLock:
             held.acquire(blocking=False)
     except filelock.Timeout:
         raise ValueError(
-            f"Another run is writing to `--output-dir {output_dir}`: wait for it, or choose another folder."
+            f"Another run is writing to `--output-dir {output_dir}`: wait for it, or choose a different folder."
         ) from None
     except OSError as error:
         raise ValueError(f"`--output-dir {output_dir}` cannot be written: {error}.") from None

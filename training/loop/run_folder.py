@@ -230,7 +230,7 @@ def export(
         set_modes_by_umask(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-    except Exception as error:  # safetensors has an exception of its own for a full disk
+    except Exception as error:  # safetensors has its own exception for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"The model could not be saved in {folder}: {error}") from error
 

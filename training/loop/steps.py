@@ -251,6 +251,6 @@ def count_bad_images(state: TrainingState, batches: list[Batch], plan: StepPlan,
         state.save()
         raise BadImageError(
             f"{num_bad} images could not be decoded, more than `--max-bad-images` {max_share} of {seen}: "
-            "mend the data, or raise it."
+            "fix the data, or raise the limit."
         )
     progress.bad_images = num_bad

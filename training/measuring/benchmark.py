@@ -36,7 +36,7 @@ class Row:
         speed_up: over the fastest dense baseline, median of the ratios within a round.
         speed_up_quartiles: lower and upper quartile of these ratios.
         gmacs: operations of an image by the paper's count, in GMACs.
-        executed_gmacs: those that are really run.
+        executed_gmacs: those that are actually run.
         efficiency: speed-up over saved operations; 1 where time follows operations.
         like_for_like: speed-up over the same code at keep rate 1.0; None for that itself, and where it was not timed.
         like_for_like_efficiency: the same by executed operations.

@@ -1,4 +1,4 @@
-"""Our metrics for the `evaluate` library, which has none of its own without the network.
+"""Our metrics for the `evaluate` library, whose own need the network.
 
 >>> from evit_training.measuring.evaluate_metrics import TopKAccuracy
 >>> metric = TopKAccuracy(k=5)

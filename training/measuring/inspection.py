@@ -213,7 +213,7 @@ def answer_distance(dense: torch.Tensor, other: torch.Tensor, is_multi_label: bo
     Args:
         dense: (batch_size, num_labels), probabilities.
         other: the same of a different model.
-        is_multi_label: whether each class has a probability of its own.
+        is_multi_label: whether each class has its own probability.
 
     Returns: (batch_size,): the total variation distance, half of the sum of all differences; for several labels the
         largest difference.

@@ -33,7 +33,7 @@ class Variant:
         name: in the table.
         run: does the work once and returns the logits, or None where there is nothing to compare.
         nominal_macs: multiply-accumulate operations of an image by the paper's count.
-        executed_macs: those that are really run.
+        executed_macs: those that are actually run.
         keep_rate: for the table.
         is_exact: whether the answer is the reference's up to rounding; quantized variants are not.
         model: of a training step, the network.
@@ -154,7 +154,7 @@ def check_rate(variant: Variant, batch_size: int, seconds: float, peak: float, p
         batch_size: images of a run.
         seconds: of a run.
         peak: in GFLOP/s, see `matmul_peak`.
-        passes: forwards that a run is worth: 3 with backward.
+        passes: forward passes that a run counts as: 3 with the backward pass.
 
     Raises: MeasurementError if it is beyond the peak: a stale model was once timed as twice as fast as possible.
     """
@@ -191,7 +191,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, clock_name: str = "wal
 
 
 def peak_memory_mib(run: Callable[[], Any], device: torch.device) -> float | None:
-    """Memory that one run needs at its peak beyond what is there before, in MiB.
+    """Memory that one run needs at its peak beyond what was in use before, in MiB.
 
     On a GPU from PyTorch's allocator. On Linux from the resident memory of the process, whose high-water mark is
     reset first; None where that cannot be done.

@@ -1,4 +1,4 @@
-"""What to predict: pictures, folders of them, and data sets, as one list of images with names of their own."""
+"""What to predict: pictures, folders of them, and data sets, as one list of images with unique names."""
 
 import os
 from collections import Counter

@@ -36,12 +36,12 @@ def predict_with_ray(
         settings: of `Predictor`.
         batch_size: images for each forward.
         image_column: of Parquet files, with bytes or {"bytes", "path"}; by default `image`.
-        overwrite: whether to delete what is in `output`, and begin again.
+        overwrite: whether to delete what is in `output`, and start over.
         progress: whether Ray draws its bars.
 
     Returns: numbers of rows, and of those with an error.
 
-    Raises: ValueError for an output that is there, or was begun with other settings; or for columns that rows have
+    Raises: ValueError for an output that exists, or was begun with other settings; or for columns that rows have
         themselves.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -51,13 +51,13 @@ def predict_with_ray(
     words = [word if "://" in word else os.path.abspath(word) for word in words]
     _check_output(filesystem, folder, output, {**settings, "inputs": words}, overwrite)
     if address == "local":
-        # Reading, resuming and predicting each hold CPUs: with two of them they would wait for each other for ever.
+        # Reading, resuming and predicting each hold CPUs: with two of them they would wait for each other forever.
         ray.init(num_cpus=max(4, os.cpu_count() or 1), log_to_driver=False, logging_level=logging.ERROR)
     else:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     try:
         context = ray.data.DataContext.get_current()
-        for name in ("ray.data", "ray"):  # after the context, which sets levels of its own
+        for name in ("ray.data", "ray"):  # after the context, which sets its own levels
             logging.getLogger(name).setLevel(logging.ERROR)
         context.enable_progress_bars = progress
         is_table = _is_parquet(words[0])
@@ -117,12 +117,12 @@ def _check_output(
         if begun != settings:
             different = sorted(name for name in settings if settings[name] != begun.get(name))
             raise ValueError(
-                f"`{output}` was begun with other settings ({', '.join(different)}): give another `--output`, or "
-                "`--overwrite` to begin again."
+                f"`{output}` was begun with other settings ({', '.join(different)}): choose a different `--output`, "
+                "or `--overwrite` to start over."
             )
         return
     elif folder in there:
-        raise ValueError(f"`--output`: `{output}` is there already: name another folder, or pass `--overwrite`.")
+        raise ValueError(f"`--output`: `{output}` already exists: choose a different folder, or pass `--overwrite`.")
     filesystem.create_dir(partial)
     with filesystem.open_output_stream(note) as file:
         file.write(json.dumps(settings).encode())

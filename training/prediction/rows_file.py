@@ -26,9 +26,9 @@ class RowsFile:
     Args:
         path: of the file; its suffix says the format, one of `FORMATS`.
         settings: what makes predictions differ.
-        overwrite: whether to replace a file that is there, and to begin again.
+        overwrite: whether to replace an existing file and start over.
 
-    Raises: ValueError for another suffix, a file that is there, or a journal of other settings.
+    Raises: ValueError for an unknown suffix, a file that exists, or a journal of other settings.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], overwrite: bool = False) -> None:
@@ -78,8 +78,8 @@ class RowsFile:
                     name for name in settings.keys() | self.settings if settings.get(name) != self.settings.get(name)
                 )
                 raise ValueError(
-                    f"`{self.journal}` was begun with other settings ({', '.join(different)}): give another "
-                    "`--output`, or `--overwrite` to begin again."
+                    f"`{self.journal}` was begun with other settings ({', '.join(different)}): choose a different "
+                    "`--output`, or `--overwrite` to start over."
                 )
             end = file.tell()
             for line in file:
@@ -133,4 +133,4 @@ def check_rows_path(path: Path, overwrite: bool) -> None:
     if path.is_dir():
         raise ValueError(f"`--output` is a folder, `{path}`: name a file.")
     if path.exists() and not overwrite:
-        raise ValueError(f"`--output`: `{path}` is there already: name another file, or pass `--overwrite`.")
+        raise ValueError(f"`--output`: `{path}` already exists: choose a different file, or pass `--overwrite`.")

@@ -294,7 +294,7 @@ def _empty_model(folder: Path) -> "PreTrainedModel":
 
     try:
         config = AutoConfig.from_pretrained(folder)
-    except Exception as error:  # of many kinds, for a model of another library or a damaged file
+    except Exception as error:  # of many kinds, for a model of a different library or a damaged file
         raise ValueError(f"config.json is not that of an EViT: {' '.join(str(error).split())[:200]}") from None
     with torch.device("meta"):
         if isinstance(config, EViTConfig):
@@ -324,7 +324,7 @@ def _values_of(folder: Path) -> Iterator[None]:
 
 
 def card_to_push(source: Path, export: Path, repo_id: str, there: bytes | None) -> tuple[str | None, str | None]:
-    """Card for a push, which names this repository and keeps what people wrote into the one that is there.
+    """Card for a push, which names this repository and keeps what people wrote into the existing one.
 
     A run's card is rendered again, for this name. A model folder without card gets one of what its files tell.
 
@@ -351,7 +351,7 @@ def card_to_push(source: Path, export: Path, repo_id: str, there: bytes | None) 
             return here, None
         if not written_by_hand(here):
             return keep_what_was_added(there_text, here), None
-        return here, "The card on the Hub had text of its own: it stays in the repository's history."
+        return here, "The card on the Hub had its own text: it stays in the repository's history."
     except ValueError as error:
         return None, f"{where} was left as it is: {error}"
 
@@ -373,7 +373,7 @@ def keep_what_was_added(old: str, new: str) -> str:
     """The new card with what a person had added to the old one.
 
     Args:
-        old: a card that may have text outside of the marks, and metadata of its own.
+        old: a card that may have text outside of the marks, and its own metadata.
         new: a card as rendered.
 
     Returns: the old card with its rendered part replaced and with the new metadata laid over its own; the new card

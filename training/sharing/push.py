@@ -1,4 +1,4 @@
-"""Pushes of a run to the Hub: each is a process of its own, `evit push`, so that the Hub never holds up training."""
+"""Pushes of a run to the Hub: each is a separate process, `evit push`, so that the Hub never holds up training."""
 
 import shlex
 import subprocess
@@ -49,7 +49,7 @@ class BackgroundPush:
             return False
         command = [sys.executable, "-m", "evit_training", "push", str(folder), *self.target, "--message", message]
         with self.log.open("a") as log:
-            # A session of its own: signals of the terminal end the training, which then ends the push.
+            # Its own session: signals of the terminal end the training, which then ends the push.
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
             )
