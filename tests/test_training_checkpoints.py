@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from evit_training.loop.checkpoints import (
     settings_that_differ,
     write_checkpoint,
 )
+from evit_training.loop.run_folder import take_over_best
 from evit_training.loop.trainer import train
 
 
@@ -193,3 +195,25 @@ def test_a_renamed_class_is_noticed_on_resuming(tmp_path):
         (tmp_path / "data" / split / "cat").rename(tmp_path / "data" / split / "zebra")
     with pytest.raises(ValueError, match=r"other data would be a different training:\n  classes: .'cat'. in the"):
         train(parse_train_arguments([*flags, "--resume", "auto"]))
+
+
+def state_of_a_run(folder, best):
+    one_process = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
+    return SimpleNamespace(folder=folder, progress=Progress(step=4, best=best), accelerator=one_process)
+
+
+def test_the_best_checkpoint_comes_along_into_a_different_folder(tmp_path):
+    state = state_of_a_run(tmp_path / "new" / "checkpoints", {"step": 2, "weights": "raw", "score": 0.5})
+    write(tmp_path / "old", 2)
+    take_over_best(state, tmp_path / "old", is_needed=True)
+    assert read_checkpoint(state.folder / "step-000000002")[1]["model"]["a"].tolist() == [2, 2, 2]
+    take_over_best(state, state.folder, is_needed=True)  # its own folder
+    assert [path.name for path in state.folder.iterdir()] == ["step-000000002"]
+
+
+def test_a_best_checkpoint_that_is_gone_is_refused_before_training(tmp_path):
+    state = state_of_a_run(tmp_path / "new", {"step": 2, "weights": "raw", "score": 0.5})
+    with pytest.raises(NoCheckpointError, match="--final-weights best.*step-000000002.*manifest.json is missing"):
+        take_over_best(state, tmp_path / "old", is_needed=True)
+    take_over_best(state, tmp_path / "old", is_needed=False)
+    take_over_best(state_of_a_run(tmp_path / "new", {}), tmp_path / "old", is_needed=True)

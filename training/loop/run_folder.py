@@ -23,7 +23,11 @@ from ..measuring.machine import package_versions
 from ..screen import say
 from ..sharing.command import command_of_run
 from .checkpoints import (
+    PARTIAL,
     CheckpointError,
+    NoCheckpointError,
+    checkpoint_path,
+    damage,
     data_that_differ,
     newest_checkpoint,
     read_checkpoint,
@@ -207,12 +211,42 @@ def resume(state: TrainingState, path: Path, arguments: TrainArguments, num_step
             f"{path} is of step {state.progress.step}, beyond the {num_steps} steps of this run: raise `--epochs` or "
             "`--max-steps`."
         )
+    take_over_best(state, path.parent, is_needed=arguments.run.final_weights == "best")
     if num_processes != state.progress.num_processes:
         say(
             f"The checkpoint is of {num_processes} processes, this run has {state.progress.num_processes}: order, "
             "augmentation and batch size stay, dropout and mixing are drawn again."
         )
     say(f"Resuming from {path}, after step {state.progress.step}.")
+
+
+def take_over_best(state: TrainingState, source: Path, is_needed: bool) -> None:
+    """Copy the best checkpoint of the run that is resumed, where this run has a different folder.
+
+    Args:
+        state: as resumed.
+        source: folder of the checkpoints of the run that is resumed.
+        is_needed: whether the best weights are to become the model.
+
+    Raises: NoCheckpointError if it is needed and neither folder holds it intact; OSError if it cannot be copied.
+    """
+    if not state.progress.best:
+        return
+    path = checkpoint_path(state.folder, state.progress.best["step"])
+    original = source / path.name
+    if state.accelerator.is_main_process and original.resolve() != path.resolve() and damage(original) is None:
+        partial = path.with_name(f"{PARTIAL}{path.name}")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(original, partial)
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+    state.accelerator.wait_for_everyone()
+    found = damage(path) if is_needed else None
+    if found is not None:
+        raise NoCheckpointError(
+            f"`--final-weights best` needs {original}, the best so far, but it is not intact: {found}. Restore it, or "
+            "pass `--final-weights last`."
+        )
 
 
 def export(
