@@ -151,8 +151,7 @@ def imports_that_climb(folder):
         room = module.split(".")[1] if "." in module else ""
         if room not in ROOMS:  # `cli.py` and `__main__.py` open the door to all rooms
             continue
-        own = {room} if room != "commands" else {"commands.errors", "commands.screen"}
-        allowed = {*own, *ROOMS[ROOMS.index(room) + 1 :]}
+        allowed = {room if room != "commands" else "commands.errors", *ROOMS[ROOMS.index(room) + 1 :]}
         for name, _ in imported_modules(path, folder, "evit_training"):
             if not name.startswith("evit_training."):
                 continue

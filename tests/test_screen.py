@@ -42,6 +42,14 @@ def test_notes_and_result_go_where_they_are_wanted(quiet, as_json, out, err, cap
     assert (printed.out, printed.err) == (out, err)
 
 
+def test_notes_stay_out_of_results_that_come_one_by_one(capsys):
+    with screen(quiet=False, as_json=False, notes_to_stderr=True):
+        say("a note")
+        show_result("a row", {})
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("a row\n", "a note\n")
+
+
 def test_a_second_process_of_a_machine_writes_nothing(capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     say("a note")

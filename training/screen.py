@@ -1,7 +1,8 @@
 """The screen of a command: notes, bars and the result, as `--quiet` and `--json` ask for.
 
-Notes go to standard output, with `--json` to standard error, with `--quiet` nowhere. Bars are drawn on terminals only.
-The result goes to standard output. Of several processes on a machine the first one writes.
+Notes go to standard output, with `--quiet` nowhere; where they would get between results that others read, as with
+`--json`, to standard error. Bars are drawn on terminals only. The result goes to standard output. Of several processes
+on a machine the first one writes.
 """
 
 import contextlib
@@ -26,21 +27,28 @@ class _Shown:
 
     quiet: bool = False
     json: bool = False
+    notes_to_stderr: bool = False
 
 
 _shown = _Shown()
 
 
 @contextlib.contextmanager
-def screen(quiet: bool, as_json: bool) -> Iterator[None]:
-    """Show what a command's `--quiet` and `--json` ask for, and no bars of libraries, while it runs."""
+def screen(quiet: bool, as_json: bool, notes_to_stderr: bool = False) -> Iterator[None]:
+    """Show what a command's `--quiet` and `--json` ask for, and no bars of libraries, while it runs.
+
+    Args:
+        quiet: `--quiet`.
+        as_json: `--json`.
+        notes_to_stderr: whether notes stay out of standard output without `--json` too.
+    """
     import datasets
     from transformers.utils import logging
 
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
     before = vars(_shown).copy()
-    _shown.quiet, _shown.json = quiet, as_json
+    _shown.quiet, _shown.json, _shown.notes_to_stderr = quiet, as_json, as_json or notes_to_stderr
     try:
         yield
     finally:
@@ -60,7 +68,7 @@ def say(text: str, is_result: bool = False) -> None:
         is_result: whether it is a part of the result, which `--quiet` shows too unless `--json` has the whole.
     """
     if not _shown.quiet or (is_result and not _shown.json):
-        _write(text, sys.stderr if _shown.json else sys.stdout)
+        _write(text, sys.stderr if _shown.notes_to_stderr else sys.stdout)
 
 
 def show_result(text: str | None, result: Any) -> None:

@@ -90,7 +90,7 @@ def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments
     prepared = accelerator.prepare_model(network, evaluation_mode=True)
     with closing(loader):
         results = compare_keep_rates(accelerator, prepared, loader, arguments.keep_rates)
-    report = {"model": model, "dataset": data.dataset, "label_names": splits.label_names}
+    report: dict[str, Any] = {"model": model, "dataset": data.dataset, "label_names": splits.label_names}
     report["results"] = [result.as_json() for result in results]
     show_result(comparison_table(results), report)
     folder = Path(arguments.output_dir or model)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import DataArguments
-from ..settings import AT_LEAST_ONE, KEEP_RATE, NOT_NEGATIVE, FlagParser, setting
+from ..screen import bar, say, screen, show_result
+from ..settings import AT_LEAST_ONE, KEEP_RATE, NOT_NEGATIVE, FlagParser, json_setting, quiet_setting, setting
 from .errors import command
-from .screen import ScreenArguments
 
 
 @dataclass
-class InspectArguments(ScreenArguments):
+class InspectArguments:
     """What to look at."""
 
     keep_rates: list[float] = setting(
@@ -22,6 +22,8 @@ class InspectArguments(ScreenArguments):
     )
     batch_size: int = setting(32, "Images for each forward.", AT_LEAST_ONE)
     num_pictures: int = setting(6, "Images with the most different answers to draw.", NOT_NEGATIVE)
+    json: bool = json_setting()
+    quiet: bool = quiet_setting()
 
 
 @command("inspect")
@@ -48,7 +50,8 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"`-o` is a file, `{rest.output}`: name a folder.")
     from ..learning.sources import resolve_model
 
-    arguments.print_report(inspect_data(resolve_model(rest.model), Path(rest.output), arguments, data))
+    with screen(arguments.quiet, arguments.json):
+        show_result(None, inspect_data(resolve_model(rest.model), Path(rest.output), arguments, data))
 
 
 def inspect_data(model: str, folder: Path, arguments: InspectArguments, data: DataArguments) -> dict[str, Any]:
@@ -81,19 +84,19 @@ def inspect_data(model: str, folder: Path, arguments: InspectArguments, data: Da
         raise ValueError("`evit inspect` runs in one process: start it without torchrun or accelerate.")
     network, processor = load_classifier(model).eval().to(accelerator.device), load_processor(model)
     splits = load_evaluation_split(data)
-    arguments.say(describe_splits(splits, ("evaluation",)))
+    say(describe_splits(splits, ("evaluation",)))
     knows_classes = True
     try:
         splits = with_classes_of(network, splits)
     except ValueError as error:
         knows_classes = False
-        arguments.say(f"No accuracy: {error}")
+        say(f"No accuracy: {error}")
     if splits.multi_label:
         network.config.problem_type = "multi_label_classification"
     loader = evaluation_loader(
         splits, processor, arguments.batch_size, data.num_workers, accelerator, data.on_bad_image
     )
-    batches = arguments.progress("batch", items=loader)
+    batches = bar(loader, unit="batch")
     found = inspection.inspect_model(
         network, batches, arguments.keep_rates, splits.label_names, splits.multi_label, knows_classes
     )
@@ -116,6 +119,6 @@ def inspect_data(model: str, folder: Path, arguments: InspectArguments, data: Da
         inspection_figures.draw_most_different(different, folder / "most_different.png")
     for rate in report["keep_rates"]:
         accuracy = "" if rate["accuracy"] is None else f", {100 * rate['accuracy']:.1f} % right"
-        arguments.say(f"keep rate {rate['keep_rate']:g}: {100 * rate['agreement']:.1f} % answers as dense{accuracy}")
-    arguments.say(f"Saved {folder / 'inspection.json'} and {4 + bool(different)} figures next to it.")
+        say(f"keep rate {rate['keep_rate']:g}: {100 * rate['agreement']:.1f} % answers as dense{accuracy}")
+    say(f"Saved {folder / 'inspection.json'} and {4 + bool(different)} figures next to it.")
     return report

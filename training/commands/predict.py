@@ -5,26 +5,22 @@ evit predict google/vit-base-patch16-224 holiday/ --keep-rate 0.7 --output holid
 evit predict runs/digits digits --split test --output digits.parquet --features
 """
 
-import json
 import os
-import sys
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from ..arguments import DataArguments
-from ..settings import AT_LEAST_ONE, KEEP_RATE, FlagParser, flag, setting
+from ..screen import bar, say, screen, show_result
+from ..settings import AT_LEAST_ONE, KEEP_RATE, FlagParser, flag, json_setting, quiet_setting, setting
 from .errors import command
-from .screen import ScreenArguments
 
 
 @dataclass
-class PredictArguments(ScreenArguments):
+class PredictArguments:
     """What to predict, and where to write it."""
-
-    remarks_on_stderr: ClassVar[bool] = True
 
     output: str | None = setting(
         None, "File for the rows, .csv, .jsonl or .parquet; a run that was killed resumes. By default the screen."
@@ -51,6 +47,8 @@ class PredictArguments(ScreenArguments):
         "object stores, and writes a folder of Parquet files.",
     )
     overwrite: bool = setting(False, "Replace the output file and start over.")
+    json: bool = json_setting()
+    quiet: bool = quiet_setting()
 
     def check_road(self, given: Collection[str]) -> None:
         """Refuse what Ray would ignore.
@@ -84,14 +82,13 @@ def main(argv: list[str]) -> None:
     from ..learning.sources import resolve_model
 
     arguments.check_road(given)
-    if arguments.ray is not None:
-        predict_on_cluster(resolve_model(rest.model), rest.inputs, arguments)
-        return
-    from ..prediction.rows_file import check_rows_path
+    if arguments.ray is None and arguments.output is not None:
+        from ..prediction.rows_file import check_rows_path
 
-    if arguments.output is not None:
         check_rows_path(Path(arguments.output), arguments.overwrite)
-    predict(resolve_model(rest.model), rest.inputs, arguments)
+    run = predict if arguments.ray is None else predict_on_cluster
+    with screen(arguments.quiet, arguments.json, notes_to_stderr=True):
+        run(resolve_model(rest.model), rest.inputs, arguments)
 
 
 def predict(model: str, words: list[str], arguments: PredictArguments) -> None:
@@ -105,20 +102,15 @@ def predict(model: str, words: list[str], arguments: PredictArguments) -> None:
     Raises: ValueError for inputs that are not there, a model that cannot be loaded, or an image that cannot be
         decoded, with `--on-bad-image error`.
     """
-    import datasets
-    from transformers.utils import logging
-
     from ..prediction.inputs import find_inputs
     from ..prediction.predictor import Predictor
     from ..prediction.rows_file import RowsFile
 
-    datasets.disable_progress_bars()
-    logging.disable_progress_bar()
     shared = ("image_column", "dataset_config", "allow_outside_files")
     data = DataArguments(**{name: getattr(arguments, name) for name in shared})
     inputs = find_inputs(words, data, arguments.split)
     for note in inputs.notes:
-        arguments.say(note)
+        say(note)
     keep_rate = arguments.keep_rate
     predictor = Predictor(
         model,
@@ -138,10 +130,10 @@ def predict(model: str, words: list[str], arguments: PredictArguments) -> None:
     done = rows_file.done if rows_file is not None else set()
     numbers = [i for i, name in enumerate(inputs.names) if name not in done]
     if len(numbers) < len(inputs.names):
-        arguments.say(f"Resuming: {len(inputs.names) - len(numbers)} of {len(inputs.names)} images are done.")
+        say(f"Resuming: {len(inputs.names) - len(numbers)} of {len(inputs.names)} images are done.")
     bad: list[str] = []
     start = time.perf_counter()
-    with arguments.progress("image", total=len(numbers)) as bar:
+    with bar(total=len(numbers), unit="image") as images:
         for rows in predictor.rows(inputs, numbers, arguments.batch_size, arguments.num_threads):
             errors = [row["error"] for row in rows if row["error"] is not None]
             if errors and arguments.on_bad_image == "error":
@@ -150,15 +142,15 @@ def predict(model: str, words: list[str], arguments: PredictArguments) -> None:
             if rows_file is not None:
                 rows_file.write(rows)
             if rows_file is None or arguments.json:
-                with bar.external_write_mode(file=sys.stdout):
-                    _print(rows, arguments.json)
-            bar.update(len(rows))
+                for row in rows:
+                    show_result(_in_words(row), row)
+            images.update(len(rows))
     if rows_file is not None:
         rows_file.finish()
-        arguments.say(f"Saved {rows_file.path}.")
+        say(f"Saved {rows_file.path}.")
     for error in bad[:10]:
-        arguments.say(error)
-    arguments.say(_summary(len(numbers), time.perf_counter() - start, predictor.own_speed(), len(bad)))
+        say(error)
+    say(_summary(len(numbers), time.perf_counter() - start, predictor.own_speed(), len(bad)))
 
 
 def predict_on_cluster(model: str, words: list[str], arguments: PredictArguments) -> None:
@@ -183,21 +175,16 @@ def predict_on_cluster(model: str, words: list[str], arguments: PredictArguments
         overwrite=arguments.overwrite,
         progress=not arguments.quiet,
     )
-    arguments.print_report({"output": arguments.output, "num_rows": num_rows, "num_errors": num_errors})
+    show_result(None, {"output": arguments.output, "num_rows": num_rows, "num_errors": num_errors})
     text = f"Saved {num_rows} rows in {arguments.output}, in {time.perf_counter() - start:.1f} s"
-    arguments.say(f"{text}; {num_errors} could not be decoded." if num_errors else f"{text}.")
+    say(f"{text}; {num_errors} could not be decoded." if num_errors else f"{text}.")
 
 
-def _print(rows: Iterable[dict[str, Any]], as_json: bool) -> None:
-    for row in rows:
-        if as_json:
-            print(json.dumps(row))
-        elif row["error"] is None:
-            pairs = zip(row["labels"], row["scores"], strict=True)
-            print(f"{row['path']}: " + ", ".join(f"{label} {100 * score:.1f} %" for label, score in pairs))
-        else:
-            print(f"{row['path']}: not decoded")
-    sys.stdout.flush()
+def _in_words(row: dict[str, Any]) -> str:
+    if row["error"] is not None:
+        return f"{row['path']}: not decoded"
+    pairs = zip(row["labels"], row["scores"], strict=True)
+    return f"{row['path']}: " + ", ".join(f"{label} {100 * score:.1f} %" for label, score in pairs)
 
 
 def _summary(num_images: int, seconds: float, own_speed: float | None, num_bad: int) -> str:

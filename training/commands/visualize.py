@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..settings import AT_LEAST_ONE, KEEP_RATE, FlagParser, setting
+from ..screen import bar, say, screen, show_result
+from ..settings import AT_LEAST_ONE, KEEP_RATE, FlagParser, json_setting, quiet_setting, setting
 from .errors import command
-from .screen import ScreenArguments
 
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ FILES = (".png", ".webp", ".gif", ".html")
 
 
 @dataclass
-class VisualizeArguments(ScreenArguments):
+class VisualizeArguments:
     """What to draw."""
 
     keep_rates: list[float] | None = setting(
@@ -42,6 +42,8 @@ class VisualizeArguments(ScreenArguments):
     on_bad_image: Literal["report", "error"] = setting(
         "report", "What a picture that cannot be decoded does: be named and left out, or end the command."
     )
+    json: bool = json_setting()
+    quiet: bool = quiet_setting()
 
 
 @command("visualize")
@@ -70,7 +72,8 @@ def main(argv: list[str]) -> None:
     check_output(output, arguments)
     from ..learning.sources import resolve_model
 
-    arguments.print_report(visualize_all(resolve_model(rest.model), rest.images, output, arguments))
+    with screen(arguments.quiet, arguments.json):
+        show_result(None, visualize_all(resolve_model(rest.model), rest.images, output, arguments))
 
 
 def check_output(output: Path, arguments: VisualizeArguments) -> None:
@@ -116,7 +119,7 @@ def visualize_all(model: str, words: list[str], output: Path, arguments: Visuali
     def pictures() -> "Iterator[Visualization]":
         from ..data.images import BadImageError
 
-        for name, path in arguments.progress("image", items=files.items(), total=len(files)):
+        for name, path in bar(files.items(), unit="image"):
             try:
                 yield see(name, path)
             except BadImageError as error:
@@ -141,7 +144,7 @@ def visualize_all(model: str, words: list[str], output: Path, arguments: Visuali
     if not report["images"]:
         raise ValueError(f"None of the {len(files)} pictures can be decoded.")
     bad = f", {len(report['bad_images'])} could not be decoded" if report["bad_images"] else ""
-    arguments.say(f"Saved {report.get('report', output)}: {len(report['images'])} pictures{bad}.")
+    say(f"Saved {report.get('report', output)}: {len(report['images'])} pictures{bad}.")
     return report
 
 
