@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,53 @@ def test_help_starts_without_torch():
         "try:\n    parse_train_arguments(['--help'])\nexcept SystemExit:\n    sys.exit('torch' in sys.modules)"
     )
     assert run(sys.executable, "-c", code)[0] == 0
+
+
+@pytest.fixture(scope="module")
+def helps():
+    """What `evit COMMAND --help` prints for each command, and what it cost."""
+    code = (
+        "import contextlib, importlib, io, json, sys, time\nfrom evit_training.cli import COMMANDS\nhelps = {}\n"
+        "for word in COMMANDS:\n"
+        "    start, text = time.process_time(), io.StringIO()\n"
+        "    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):\n"
+        "        importlib.import_module(f'evit_training.commands.{word}').main(['--help'])\n"
+        "    helps[word] = text.getvalue(), time.process_time() - start\n"
+        "print(json.dumps([helps, sorted(sys.modules)]))"
+    )
+    return json.loads(run(sys.executable, "-c", code)[1])
+
+
+def test_help_of_every_command_is_quick(helps):
+    texts, modules = helps
+    assert not {"torch", "transformers", "datasets", "huggingface_hub", "gradio"} & set(modules)
+    assert max(seconds for _, seconds in texts.values()) < 1
+
+
+# What every command takes that reads a model and measures or predicts; `x` stands for `x` or its plural.
+MEASURING = ("train", "predict", "evaluate", "visualize", "inspect", "benchmark", "tune")
+WITHOUT = {
+    "device": ["train"],  # launchers choose it
+    "batch-size": ["visualize"],  # one picture after the other
+    "keep-rate": ["tune"],  # it looks for them
+    "json": [],
+    "quiet": [],
+}
+
+
+@pytest.mark.parametrize("flag", WITHOUT)
+def test_every_command_takes_what_the_others_take(flag, helps):
+    texts, _ = helps
+    without = [word for word in MEASURING if not re.search(rf"^  --{flag}s?\b", texts[word][0], re.MULTILINE)]
+    assert without == WITHOUT[flag]
+
+
+def test_every_command_that_takes_a_model_takes_a_run_folder_and_a_hub_id(helps):
+    texts, _ = helps
+    for word in ("predict", "evaluate", "visualize", "inspect", "benchmark", "tune", "export", "space"):
+        text = " ".join(texts[word][0].split())
+        assert "run folder" in text, word
+        assert "Hub id" in text, word
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ class EvaluateArguments:
     output_dir: str | None = setting(
         None, "Folder for evaluation.json and evaluation.png; by default the model's, if local."
     )
+    device: str | None = setting(None, "cpu, cuda, mps ...; by default the best there is.")
     mixed_precision: Literal["no", "bf16", "fp16"] = setting("no", "Precision of matrix products.")
     json: bool = json_setting()
     quiet: bool = quiet_setting()
@@ -66,17 +67,14 @@ def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments
 
     Raises: ValueError if the model does not know the classes of the data, or for keep rates out of range.
     """
-    import torch
-    from accelerate import Accelerator
-
     from ..data.loaders import evaluation_loader
     from ..data.splits import describe_splits, load_evaluation_split, with_classes_of
     from ..learning.models import load_classifier, load_processor
     from ..measuring.evaluation import compare_keep_rates, comparison_table, draw_tradeoff
-    from ..measuring.machine import check_launcher
+    from ..measuring.machine import accelerator_on, check_launcher
 
     check_launcher(arguments.mixed_precision)
-    accelerator = Accelerator(mixed_precision=arguments.mixed_precision, cpu=not torch.accelerator.is_available())
+    accelerator = accelerator_on(arguments.device, mixed_precision=arguments.mixed_precision)
     network = load_classifier(model)
     splits = load_evaluation_split(data)
     say(describe_splits(splits, ("evaluation",)))

@@ -21,6 +21,7 @@ class InspectArguments:
         [0.7, 0.5], "Keep rates below 1; the first is the one drawn by class. Dense is always compared.", KEEP_RATE
     )
     batch_size: int = setting(32, "Images for each forward.", AT_LEAST_ONE)
+    device: str | None = setting(None, "cpu, cuda, mps ...; by default the best there is.")
     num_pictures: int = setting(6, "Images with the most different answers to draw.", NOT_NEGATIVE)
     json: bool = json_setting()
     quiet: bool = quiet_setting()
@@ -67,8 +68,6 @@ def inspect_data(model: str, folder: Path, arguments: InspectArguments, data: Da
 
     Raises: ValueError for data or a model that cannot be read.
     """
-    from accelerate import Accelerator
-
     from evit_hf.visualization import visualize
 
     from ..data.augmentation import ProcessorTransform
@@ -77,9 +76,9 @@ def inspect_data(model: str, folder: Path, arguments: InspectArguments, data: Da
     from ..data.splits import describe_splits, load_evaluation_split, with_classes_of
     from ..learning.models import load_classifier, load_processor
     from ..measuring import inspection, inspection_figures
-    from ..measuring.machine import best_device
+    from ..measuring.machine import accelerator_on
 
-    accelerator = Accelerator(cpu=best_device().type == "cpu")
+    accelerator = accelerator_on(arguments.device)
     if accelerator.num_processes > 1:
         raise ValueError("`evit inspect` runs in one process: start it without torchrun or accelerate.")
     network, processor = load_classifier(model).eval().to(accelerator.device), load_processor(model)

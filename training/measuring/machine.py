@@ -7,9 +7,13 @@ import sys
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 # Whose versions a report of a measurement names.
@@ -21,6 +25,26 @@ def best_device(name: str | None = None) -> torch.device:
     if name:
         return torch.device(name)
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def accelerator_on(name: str | None = None, **options: Any) -> "Accelerator":
+    """An Accelerator on a kind of device, see `best_device`.
+
+    Args:
+        name: for example "cpu" or "cuda".
+        **options: of the Accelerator.
+
+    Raises: ValueError for one device of several: each process takes the one of its own number.
+    """
+    from accelerate import Accelerator
+
+    device = best_device(name)
+    if device.index is not None:
+        raise ValueError(
+            f"`--device` must be a kind of device, such as {device.type}, got {name}: choose one of several with "
+            "CUDA_VISIBLE_DEVICES."
+        )
+    return Accelerator(cpu=device.type == "cpu", **options)
 
 
 def device_name(device: torch.device) -> str:
