@@ -240,3 +240,44 @@ def test_ray_on_this_machine_writes_every_row_once_and_refuses_to_do_it_again(mo
     process = run_command(*run)
     assert process.wait(100) == 2
     assert "already exists" in process.stderr.read()
+
+
+@pytest.mark.cluster
+def test_ray_loses_no_row_when_a_node_and_then_the_driver_are_killed(model_folder, tmp_path, monkeypatch):
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    folder, output = many_pictures(tmp_path / "many", 201), tmp_path / "rows"
+    node_settings = {"num_cpus": 2, "object_store_memory": 150 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args=node_settings | {"include_dashboard": False})
+
+    def start():
+        run = (model_folder, folder, "--ray", cluster.address, "--output", output, "--batch-size", "4", "--quiet")
+        return run_command(*run)
+
+    def num_written():
+        return len(list(output.glob("*.parquet")))
+
+    try:
+        nodes = [cluster.add_node(**node_settings)]
+        process = start()
+        wait_for(lambda: num_written() > 2, process)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        process.kill()
+        process.wait()
+        assert (tmp_path / "rows.partial" / "settings.json").exists()  # not finished
+        written = num_written()
+        cluster.add_node(**node_settings)
+        process = start()
+        second = cluster.add_node(**node_settings)
+        wait_for(lambda: num_written() > written, process)
+        cluster.remove_node(second, allow_graceful=False)
+        assert process.wait(240) == 0, process.stderr.read()
+    finally:
+        process.kill()
+        cluster.shutdown()
+    rows = pyarrow.dataset.dataset(output).to_table().to_pylist()
+    counts = Counter(row["path"] for row in rows)
+    assert len(counts) == 201
+    assert set(counts.values()) == {1}
+    assert [os.path.basename(row["path"]) for row in rows if row["error"]] == ["0007.png"]
