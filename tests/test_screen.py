@@ -117,6 +117,19 @@ def test_fine_tuning_and_training_from_scratch_have_defaults_of_their_own():
     assert parse_train_arguments(["--learning-rate", "1e-3"]).learning_rate == 1e-3
 
 
+def test_a_run_that_fails_before_its_first_step_leaves_its_folder_free(tmp_path, capsys, monkeypatch):
+    from evit_training.cli import main
+
+    def fail(*_):
+        raise ValueError("no luck")
+
+    monkeypatch.setattr("evit_training.loop.trainer.train_steps", fail)
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", *SMALL, "--output-dir", str(tmp_path / "run"), "--quiet"])
+    assert "no luck No checkpoint was written yet." in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_training_says_what_it_does_and_json_prints_its_results(tmp_path, capsys):
     from evit_training.cli import main
 

@@ -91,6 +91,11 @@ see_through = Image.fromarray(__import__("numpy").full((40, 40, 4), 90, "uint8")
 assert app.classify(see_through, 0.5)[0] == app.classify(app.as_rgb(see_through), 0.5)[0]
 assert app.classify(see_through, 0.5)[0] != app.classify(see_through.convert("RGB"), 0.5)[0]
 print(json.dumps([sys.modules['evit_hf'].__file__, answer, [text for _, text in gallery], gallery[0][0].size, cost]))
+view = app.show(image, 0.5)
+assert view[0] == answer and view[2][1][1] == gallery[1][1]
+assert list(view[1]) == [name for name, _ in sorted(app.classify(image, 1.0)[0].items(), key=lambda x: -x[1])]
+assert [text for _, text in view[3]] == ["layer 1", "layer 2", "layer 3"]
+assert len(app.show(image, 1.0)[3]) == 3
 try:
     app.classify(None, 0.5)
 except app.gr.Error as error:

@@ -13,6 +13,7 @@ class SpaceArguments:
 
     title: str | None = setting(None, "Of the Space; by default the model's name.")
     license: str = setting("apache-2.0", "Of the Space, as the Hub writes licences.")
+    examples: list[str] = setting([], "Pictures to offer for a click; none by default.")
 
 
 @command("space")
@@ -21,9 +22,10 @@ def main(argv: list[str]) -> None:
     parser = FlagParser(
         "space",
         [SpaceArguments],
-        usage="evit space MODEL DEST [--title TITLE] [--license LICENCE]",
+        usage="evit space MODEL DEST [--title TITLE] [--examples PICTURE ...]",
         description="Write a Gradio demo of a model as a Space of the Hugging Face Hub: upload a picture, move the "
-        "keep rate, see the answer, the kept patches of each layer, GMACs and latency.",
+        "keep rate, see the answer beside the dense model's, the kept patches and the attention of each layer, GMACs "
+        "and latency.",
     )
     parser.add_argument("model", help="Model folder or run folder, which is bundled, or Hub id, which is loaded.")
     parser.add_argument("dest", type=Path, help="Folder to write; it must not exist or be empty.")
@@ -35,7 +37,7 @@ def main(argv: list[str]) -> None:
 
     # Of a run the whole folder: its results and pictures belong to the Space too.
     source = rest.model if Path(rest.model).is_dir() else model
-    write_space(source, rest.dest, arguments.title, arguments.license)
+    write_space(source, rest.dest, arguments.title, arguments.license, arguments.examples)
     print(
         f"Saved in {rest.dest}. Try it: cd {rest.dest} && pip install gradio -r requirements.txt && python app.py. "
         f"Share it: hf upload ORG/NAME {rest.dest} --repo-type space"

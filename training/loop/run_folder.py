@@ -161,10 +161,15 @@ def resume_command(output_dir: Path) -> str:
 
 @contextmanager
 def saying_what_is_safe(state: TrainingState, output_dir: Path, num_steps: int) -> Iterator[None]:
-    """Add to any error that ends a run what of it is saved, and the command that resumes it."""
+    """Add to any error that ends a run what of it is saved, and the command that resumes it.
+
+    A run that fails before its first step leaves the folder free for the next one.
+    """
     try:
         yield
     except Exception as error:
+        if state.saved_step is None and state.progress.step == 0 and state.accelerator.is_main_process:
+            (output_dir / "arguments.yaml").unlink(missing_ok=True)
         if not getattr(error, "says_what_is_safe", False):
             _add_note(
                 error,

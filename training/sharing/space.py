@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -15,7 +16,9 @@ OLDEST_GRADIO = "6.0.0"
 BUNDLED = ("README.md", "arguments.yaml", "results.json", "class_report.json", "evaluation.json")
 
 
-def write_space(model: str, dest: Path, title: str | None = None, licence: str = "apache-2.0") -> None:
+def write_space(
+    model: str, dest: Path, title: str | None = None, licence: str = "apache-2.0", examples: Sequence[str] = ()
+) -> None:
     """Write app, requirements, README and all that the app needs.
 
     Args:
@@ -23,13 +26,17 @@ def write_space(model: str, dest: Path, title: str | None = None, licence: str =
         dest: new folder.
         title: by default the model's name.
         licence: of the Space.
+        examples: picture files to offer for a click; copied.
 
-    Raises: ValueError if the folder is in use or holds no model, or if the Hub id is not valid.
+    Raises: ValueError if the folder is in use or holds no model, an example is not a file, or the Hub id is not valid.
     """
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise ValueError(f"`{dest}` exists already: name a new folder.")
+    for path in examples:
+        if not Path(path).is_file():
+            raise ValueError(f"`--examples`: `{path}` is not a file.")
     source = Path(model)
     is_local = source.is_dir()
     if not is_local:
@@ -45,6 +52,9 @@ def write_space(model: str, dest: Path, title: str | None = None, licence: str =
     title = title or f"EViT: {source.resolve().name if is_local else model}"
     shutil.copyfile(FILES / "app.py", dest / "app.py")
     shutil.copytree(_package(), dest / "evit_hf", ignore=shutil.ignore_patterns("__pycache__"))
+    for i, path in enumerate(examples):
+        (dest / "examples").mkdir(exist_ok=True)
+        shutil.copyfile(path, dest / "examples" / f"{i:02}{Path(path).suffix.lower()}")
     (dest / "space.json").write_text(json.dumps({"title": title, "model": None if is_local else model}) + "\n")
     config = dest / "model" / "config.json"
     needs_timm = is_local and "architecture" in json.loads(config.read_text("utf-8"))

@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from evit_hf import as_rgb, reorganize  # the import also makes EViT known to the Auto classes
 from evit_hf.profiling import MacsFormula
 from evit_hf.towers import tower_of
-from evit_hf.visualization import blank_inattentive_patches
+from evit_hf.visualization import blank_inattentive_patches, visualize
 
 
 HERE = Path(__file__).parent
@@ -24,6 +24,14 @@ SETTINGS = json.loads((HERE / "space.json").read_text())
 SOURCE = str(HERE / "model") if (HERE / "model").is_dir() else SETTINGS["model"]
 BLANK = (0.45, 0.62, 0.85)  # colour of dropped patches
 MIN_PIXELS = 224  # smaller pictures are shown enlarged
+EXAMPLES = sorted((HERE / "examples").glob("*.*"))
+STYLE = """
+#title textarea, #title input { font-size: 1.6rem; font-weight: 600; background: none; border: none }
+#picture img { image-rendering: pixelated; min-height: 200px; object-fit: contain }
+.pictures .grid-wrap { height: auto !important; max-height: none !important; min-height: 0 !important }
+.pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) !important }
+.pictures .caption-label { font-size: 0.7rem; max-width: 100%; padding: 2px 6px }
+"""
 
 torch.set_grad_enabled(False)
 processor = AutoImageProcessor.from_pretrained(SOURCE)
@@ -76,24 +84,55 @@ def as_picture(images: torch.Tensor) -> Image.Image:
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
+def compare(image: Image.Image, keep_rate: float) -> tuple[dict[str, float], list]:
+    """The dense model's probabilities by class, and the class token's attention in each layer, with captions."""
+    seen = visualize(model, processor, image, [float(keep_rate)], num_answers=5)
+    view = seen.views[0] if seen.views else seen.dense  # at keep rate 1.0 the dense model is the only one
+    layers = [(seen.attention(view, i), f"layer {stage.layer}") for i, stage in enumerate(view.trace.stages)]
+    return dict(seen.dense.answers), layers
+
+
+def show(image: Image.Image | None, keep_rate: float) -> tuple[dict[str, float], dict[str, float], list, list, str]:
+    """All that the page shows of a picture."""
+    answer, patches, cost = classify(image, keep_rate)
+    dense_answer, attention = compare(image, keep_rate)
+    return answer, dense_answer, patches, attention, cost
+
+
+settings = {"show_label": False, "height": "auto", "elem_classes": "pictures", "render": False}
+gallery = gr.Gallery(elem_id="patches", **settings)
+attention = gr.Gallery(elem_id="attention", **settings)
+
 with gr.Blocks(title=SETTINGS["title"], analytics_enabled=False) as demo:
     # A text box, not Markdown: a title or label from outside is text and nothing else.
     gr.Textbox(SETTINGS["title"], show_label=False, container=False, interactive=False, elem_id="title")
     with gr.Row():
         with gr.Column(scale=1):
-            picture = gr.Image(type="pil", image_mode=None, label="Picture", elem_id="picture")  # as it was uploaded
+            picture = gr.Image(type="pil", image_mode=None, label="Picture", elem_id="picture", height=320)
             rate = gr.Slider(
                 0.1, 1.0, value=0.7, step=0.05, label="Keep rate (1.0 is the dense model)", elem_id="rate"
             )
             button = gr.Button("Classify", variant="primary", elem_id="classify")
         with gr.Column(scale=1):
-            label = gr.Label(num_top_classes=5, label="Answer", elem_id="answer")
+            with gr.Row():
+                label = gr.Label(num_top_classes=5, label="EViT's answer", elem_id="answer", min_width=200)
+                dense = gr.Label(num_top_classes=5, label="The dense model's answer", elem_id="dense", min_width=200)
             cost = gr.Textbox(label="Cost", interactive=False, elem_id="cost")
-    gallery = gr.Gallery(label="Patches that are left", columns=4, height="auto", elem_id="patches")
+    inputs, outputs = [picture, rate], [label, dense, gallery, attention, cost]
     for event in (button.click, rate.release, picture.upload):
-        event(classify, [picture, rate], [label, gallery, cost])
+        event(show, inputs, outputs)
+    if EXAMPLES:
+        examples = gr.Examples([[str(path)] for path in EXAMPLES], [picture])
+        examples.load_input_event.then(show, inputs, outputs)
+    gr.Markdown("### Patches that are left after each layer")
+    gallery.render()
+    gr.Markdown(
+        "### Where EViT looks\nThe class token's attention in these layers: black is none, light yellow the most."
+    )
+    attention.render()
 
 
 if __name__ == "__main__":
     # Fonts of the system: the page asks no other server for anything.
-    demo.launch(theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]))
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    demo.launch(theme=theme, css=STYLE)
