@@ -110,7 +110,7 @@ class AnswerAtKeepRate(nn.Module):
             if i not in rates:
                 reads_prefix_only = i + 1 == len(backbone.layers) and not gives_features
                 num_queries = num_prefix_tokens if reads_prefix_only else None
-                hidden_states, *_ = layer(hidden_states, num_queries=num_queries, takes_short_cuts=True)
+                hidden_states = layer(hidden_states, num_queries=num_queries, takes_short_cuts=True)
                 continue
             # Attend
             attended, _, scores, _ = layer.attention(layer.layernorm_before(hidden_states), score_tokens=True)

@@ -433,7 +433,7 @@ class EViTLayer(ViTLayer):
         num_queries: int | None = None,
         takes_short_cuts: bool = False,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, TokenChoice | None, torch.Tensor | None]:
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """One layer.
 
         Args:
@@ -451,8 +451,9 @@ class EViTLayer(ViTLayer):
                 the paper otherwise.
             **kwargs: handed to the attention implementation.
 
-        Returns: hidden states, (batch_size, sequence_length left, hidden_size); the choice of tokens, or None; the
-            class token's attention to this layer's image tokens, (batch_size, num_image_tokens), or None.
+        Returns: hidden states, (batch_size, sequence_length left, hidden_size), as from a layer of ViT. A layer that
+            scores its image tokens returns a tuple: hidden states; the class token's attention to them, (batch_size,
+            num_image_tokens); and if it chooses some, `TokenChoice.tensors`.
         """
         chooses, counts = num_attentive is not None, inattentive_tokens == "counted"
         reorganizes = chooses and num_queries is None
@@ -488,7 +489,9 @@ class EViTLayer(ViTLayer):
 
         # MLP
         hidden_states = self.feed_forward(hidden_states, takes_short_cuts)
-        return hidden_states, choice, attention
+        if attention is None:
+            return hidden_states
+        return hidden_states, attention, *(() if choice is None else choice.tensors())
 
     def choose_tokens(
         self,
@@ -968,22 +971,21 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
                 asked |= {"score_tokens": True, "token_mask": token_mask}
             if takes_short_cuts:
                 asked["takes_short_cuts"] = True
-            hidden_states, choice, attention = layer(hidden_states, mask, **asked, **kwargs)
+            outputs = layer(hidden_states, mask, **asked, **kwargs)
+            hidden_states, attention, *choice = outputs if isinstance(outputs, tuple) else (outputs, None)
 
             if i in layers_to_score:
                 class_attention[i] = attention_by_patch(attention, tokens.patch_index, num_patches)
             if i in plan.layers:
                 kept_patches.append(
-                    follow_patches(tokens.patch_index, choice.attentive_index) if reorganizes else tokens.patch_index
+                    follow_patches(tokens.patch_index, choice[0]) if reorganizes else tokens.patch_index
                 )
             if not reorganizes:  # a plain ViT layer
                 continue
-            tokens = follow_tokens(tokens, choice)
-            num_image_tokens = num_attentive + int(choice.weights is not None)
+            tokens = follow_tokens(tokens, plan.inattentive_tokens, *choice)
+            num_image_tokens = num_attentive + int(plan.inattentive_tokens == "fused")
             if token_mask is not None:
-                token_mask = reorganize_token_mask(
-                    token_mask, choice.attentive_index, num_prefix_tokens, plan.inattentive_tokens
-                )
+                token_mask = reorganize_token_mask(token_mask, choice[0], num_prefix_tokens, plan.inattentive_tokens)
             if mask is not None or counts:  # flex attention has one without `attention_mask` too, made for one length
                 mask = self._attention_mask(hidden_states, token_mask, tokens.token_sizes)
 

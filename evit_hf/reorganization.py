@@ -199,7 +199,7 @@ class ReorganizingLayer:
             )
             hidden_states = rearrange_tokens(hidden_states, choice, tokens.num_prefix_tokens)
             tokens.attentive_index[number] = follow_patches(left.patch_index, choice.attentive_index)
-            tokens.image_tokens[number] = follow_tokens(left, choice)
+            tokens.image_tokens[number] = follow_tokens(left, plan.inattentive_tokens, *choice.tensors())
         elif number in plan.layers:
             tokens.attentive_index[number] = left.patch_index
             if not is_whole:

@@ -373,8 +373,8 @@ class _Follower:
             kept = tokens.attentive_index.get(number)
             index = None if kept is None else _positions_of(kept, patch_index)
         else:
-            hidden_states, choice, attention = output
-            index = None if choice is None else choice.attentive_index
+            hidden_states, attention, *choice = output if isinstance(output, tuple) else (output, None)
+            index = choice[0] if choice else None
         if index is None:  # all are kept
             index = torch.arange(patch_index.shape[1], device=patch_index.device).expand(len(patch_index), -1)
         fuses = hidden_states.shape[1] > self.tower.num_prefix_tokens + index.shape[1]

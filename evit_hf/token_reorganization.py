@@ -288,6 +288,11 @@ class TokenChoice(NamedTuple):
     weights: torch.Tensor | None = None
     counted: CountedTokens | None = None
 
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What `follow_tokens` takes: `attentive_index` and, if tokens are counted, who counts them, and the sizes."""
+        counted = () if self.counted is None else (self.counted.counted_by, self.counted.token_sizes)
+        return self.attentive_index, *counted
+
 
 def rows_of(tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Tokens by their rows in the long list of all tokens of the batch, see `attentive_rows`.
@@ -589,17 +594,28 @@ def all_patches(batch_size: int, num_patches: int, device: torch.device) -> Imag
     return ImageTokens(torch.arange(num_patches, device=device).expand(batch_size, -1))
 
 
-def follow_tokens(tokens: ImageTokens, choice: TokenChoice) -> ImageTokens:
-    """The image tokens after a choice was carried out on them."""
-    patch_index = follow_patches(tokens.patch_index, choice.attentive_index)
-    if choice.weights is not None:
+def follow_tokens(
+    tokens: ImageTokens,
+    inattentive_tokens: str,
+    attentive_index: torch.Tensor,
+    counted_by: torch.Tensor | None = None,
+    token_sizes: torch.Tensor | None = None,
+) -> ImageTokens:
+    """The image tokens after a choice was carried out on them.
+
+    Args:
+        tokens: before it.
+        inattentive_tokens: see `choose_tokens`.
+        attentive_index: (batch_size, num_attentive), see `TokenChoice`.
+        counted_by: (batch_size, num_image_tokens), see `CountedTokens`.
+        token_sizes: (batch_size, num_attentive), see `CountedTokens`.
+    """
+    patch_index = follow_patches(tokens.patch_index, attentive_index)
+    if inattentive_tokens == "fused":
         patch_index = append_fused_patch(patch_index)
-    if choice.counted is None:
-        return ImageTokens(patch_index)
-    counted_by = choice.counted.counted_by
-    if tokens.counted_by is not None:
+    if counted_by is not None and tokens.counted_by is not None:
         counted_by = counted_by.gather(1, tokens.counted_by)
-    return ImageTokens(patch_index, choice.counted.token_sizes, counted_by)
+    return ImageTokens(patch_index, token_sizes, counted_by)
 
 
 def scores_by_patch(patch_scores: torch.Tensor, patch_index: torch.Tensor) -> torch.Tensor:

@@ -273,7 +273,8 @@ def test_sizes_sum_to_the_patches_and_patches_are_followed_through_layers():
             token_sizes=tokens.token_sizes,
         )
         followed = choice.counted.counted_by.gather(1, followed)
-        attention, tokens = attention.gather(1, choice.attentive_index), follow_tokens(tokens, choice)
+        attention = attention.gather(1, choice.attentive_index)
+        tokens = follow_tokens(tokens, "counted", *choice.tensors())
         assert torch.equal(tokens.counted_by, followed)
         assert tokens.token_sizes.sum(dim=1).tolist() == [20.0] * 3
         for image in range(3):

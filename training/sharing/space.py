@@ -76,7 +76,7 @@ def write_space(
     }
     text = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
     (dest / "README.md").write_text(
-        f"---\n{text}---\n\nUpload a picture, move the keep rate, and see the answer, the patches that\n"
+        f"---\n{text}---\n\nUpload a picture, move the slider, and see the answer, the patches that\n"
         "[EViT](https://arxiv.org/abs/2202.07800) keeps at each layer, its operations and its time.\n"
         "Written by `evit space`.\n"
     )

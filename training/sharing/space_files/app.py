@@ -1,4 +1,4 @@
-"""Demo of an EViT: upload a picture, move the keep rate, and see the answer, the kept patches and the cost.
+"""Demo of an EViT: upload a picture, move the slider, and see the answer, the kept patches and the cost.
 
 Written by `evit space`. It also runs locally: pip install gradio -r requirements.txt && python app.py
 """
@@ -37,24 +37,31 @@ torch.set_grad_enabled(False)
 processor = AutoImageProcessor.from_pretrained(SOURCE)
 model = reorganize(AutoModelForImageClassification.from_pretrained(SOURCE)).eval()
 tower = tower_of(model)
+if tower.config.macs is None:
+    BUDGET, LABEL, VALUE = "keep_rate", "Keep rate (1.0 is the dense model)", 0.7
+else:
+    BUDGET, LABEL, VALUE = "macs", "Share of the dense model's operations", tower.config.macs
 warm_up = torch.as_tensor(processor(Image.new("RGB", (64, 64)), return_tensors="pt").pixel_values)
 model(warm_up)
 macs = MacsFormula.of(model, tuple(warm_up.shape[-2:]))
 statistics = getattr(processor, "data_config", None) or {"mean": processor.image_mean, "std": processor.image_std}
 
 
-def classify(image: Image.Image | None, keep_rate: float) -> tuple[dict[str, float], list[Any], str]:
+def classify(image: Image.Image | None, budget: float) -> tuple[dict[str, float], list[Any], str]:
     """Probabilities by class, pictures of the patches that are left after each layer, and the cost in words."""
     if image is None:
         raise gr.Error("Upload a picture first.")
     pixel_values = torch.as_tensor(processor(as_rgb(image), return_tensors="pt").pixel_values)
     start = time.perf_counter()
-    outputs = model(pixel_values, keep_rate=float(keep_rate))
+    try:
+        outputs = model(pixel_values, **{BUDGET: float(budget)})
+    except ValueError as error:  # a share that is out of reach
+        raise gr.Error(str(error)) from None
     milliseconds = 1000 * (time.perf_counter() - start)
     several = model.config.problem_type == "multi_label_classification"
     scores = outputs.logits[0].sigmoid() if several else outputs.logits[0].softmax(-1)
     answer = {str(model.config.id2label[i]): score for i, score in enumerate(scores.tolist())}
-    gmacs, dense = (macs(rate) / 1e9 for rate in (float(keep_rate), 1.0))
+    gmacs, dense = (macs(**{BUDGET: share}) / 1e9 for share in (float(budget), 1.0))
     cost = (
         f"{gmacs:.3f} GMACs, {100 * gmacs / dense:.0f} % of the dense model's {dense:.3f}. "
         f"{milliseconds:.1f} ms on this machine."
@@ -84,18 +91,18 @@ def as_picture(images: torch.Tensor) -> Image.Image:
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def compare(image: Image.Image, keep_rate: float) -> tuple[dict[str, float], list]:
+def compare(image: Image.Image, budget: float) -> tuple[dict[str, float], list]:
     """The dense model's probabilities by class, and the class token's attention in each layer, with captions."""
-    seen = visualize(model, processor, image, [float(keep_rate)], num_answers=5)
+    seen = visualize(model, processor, image, [float(budget)] if BUDGET == "keep_rate" else [], num_answers=5)
     view = seen.views[0] if seen.views else seen.dense  # at keep rate 1.0 the dense model is the only one
     layers = [(seen.attention(view, i), f"layer {stage.layer}") for i, stage in enumerate(view.trace.stages)]
     return dict(seen.dense.answers), layers
 
 
-def show(image: Image.Image | None, keep_rate: float) -> tuple[dict[str, float], dict[str, float], list, list, str]:
+def show(image: Image.Image | None, budget: float) -> tuple[dict[str, float], dict[str, float], list, list, str]:
     """All that the page shows of a picture."""
-    answer, patches, cost = classify(image, keep_rate)
-    dense_answer, attention = compare(image, keep_rate)
+    answer, patches, cost = classify(image, budget)
+    dense_answer, attention = compare(image, budget)
     return answer, dense_answer, patches, attention, cost
 
 
@@ -109,9 +116,7 @@ with gr.Blocks(title=SETTINGS["title"], analytics_enabled=False) as demo:
     with gr.Row():
         with gr.Column(scale=1):
             picture = gr.Image(type="pil", image_mode=None, label="Picture", elem_id="picture", height=320)
-            rate = gr.Slider(
-                0.1, 1.0, value=0.7, step=0.05, label="Keep rate (1.0 is the dense model)", elem_id="rate"
-            )
+            rate = gr.Slider(0.1, 1.0, value=VALUE, step=0.01, label=LABEL, elem_id="rate")
             button = gr.Button("Classify", variant="primary", elem_id="classify")
         with gr.Column(scale=1):
             with gr.Row():
