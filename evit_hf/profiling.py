@@ -136,14 +136,17 @@ class MacsFormula:
     Args:
         model: which one, for its settings.
         image_size: pixels, (height, width) or one number for both; None for the model's own.
-        outside: operations that are neither in the layers nor in the patch embedding; 0 for an EViT.
+        outside: operations of the whole image that are neither in the layers nor in the patch embedding; 0 for an
+            EViT.
         num_image_tokens: of the whole image; 0 for an EViT.
+        pooled: of the operations outside, those for each image token that is left: attention pooling has some.
     """
 
     model: nn.Module
     image_size: int | Sequence[int] | None
     outside: int = 0
     num_image_tokens: int = 0
+    pooled: int = 0
 
     @classmethod
     def of(cls, model: nn.Module, image_size: int | Sequence[int] | None = None) -> "MacsFormula":
@@ -169,7 +172,8 @@ class MacsFormula:
         finally:
             handle.remove()
         num_image_tokens = lengths[0] - tower.num_prefix_tokens
-        return cls(model, image_size, macs - tower.costs.macs(num_image_tokens, {}), num_image_tokens)
+        outside = macs - tower.costs.macs(num_image_tokens, {})
+        return cls(model, image_size, outside, num_image_tokens, _pooling_macs(tower.owner))
 
     def __call__(self, keep_rate: KeepRates = None, executed: bool = False, macs: float | None = None) -> int:
         """Multiply-accumulate operations of an image.
@@ -197,6 +201,8 @@ class MacsFormula:
         num_tokens = _tokens_by_layer(plan, self.num_image_tokens, costs)
         left = {i: after - costs.num_prefix_tokens for i, (_, after, _) in enumerate(num_tokens)}
         operations = self.outside + costs.macs(self.num_image_tokens, left)
+        if plan.inattentive_tokens != "counted":  # those are pooled on the whole grid
+            operations -= (self.num_image_tokens - left[costs.num_layers - 1]) * self.pooled
         for before, after, reorganizes in num_tokens:
             if executed and reorganizes:
                 operations += tower.num_scoring_tokens * before * costs.pair // 2
@@ -208,6 +214,14 @@ class MacsFormula:
                     costs.key,
                 )
         return operations
+
+
+def _pooling_macs(owner: nn.Module) -> int:
+    """Operations of timm's attention pooling for each token: its key and value, and what the latents do with them."""
+    pool = getattr(owner, "attn_pool", None)
+    if pool is None:
+        return 0
+    return pool.kv.in_features * pool.kv.out_features + pool.latent_len * pool.kv.out_features
 
 
 def _reorganization_macs(
@@ -276,11 +290,17 @@ def count_macs(model: nn.Module, pixel_values: torch.Tensor, **kwargs: object) -
     """
     was_training = model.training
     counter = FlopCounterMode(display=False)
+    # The counter asks for gradients of a parameter that is itself the input of a module, as latents of timm are.
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
+        for parameter in trained:
+            parameter.requires_grad = False
         # As plain matrix products attention is counted by every version of PyTorch; 2.7 overlooks its kernel for CPUs.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), short_cuts_counted(), counter:
             model.eval()(pixel_values, **kwargs)
     finally:
+        for parameter in trained:
+            parameter.requires_grad = True
         model.train(was_training)
     return counter.get_total_flops() // 2
 

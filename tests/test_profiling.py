@@ -3,6 +3,7 @@ import torch
 from conftest import tiny_config_with
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from vision_families import timm_model
 
 from evit_hf import (
     EViTConfig,
@@ -11,8 +12,9 @@ from evit_hf import (
     EViTLVConfig,
     EViTLVForImageClassification,
     preset_config,
+    reorganize,
 )
-from evit_hf.profiling import count_macs, keep_rate_for_macs, num_macs, num_tokens_by_layer
+from evit_hf.profiling import MacsFormula, count_macs, keep_rate_for_macs, num_macs, num_tokens_by_layer
 
 
 DEIT_S = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "num_labels": 1000}
@@ -84,6 +86,18 @@ def test_formula_of_executed_operations_holds_where_tokens_are_counted(model_cla
     counted = count_macs(model_class(config), torch.randn(1, 3, 64, 64))
     assert counted == num_macs(config, executed=True) == num_macs(config, executed=True, macs=macs)
     assert num_macs(config) / num_macs(config, 1.0) == pytest.approx(macs, abs=0.02)
+
+
+@pytest.mark.parametrize("case", ["eva02", "pe", "dinov3", "beit"])
+@pytest.mark.parametrize("settings", [{"keep_rate": 0.6}, {"macs": 0.7}], ids=["keep_rate", "macs"])
+def test_formulas_of_timms_families_equal_the_count_of_pytorch(case, settings):
+    model = reorganize(timm_model(case), **settings)
+    formula = MacsFormula.of(model)
+    counted = count_macs(model, torch.zeros(1, 3, 48, 48))
+    left = model.tokens_of_a_pass(None, None, None)
+    assert formula(executed=True) == counted
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert left.plan.layers
 
 
 def test_formula_of_the_paper_equals_the_count_of_the_papers_order(images):

@@ -32,6 +32,10 @@ def reorganized(case, implementation="sdpa", **settings):
     return reorganize(build(case, implementation), **{"keep_rate": 0.7, "reorganization_layers": LAYERS, **settings})
 
 
+def installed(*cases):
+    return [case for case in cases if case in CASES]
+
+
 # --- The paper, family by family ------------------------------------------------------------------------------------
 
 
@@ -154,7 +158,7 @@ def test_vit_equals_evit(inattentive):
         assert torch.equal(output.counted_by, expected.counted_by)
 
 
-@pytest.mark.parametrize("case", ["vit", "dinov2", "sapiens2", "clip-classifier", "beit"])
+@pytest.mark.parametrize("case", installed("vit", "dinov2", "sapiens2", "clip-classifier", "beit"))
 @torch.no_grad()
 def test_counting_is_the_same_in_eager_and_sdpa(case):
     outputs = [reorganize(build(case, name), macs=0.6)(**inputs(case)) for name in ("eager", "sdpa")]
@@ -163,7 +167,7 @@ def test_counting_is_the_same_in_eager_and_sdpa(case):
     assert torch.equal(outputs[0].counted_by, outputs[1].counted_by)
 
 
-@pytest.mark.parametrize("case", ["dinov2", "dinov2-registers", "clip-classifier", "metaclip2", "beit"])
+@pytest.mark.parametrize("case", installed("dinov2", "dinov2-registers", "clip-classifier", "metaclip2", "beit"))
 @torch.no_grad()
 def test_averages_over_patches_weigh_tokens_by_size(case):
     model = reorganize(build(case), macs=0.6)
@@ -219,11 +223,12 @@ def test_keep_rate_of_a_call_of_the_model_and_by_layer():
 
 @torch.no_grad()
 def test_macs_in_one_call():
-    model, images = build("dinov2"), inputs("dinov2")
+    model, images = build(EXAMPLE), inputs(EXAMPLE)
     dense = model(**images).logits
     reorganize(model)  # nothing said: a sensible budget
     assert owner_of(model).config.macs == 0.66
-    assert [index.shape[1] for index in model(**images).attentive_index] == [30, 23, 17, 16]
+    left = {"dinov2": [30, 23, 17, 16], "vit-msn": [27, 18, 16, 16]}[EXAMPLE]
+    assert [index.shape[1] for index in model(**images).attentive_index] == left
     assert torch.equal(model(**images, macs=1.0).logits, dense)
     assert torch.equal(model(**images, macs=1.0).token_sizes, torch.ones(2, 36))
     expected = model(**images, macs=0.8)
@@ -245,14 +250,14 @@ def test_macs_in_one_call():
 
 @torch.no_grad()
 def test_macs_at_other_image_sizes():
-    model = reorganize(build("dinov2"), macs=0.7)
+    model = reorganize(build("dinov3"), macs=0.7)
     images = torch.randn(1, 3, 64, 40, generator=torch.Generator().manual_seed(0))
     output = model(images)
     assert output.counted_by.shape == (1, 40)
     assert output.token_sizes.sum() == 40
 
 
-@pytest.mark.parametrize("case", ["dinov2", "beit"])
+@pytest.mark.parametrize("case", installed("dinov2", "beit"))
 @torch.no_grad()
 def test_macs_are_saved_with_the_model(case, tmp_path):
     model = reorganize(build(case), macs=0.6)

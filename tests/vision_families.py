@@ -74,12 +74,13 @@ CASES = {
     ),
     "beit-shared": ("BeitModel", lambda: _config("BeitConfig", use_shared_relative_position_bias=True)),
 }
-# Of these, what the installed version of Transformers can do: DINOv2's layers take keywords from 5.18 on.
+# Of these, what the installed version of Transformers can do: these families' layers take keywords from 5.18 on.
 HAS_DINOV2 = version.parse(transformers.__version__) >= version.parse("5.18.0")
+SINCE_5_18 = ("Dinov2", "Radio", "Tipsv2")
 CASES = {
     case: (name, config)
     for case, (name, config) in CASES.items()
-    if hasattr(transformers, name) and (HAS_DINOV2 or not name.startswith("Dinov2"))
+    if hasattr(transformers, name) and (HAS_DINOV2 or not name.startswith(SINCE_5_18))
 }
 # Where one family is tested for all.
 EXAMPLE = "dinov2" if HAS_DINOV2 else "vit-msn"

@@ -2,28 +2,32 @@
 
 python docs/benchmarks/families.py --rounds 15
 
-Each model is timed as Transformers has it (dense) and after `reorganize` at keep rates 1.0, 0.7 and 0.5, all taking
-turns in a new random order each round. Efficiency is the speed-up divided by what the operations promise: 1 where
-time follows operations.
+Each model is timed as Transformers has it (dense), after `reorganize` at keep rates 1.0, 0.7 and 0.5, and with
+`--macs` at shares of its operations: with counted tokens, and with as many tokens merged as ToMe does. All take turns
+in a new random order each round. Efficiency is the speed-up divided by what the operations promise: 1 where time
+follows operations.
 """
 
 import argparse
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import transformers
 
-from evit_hf import reorganize
+from evit_hf import reorganization, reorganize
 from evit_hf.profiling import num_macs
+from evit_hf.token_reorganization import CountedTokens, TokenChoice, attentive_rows, rows_of
 from evit_training.measuring.machine import machine
 from evit_training.measuring.timing import Variant, alternate, quartiles
 
 
 SMALL = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 # Published sizes by name: class of the model, and fields of its configuration.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "DINOv2-S/14": ("Dinov2ForImageClassification", {**SMALL, "mlp_ratio": 4, "patch_size": 14}),
@@ -33,53 +37,194 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "CLIP-B/16": ("CLIPVisionModel", {**BASE, "patch_size": 16}),
     "BEiT-B/16": ("BeitForImageClassification", {**BASE, "patch_size": 16, "use_relative_position_bias": True}),
+    "DINOv2-B/14": ("Dinov2ForImageClassification", {**BASE, "mlp_ratio": 4, "patch_size": 14}),
+    "DINOv3-B/16": ("DINOv3ViTModel", {**BASE, "patch_size": 16, "num_register_tokens": 4}),
+    "CLIP-L/14": ("CLIPVisionModel", {**LARGE, "patch_size": 14}),
 }
+TIMED_BY_DEFAULT = ("DINOv2-S/14", "DINOv3-S/16", "CLIP-B/16", "BEiT-B/16")
 KEEP_RATES = (1.0, 0.7, 0.5)
 
 
-def build(name: str) -> transformers.PreTrainedModel:
-    """A model of that size with random weights, far from uniform attention, in evaluation mode."""
-    class_name, fields = MODELS[name]
+def build(name: str, **fields: Any) -> transformers.PreTrainedModel:
+    """A model of that size with random weights, far from uniform attention, in evaluation mode.
+
+    Args:
+        name: of `MODELS`.
+        **fields: of its configuration, instead of the published ones.
+    """
+    class_name, published = MODELS[name]
     model_class = getattr(transformers, class_name)
-    config = model_class.config_class(**fields, image_size=224, initializer_range=0.05)
+    config = model_class.config_class(**{"image_size": 224, "initializer_range": 0.05, **published, **fields})
     torch.manual_seed(0)
     return model_class(config).eval()
 
 
-def runner(model: torch.nn.Module, images: torch.Tensor) -> Callable[[], None]:
-    """A function that runs a model once."""
+def merge_choice(
+    attention: torch.Tensor | None,
+    num_attentive: int,
+    *,
+    num_prefix_tokens: int,
+    keys: torch.Tensor,
+    token_sizes: torch.Tensor | None,
+    **unused: Any,
+) -> TokenChoice:
+    """ToMe's choice, in place of `choose_tokens`: every other token is merged into its most similar neighbour.
+
+    Tokens are dealt out into two sets in turn; those of the first that resemble one of the second most are merged into
+    it.
+
+    Args:
+        attention: not read.
+        num_attentive: tokens that are left, at least half of them.
+        num_prefix_tokens: tokens before the image tokens.
+        keys: (batch_size, num_image_tokens, head_dim), see `mean_keys`.
+        token_sizes: (batch_size, num_image_tokens), or None for all 1.
+        **unused: other arguments of `choose_tokens`.
+
+    Returns: a choice for `merge_tokens`, whose `shares` are the target of each merged token, and the sizes of kept and
+        merged tokens before.
+
+    Source: ToMe (arXiv 2210.09461).
+    """
+    batch_size, num_tokens = keys.shape[:2]
+    num_merged = num_tokens - num_attentive
+    keys = keys.to(torch.get_default_dtype())
+    best, partner = (keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)).max(dim=2)
+    order = best.argsort(dim=1, descending=True)
+    merged, unmerged = order[:, :num_merged], order[:, num_merged:]
+    second = torch.arange(1, num_tokens, 2, device=keys.device).expand(batch_size, -1)
+    index = torch.cat((2 * unmerged, second), dim=1)
+    target = partner.gather(1, merged) + unmerged.shape[1]
+    sizes = torch.ones_like(best[:, :1]).expand(-1, num_tokens) if token_sizes is None else token_sizes
+    before, added = sizes.gather(1, index), sizes.gather(1, 2 * merged)
+    places = torch.arange(num_attentive, device=keys.device).expand(batch_size, -1)
+    counted_by = torch.empty_like(index[:, :1]).repeat(1, num_tokens).scatter(1, index, places)
+    counted = CountedTokens(
+        inattentive_rows=attentive_rows(2 * merged, num_prefix_tokens + num_tokens, num_prefix_tokens),
+        counted_by=counted_by.scatter(1, 2 * merged, target),
+        token_sizes=before.scatter_add(1, target, added),
+        shares=(target, before, added),
+    )
+    rows = attentive_rows(index, num_prefix_tokens + num_tokens, num_prefix_tokens)
+    return TokenChoice(index, rows, counted=counted)
+
+
+def merge_tokens(hidden_states: torch.Tensor, choice: TokenChoice, num_prefix_tokens: int = 1) -> torch.Tensor:
+    """Means of merged tokens, weighted by size: ToMe's step, in place of `rearrange_tokens`."""
+    target, before, added = choice.counted.shares
+    before, added = (sizes.to(hidden_states.dtype).unsqueeze(-1) for sizes in (before, added))
+    kept, merged = rows_of(hidden_states, choice.rows), rows_of(hidden_states, choice.counted.inattentive_rows)
+    target = target.unsqueeze(-1).expand_as(merged)
+    total = (kept * before).scatter_add(1, target, merged * added)
+    sizes = choice.counted.token_sizes.to(hidden_states.dtype).unsqueeze(-1)
+    return torch.cat((hidden_states[:, :num_prefix_tokens], total / sizes), dim=1)
+
+
+@contextmanager
+def tome() -> Iterator[None]:
+    """Let models with counted tokens merge as many of them as ToMe does, which scores no tokens."""
+    names = ("choose_tokens", "rearrange_tokens", "Asked")
+    before = [getattr(reorganization, name) for name in names]
+
+    def asked(num_scoring_tokens: int, **kwargs: Any) -> Any:
+        return before[2](num_scoring_tokens=0, **kwargs)
+
+    try:
+        for name, instead in zip(names, (merge_choice, merge_tokens, asked), strict=True):
+            setattr(reorganization, name, instead)
+        yield
+    finally:
+        for name, own in zip(names, before, strict=True):
+            setattr(reorganization, name, own)
+
+
+def runner(model: torch.nn.Module, images: torch.Tensor, merges: bool = False) -> Callable[[], None]:
+    """A function that runs a model once; `merges`: as ToMe."""
 
     def run() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), tome() if merges else nullcontext():
             model(images)
 
     return run
 
 
-def table(name: str, images: torch.Tensor, rounds: int, clock: str) -> str:
-    """Rows of a Markdown table for one model."""
-    dense = build(name)
+def compare(
+    name: str,
+    images: torch.Tensor,
+    rounds: int,
+    clock: str = "wall",
+    keep_rates: Sequence[float] = KEEP_RATES,
+    shares: Sequence[float] = (),
+    **fields: Any,
+) -> list[dict[str, Any]]:
+    """Time one model, dense and reorganized.
+
+    Args:
+        name: of `MODELS`.
+        images: (batch_size, 3, height, width), on the device and in the dtype to measure.
+        rounds: to measure.
+        clock: "wall" or "cpu".
+        keep_rates: of the paper's way, tokens fused.
+        shares: of the operations, tokens counted, and as many merged.
+        **fields: see `build`.
+
+    Returns: one dictionary for each variant, the dense one first.
+    """
+    dense = build(name, **fields).to(images.device, images.dtype)
     variants, macs = [Variant("dense", runner(dense, images), 0, 0, 1.0)], []
-    for keep_rate in KEEP_RATES:
+    for keep_rate in keep_rates:
         model = reorganize(copy.deepcopy(dense), keep_rate)
-        macs.append(num_macs(model, keep_rate))
+        macs.append(num_macs(model, keep_rate, images.shape[-1]))
         variants.append(Variant(f"`reorganize`, {keep_rate}", runner(model, images), 0, 0, keep_rate))
+    for share in shares:
+        model = reorganize(copy.deepcopy(dense), macs=share)
+        for way in (f"`reorganize`, macs={share}", f"ToMe, macs={share}"):
+            macs.append(num_macs(model, image_size=images.shape[-1], macs=share))
+            variants.append(Variant(way, runner(model, images, merges=way.startswith("ToMe")), 0, 0))
+    whole = num_macs(model, image_size=images.shape[-1], keep_rate=1.0)
     seconds = alternate(variants, images.device, rounds, clock_name=clock)
     rows = []
-    for variant, times, operations in zip(variants, seconds, [macs[0], *macs], strict=True):
+    for variant, times, operations in zip(variants, seconds, [whole, *macs], strict=True):
         low, speed_up, high = quartiles([first / other for first, other in zip(seconds[0], times, strict=True)])
         rows.append(
-            f"| {name} | {variant.name} | {1000 * statistics.median(times):.0f} | {operations / 1e9:.2f} | "
-            f"{macs[0] / operations:.2f} | {speed_up:.2f} ({low:.2f}–{high:.2f}) | "
-            f"{speed_up * operations / macs[0]:.2f} |"
+            {
+                "model": name,
+                "variant": variant.name,
+                "seconds": statistics.median(times),
+                "images_per_second": len(images) / statistics.median(times),
+                "gmacs": operations / 1e9,
+                "saved": whole / operations,
+                "speed_up": speed_up,
+                "speed_up_quartiles": (low, high),
+                "efficiency": speed_up * operations / whole,
+            }
         )
-    return "\n".join(rows)
+    return rows
+
+
+HEADER = (
+    "| model | variant | ms/batch | images/s | GMACs | operations dense / own | speed-up (quartiles) | efficiency |\n"
+    "|---|---|---|---|---|---|---|---|"
+)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows of a Markdown table, below `HEADER`."""
+    return "\n".join(
+        f"| {row['model']} | {row['variant']} | {1000 * row['seconds']:.4g} | {row['images_per_second']:.4g} | "
+        f"{row['gmacs']:.2f} | {row['saved']:.2f} | {row['speed_up']:.2f} "
+        f"({row['speed_up_quartiles'][0]:.2f}–{row['speed_up_quartiles'][1]:.2f}) | {row['efficiency']:.2f} |"
+        for row in rows
+    )
 
 
 def main() -> None:
     """Time the models of a command line and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(MODELS), help=f"of {', '.join(MODELS)}; by default all")
+    parser.add_argument(
+        "names", nargs="*", default=TIMED_BY_DEFAULT, help=f"of {', '.join(MODELS)}; by default the first four"
+    )
+    parser.add_argument("--macs", type=float, nargs="*", default=[], help="shares of the operations, beside ToMe")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
@@ -93,14 +238,12 @@ def main() -> None:
     print(machine(device, ("torch", "transformers")))  # noqa: T201
     print(  # noqa: T201
         f"224 px, batch {arguments.batch_size}, {arguments.dtype}, {device}, {arguments.threads} threads, "
-        f"{arguments.clock} clock, {arguments.rounds} rounds, tokens fused\n\n"
-        "| model | variant | ms/batch | GMACs | operations dense / own | speed-up (quartiles) | efficiency |\n"
-        "|---|---|---|---|---|---|---|"
+        f"{arguments.clock} clock, {arguments.rounds} rounds, tokens fused\n\n{HEADER}"
     )
-    with torch.device(device):
-        images = torch.randn(arguments.batch_size, 3, 224, 224)
-        for name in arguments.names:
-            print(table(name, images, arguments.rounds, arguments.clock), flush=True)  # noqa: T201
+    images = torch.randn(arguments.batch_size, 3, 224, 224).to(device)
+    for name in arguments.names:
+        rows = compare(name, images, arguments.rounds, arguments.clock, shares=arguments.macs)
+        print(table(rows), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -1,0 +1,96 @@
+"""The scripts for a GPU, docs/benchmarks/gpu, at a tiny size on the CPU."""
+
+import importlib
+import json
+import re
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from vision_families import build, inputs
+
+from evit_hf import reorganize
+from evit_training.measuring import timing
+
+
+FOLDER = ROOT / "docs" / "benchmarks" / "gpu"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Import a script of the kit by name; matrix products need not be timed."""
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+    monkeypatch.setattr(timing, "matmul_peak", lambda *args: 1e6)
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if str(FOLDER.parent) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "sections"),
+    [
+        ("shares", 2),
+        pytest.param("graphs", 1, marks=pytest.mark.slow),
+        pytest.param("counted", 4, marks=pytest.mark.slow),
+        pytest.param("train_step", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_a_script_measures_all_its_sections(name, sections, script, tmp_path):
+    assert script(name).main(["--dry-run", "--output-dir", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / f"{name}.json").read_text())
+    assert [section["data"] is not None for section in report["sections"]] == [True] * sections
+    assert (tmp_path / f"{name}.md").read_text().count("\n## ") == sections
+
+
+def test_what_fails_or_has_no_time_left_is_noted_and_the_rest_is_measured(script, tmp_path):
+    kit = script("kit").Kit("some", "", ["--dry-run", "--minutes", "1", "--output-dir", str(tmp_path)])
+    kit.measure("broken", lambda: 1 / 0)
+    kit.measure("long", lambda: pytest.fail("was started"), seconds=100)
+    kit.measure("good", lambda: ("a table", [1]))
+    assert kit.finish() == 1
+    texts = [section["text"] for section in json.loads((tmp_path / "some.json").read_text())["sections"]]
+    assert texts[0] == "Failed: ZeroDivisionError: division by zero"
+    assert texts[1].startswith("Not measured: it takes up to 100 s")
+    assert texts[2] == "a table"
+
+
+@torch.no_grad()
+def test_tome_merges_the_most_similar_pairs_into_means(script):
+    script("counted")  # which finds families.py
+    families = script("families")
+    keys = torch.nn.functional.normalize(torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0)), dim=-1)
+    sizes = torch.tensor([[1.0, 2, 1, 3, 1, 1, 2]] * 2)
+    hidden = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(1))
+    choice = families.merge_choice(None, 5, num_prefix_tokens=1, keys=keys, token_sizes=sizes)
+    merged = families.merge_tokens(hidden, choice)
+    assert choice.counted.token_sizes.sum(1).tolist() == [11, 11]
+    for i in range(2):
+        alike = keys[i, ::2] @ keys[i, 1::2].T
+        members = {odd: [odd] for odd in (1, 3, 5)}
+        gone = sorted(range(4), key=lambda even: -alike[even].max().item())[:2]
+        for even in gone:
+            members[1 + 2 * alike[even].argmax().item()].append(2 * even)
+        members |= {2 * even: [2 * even] for even in range(4) if even not in gone}
+        assert set(members) == set(choice.attentive_index[i].tolist())
+        for place, token in enumerate(choice.attentive_index[i].tolist()):
+            weights = sizes[i, members[token]]
+            mean = (hidden[i, 1:][members[token]] * weights[:, None]).sum(0) / weights.sum()
+            torch.testing.assert_close(merged[i, 1 + place], mean)
+    model = reorganize(build("clip"), macs=0.66)
+    counted = model(**inputs("clip"))
+    with families.tome():
+        output = model(**inputs("clip"))
+    assert output.last_hidden_state.shape == counted.last_hidden_state.shape
+    assert not torch.allclose(output.last_hidden_state, counted.last_hidden_state)
+    assert torch.equal(model(**inputs("clip")).last_hidden_state, counted.last_hidden_state)
+
+
+def test_the_readme_lists_all_scripts_in_commands_that_fit_one_call():
+    text = (FOLDER / "README.md").read_text()
+    calls = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    assert max(map(len, calls)) <= 2000
+    scripts = {path.name for path in FOLDER.glob("*.py")} - {"kit.py"}
+    assert {name for name in scripts if any(f"/{name} " in call for call in calls)} == scripts
