@@ -21,6 +21,7 @@ from vision_families import HAS_DINOV2
 from evit_hf import EViTForImageClassification
 from evit_training.arguments import parse_train_arguments
 from evit_training.cli import COMMANDS
+from evit_training.cli import main as evit
 
 
 README = (ROOT / "README.md").read_text()
@@ -74,6 +75,18 @@ def test_python_blocks_run_one_after_another(workplace, capsys):
     assert "eval_loss" in printed
     assert Image.open("kept.png").height > 224
     assert EViTForImageClassification.from_pretrained("runs/beans/checkpoint-5").config.keep_rate == 0.7
+
+
+def test_the_quick_start_runs(workplace, capsys):
+    text = (ROOT / "docs" / "quickstart.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(block, "quickstart.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines()[1] == re.search(r"are left: (.*)", block)[1]
+    for command in commands_in(text):
+        if command.startswith(("predict", "visualize")):
+            evit(shlex.split(command))
+    assert "cat.jpg: LABEL_" in capsys.readouterr().out
+    assert Image.open("kept.png").width > 224
 
 
 def test_training_command_runs(workplace):

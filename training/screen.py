@@ -79,17 +79,19 @@ def show_result(text: str | None, result: Any) -> None:
         _write(text, sys.stdout)
 
 
-def bar(items: Iterable[Item] | None = None, **options: Any) -> "tqdm[Item]":
+def bar(items: Iterable[Item] | None = None, unit: str = "it", **options: Any) -> "tqdm[Item]":
     """A bar of tqdm on standard error, drawn only on a terminal and without `--quiet`.
 
     Args:
         items: what is counted; by default the bar is moved by `update`.
+        unit: name of an item.
         **options: of `tqdm`.
     """
     from tqdm import tqdm
 
     is_off = _shown.quiet or not is_first_process()
-    return tqdm(items, file=sys.stderr, disable=True if is_off else None, dynamic_ncols=True, **options)
+    shown = {"file": sys.stderr, "disable": True if is_off else None, "dynamic_ncols": True, "unit": f" {unit}"}
+    return tqdm(items, **shown, **options)
 
 
 def _write(text: str, stream: Any) -> None:

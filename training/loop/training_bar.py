@@ -25,7 +25,8 @@ class TrainingBar:
         self.bar = bar(
             total=plan.num_images_until(num_steps),
             initial=plan.num_images_until(first_step),
-            unit=" images",
+            desc="training",
+            unit="images",
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {remaining} left, {rate_fmt}{postfix}",
         )
 

@@ -80,7 +80,7 @@ def evaluate(
     counts_class = MultiLabelCounts if is_multi_label else ClassificationCounts
     counts = counts_class(network.config.num_labels, accelerator.device)
     title = "evaluating" if keep_rate is None else f"evaluating at keep rate {keep_rate}"
-    for batch in bar(loader, desc=title, unit=" batches", leave=False):
+    for batch in bar(loader, desc=title, unit="batch", leave=False):
         batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
         scores = oracle(batch["pixel_values"]) if oracle is not None else None
         logits = network(batch["pixel_values"], keep_rate=keep_rate, patch_scores=scores).logits

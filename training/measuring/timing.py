@@ -96,7 +96,7 @@ def alternate(
     gc.collect()
     gc.disable()
     try:
-        for number in bar(range(-warmup_rounds, rounds), desc="measuring speed", unit=" rounds", leave=False):
+        for number in bar(range(-warmup_rounds, rounds), desc="measuring speed", unit="round", leave=False):
             for i in shuffler.sample(range(len(variants)), len(variants)):
                 synchronize(device)
                 start = now()
