@@ -87,12 +87,16 @@ def test_written_settings_are_a_recipe_again(tmp_path):
         ("a: [", "is not YAML"),
         ("epochs: many", "invalid int value: 'many'"),
         ("crop: square", "invalid choice: 'square'"),
+        ("epochs: 3\nlearning_rate: 1e-", "invalid float value: '1e-'"),  # half of a file
+        ("label_smoothing: 7", "`--label-smoothing` must be"),
     ],
 )
 def test_bad_recipes_are_refused(text, sentence, tmp_path, capsys):
     recipe = tmp_path / "bad.yaml"
     recipe.write_text(text)
-    assert sentence in refusal([str(recipe)], capsys)
+    said = refusal([str(recipe)], capsys)
+    assert sentence in said
+    assert "bad.yaml" in said
 
 
 @pytest.mark.parametrize(

@@ -588,7 +588,12 @@ def parse_train_arguments(argv: Sequence[str]) -> TrainArguments:
         if words:
             # A flag that chooses the keep rate overrides the rate of the recipe, as every flag does.
             chooses = any(word.startswith("--match-macs-of") for word in flags)
-            flags = recipe_flags(recipe_path(words[0]), ["keep_rate"] if chooses else []) + flags
+            path = recipe_path(words[0])
+            of_recipe = recipe_flags(path, ["keep_rate"] if chooses else [])
+            parser.source = str(path)
+            parser.parse(of_recipe)  # by themselves, so that errors name the file
+            parser.source = ""
+            flags = of_recipe + flags
         parts, _, _ = parser.parse(flags)
         arguments = TrainArguments(*parts)
         arguments.check()

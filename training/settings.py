@@ -143,6 +143,7 @@ class FlagParser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self.parts, self.renamed = parts, renamed or {}
+        self.source = ""  # file that the flags are of, for errors
         self.names: list[str] = []
         for part in parts:
             group = self.add_argument_group((part.__doc__ or "").split("\n")[0].rstrip("."))
@@ -200,7 +201,8 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with one line and status 2."""
-        sys.stderr.write(f"{self.prog}: error: {message.removeprefix('argument ')}\n")
+        source = f"`{self.source}`: " if self.source else ""
+        sys.stderr.write(f"{self.prog}: error: {source}{message.removeprefix('argument ')}\n")
         sys.exit(2)
 
     def _about_unknown(self, word: str) -> str:
