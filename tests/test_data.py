@@ -1,4 +1,5 @@
 import itertools
+import time
 from io import BytesIO
 
 import datasets
@@ -20,9 +21,6 @@ from evit_training.data.images import (
     decoded,
 )
 from evit_training.data.splits import check_images, load_splits
-
-
-datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # else 5 seconds for each pass over streamed files
 
 
 def reds(splits, split):
@@ -296,6 +294,17 @@ def test_a_stream_goes_on_exactly_where_it_stopped(num_workers, tmp_path):
     flat = [red for batch in all_of_them for red in batch]
     assert set(flat) == set(range(30))  # 80 images: every one of 30 was seen
     assert flat[:30] != sorted(flat[:30])
+
+
+def test_closing_a_stream_of_several_files_does_not_wait(tmp_path):
+    streamed_splits(tmp_path, rows_each=20)
+    splits = load_splits(DataArguments(dataset=[str(tmp_path)], streaming=True, shuffle_buffer=10), 0)
+    numbers = {"micro_batch_size": 4, "first_micro_batch": 0, "shuffle_buffer": 10}
+    batches = iter(StreamedTrainingImages(splits, lambda image: 0, 0, **numbers))
+    start = time.perf_counter()
+    next(batches)
+    batches.close()
+    assert time.perf_counter() - start < 4  # `datasets` sleeps for five seconds
 
 
 def test_a_stream_is_shared_out_among_processes(tmp_path):

@@ -12,12 +12,9 @@ import time
 import traceback
 from pathlib import Path
 
-import datasets
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-
-datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # else 5 seconds for each pass over streamed files
 
 # A small network, and everything that is random: augmentation, mixing, stochastic depth, with schedules and averages.
 SMALL = [
