@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import socket
 import unicodedata
 from collections import Counter
 from dataclasses import replace
@@ -711,3 +712,19 @@ def test_a_data_set_may_not_read_data_files_elsewhere(tmp_path):
     (tmp_path / "in" / "README.md").write_text("---\nconfigs:\n- config_name: a\n  data_files: ../secret/**\n---\n")
     with pytest.raises(ValueError, match="secret/cat/0.png`, which is outside the data set.*--allow-outside-files"):
         load(tmp_path / "in")
+
+
+@pytest.mark.parametrize(
+    "files",
+    ["{url}", "\n  - split: train\n    path: {url}", "\n  - split: train\n    path:\n    - a.csv\n    - {url}"],
+)
+def test_a_url_of_a_data_file_is_refused_before_it_is_asked_for(files, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/a.csv"
+        readme = f"---\nhomepage: {url}\nconfigs:\n- config_name: a\n  data_files: {files.format(url=url)}\n---\n"
+        (tmp_path / "README.md").write_text(readme)
+        with pytest.raises(OutsideFileError, match=f"reads `{url}`, which is outside the data set"):
+            load(tmp_path)
+        server.settimeout(0)
+        with pytest.raises(BlockingIOError):  # nobody has connected
+            server.accept()

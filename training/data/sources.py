@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import datasets
 import pyarrow.compute
+import yaml
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from .folders import list_pictures, read_picture_folder
@@ -97,12 +98,7 @@ def _load_with_datasets(name: str, arguments: "DataArguments", roots: tuple[str,
     try:
         builder = datasets.load_dataset_builder(name, arguments.dataset_config)
         files = [str(file) for some in (builder.config.data_files or {}).values() for file in some]
-        outside = [] if arguments.allow_outside_files else [file for file in files if not is_inside(file, allowed)]
-        if outside:
-            raise OutsideFileError(
-                f"`--dataset {name}` reads `{outside[0]}`, which is outside the data set: data from others should not "
-                "say what is read here. Pass `--allow-outside-files` if you trust it."
-            )
+        _refuse_outside_files(name, files, allowed, arguments)
         if arguments.streaming:
             splits = builder.as_streaming_dataset()
         else:
@@ -118,6 +114,35 @@ def _load_with_datasets(name: str, arguments: "DataArguments", roots: tuple[str,
     return Source(dict(splits), allowed)
 
 
+def _refuse_outside_files(name: str, files: list[str], allowed: Sequence[str], arguments: "DataArguments") -> None:
+    """Raise OutsideFileError for data files that are not below one of the allowed folders, unless a flag allows it."""
+    outside = [] if arguments.allow_outside_files else [file for file in files if not is_inside(file, allowed)]
+    if outside:
+        raise OutsideFileError(
+            f"`--dataset {name}` reads `{outside[0]}`, which is outside the data set: data from others should not "
+            "say what is read here. Pass `--allow-outside-files` if you trust it."
+        )
+
+
+def _urls_in(readme: Path) -> list[str]:
+    """URLs that a data set's README names as data files, which `datasets` would ask for when it is opened."""
+    text = readme.read_text(errors="replace")
+    try:
+        head = yaml.safe_load(text.split("\n---", 1)[0]) if text.startswith("---") else None
+    except yaml.YAMLError:
+        return []  # `datasets` says what is wrong with it
+    configs = head.get("configs") if isinstance(head, dict) else None
+    files = [config.get("data_files") for config in configs or [] if isinstance(config, dict)]
+    return [word for word in _words(files) if "://" in word]
+
+
+def _words(value: object) -> list[str]:
+    """All strings in lists and the values of dictionaries, at any depth."""
+    if isinstance(value, (list, dict)):
+        return [word for x in (value.values() if isinstance(value, dict) else value) for word in _words(x)]
+    return [value] if isinstance(value, str) else []
+
+
 def _load_folder(folder: Path, arguments: "DataArguments") -> Source:
     """A folder of pictures, of tables, of archives, or of what `save_to_disk` wrote."""
     root = folder.resolve()
@@ -131,6 +156,7 @@ def _load_folder(folder: Path, arguments: "DataArguments") -> Source:
         return Source(splits, (str(root),))
     readme = root / "README.md"
     if readme.is_file() and re.search(r"^(configs|dataset_info):", readme.read_text(errors="replace"), re.MULTILINE):
+        _refuse_outside_files(str(folder), _urls_in(readme), (str(root),), arguments)  # before any is asked for
         return _load_with_datasets(str(folder), arguments, (str(root),))
     binary = _binary_files(root)
     if binary:
