@@ -211,7 +211,7 @@ HEADER = (
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows of a Markdown table, below `HEADER`."""
     return "\n".join(
-        f"| {row['model']} | {row['variant']} | {1000 * row['seconds']:.4g} | {row['images_per_second']:.4g} | "
+        f"| {row['model']} | {row['variant']} | {1000 * row['seconds']:.2f} | {row['images_per_second']:.1f} | "
         f"{row['gmacs']:.2f} | {row['saved']:.2f} | {row['speed_up']:.2f} "
         f"({row['speed_up_quartiles'][0]:.2f}–{row['speed_up_quartiles'][1]:.2f}) | {row['efficiency']:.2f} |"
         for row in rows

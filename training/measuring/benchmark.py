@@ -265,11 +265,12 @@ def summarize(
     fastest = min(range(num_dense), key=lambda i: statistics.median(seconds[i]))
     # A dense baseline runs all of its operations.
     baseline_macs = variants[fastest].nominal_macs
-    own_dense = {v.name.split(" ")[-1]: i for i, v in enumerate(variants) if v.keep_rate == 1.0 and "EViT" in v.name}
+    own = [not variant.name.startswith("dense") for variant in variants]
+    own_dense = {v.name.split(" ")[-1]: i for i, v in enumerate(variants) if own[i] and v.keep_rate == 1.0}
     rows = []
     for i, (variant, times) in enumerate(zip(variants, seconds, strict=True)):
         low, speed_up, high = quartiles([a / b for a, b in zip(seconds[fastest], times, strict=True)])
-        dense = own_dense.get(variant.name.split(" ")[-1]) if "EViT" in variant.name else None
+        dense = own_dense.get(variant.name.split(" ")[-1]) if own[i] else None
         like = like_efficiency = None
         if dense is not None and dense != i:
             like = statistics.median(a / b for a, b in zip(seconds[dense], times, strict=True))
@@ -313,7 +314,7 @@ def table(result: Comparison) -> str:
         like = "–" if row.like_for_like is None else f"{row.like_for_like:.2f} / {row.like_for_like_efficiency:.2f}"
         memory, saved = ("–" if x is None else f"{x:.0f}" for x in (row.peak_memory_mib, row.saved_activations_mib))
         lines.append(
-            f"| {row.name} | {1000 * row.seconds:.1f} | {row.images_per_second:.1f} | "
+            f"| {row.name} | {1000 * row.seconds:.2f} | {row.images_per_second:.1f} | "
             f"{row.speed_up:.3f} ({low:.2f}–{high:.2f}) | {row.gmacs:.3f} / {row.executed_gmacs:.3f} | "
             f"{row.efficiency:.2f} | {like} | {row.gflops_per_second:.0f} | {memory}"
             f"{f' | {saved}' if has_saved else ''} |"

@@ -231,7 +231,7 @@ def inference_variants(
         for keep_rate in keep_rates:
             variants.append(
                 Variant(
-                    f"EViT {shown(keep_rate)} {backend}",
+                    f"{code_name(model)} {shown(keep_rate)} {backend}",
                     _backend(model, pixel_values, keep_rate, backend, folder, num_threads),
                     macs(keep_rate),
                     macs(keep_rate, executed=True),
@@ -321,6 +321,11 @@ def shown(keep_rate: Any) -> str:
     return "-".join(str(rate) for rate in keep_rate) if isinstance(keep_rate, (list, tuple)) else str(keep_rate)
 
 
+def code_name(model: PreTrainedModel) -> str:
+    """Word for the code that runs a model: EViT's own, or that of its family, reorganized."""
+    return "EViT" if isinstance(model, EViTPreTrainedModel) else "reorganized"
+
+
 def training_variants(
     model: PreTrainedModel,
     pixel_values: torch.Tensor,
@@ -358,7 +363,8 @@ def training_variants(
             if backend == "compile-layers":
                 compile_layers(fixed)
             step, forward, network = _training_step(fixed, pixel_values, labels)
-            title, operations = f"EViT {shown(keep_rate)} {backend}", (macs(keep_rate), macs(keep_rate, executed=True))
+            title = f"{code_name(model)} {shown(keep_rate)} {backend}"
+            operations = (macs(keep_rate), macs(keep_rate, executed=True))
             variants.append(Variant(title, step, *operations, keep_rate, model=network, forward=forward))
     return variants
 

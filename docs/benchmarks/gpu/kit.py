@@ -111,7 +111,11 @@ class Kit:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Format a table; floats with four significant digits."""
-    shown = [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
+    """Format a table; floats with four digits, or all before the point."""
+
+    def shown_number(x: float) -> str:
+        return f"{x:.0f}" if abs(x) >= 10_000 else f"{x:.4g}"
+
+    shown = [[shown_number(x) if isinstance(x, float) else str(x) for x in row] for row in rows]
     lines = [header, ["---"] * len(header), *shown]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
