@@ -53,7 +53,7 @@ def test_help_of_every_command_is_quick(helps):
     assert max(seconds for _, seconds in texts.values()) < 1
 
 
-# What every command takes that reads a model and measures or predicts; `x` stands for `x` or its plural.
+# Commands that measure or predict, and for each flag, or its plural, those of them without it.
 MEASURING = ("train", "predict", "evaluate", "visualize", "inspect", "benchmark", "tune")
 WITHOUT = {
     "device": ["train"],  # launchers choose it
