@@ -7,6 +7,7 @@ A command is one or more dataclasses of settings. `FlagParser` makes a flag of e
 import argparse
 import dataclasses
 import difflib
+import re
 import sys
 import types
 import typing
@@ -142,6 +143,8 @@ class FlagParser(argparse.ArgumentParser):
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
+        # Before Python 3.14 `-1e-3` is taken for a flag, and `--learning-rate -1e-3` for one without a value.
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-inf$", re.IGNORECASE)
         self.parts, self.renamed = parts, renamed or {}
         self.source = ""  # file that the flags are of, for errors
         self.names: list[str] = []
