@@ -433,9 +433,10 @@ REFUSED: dict[str, str] = {
     "aimv2": _NO_CLASS_TOKEN,
     "vit_mae": "its model shuffles the patches and drops most of them itself: load the checkpoint as a ViT "
     "(`ViTModel.from_pretrained`)",
-    "mlcd": "its rotary positions are one set for the whole batch, while each image keeps different patches",
-    "mlcd_vision_model": "its rotary positions are one set for the whole batch, while each image keeps patches of its "
-    "own",
+    **dict.fromkeys(
+        ("mlcd", "mlcd_vision_model"),
+        "its rotary positions are one set for the whole batch, while each image keeps different patches",
+    ),
     "data2vec-vision": "its attention takes no keywords and adds its position bias out of reach",
     "swin": "its windows need every patch",
     "swinv2": "its windows need every patch",

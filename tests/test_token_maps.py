@@ -93,6 +93,7 @@ def slow_maps(attention, kept, fuses):
 @torch.no_grad()
 def test_maps_equal_a_loop_and_follow_fused_tokens(fuse, images):
     """With scores from outside the fused token of stage 1 is kept in stage 2 or fused again, image by image."""
+    images = torch.cat([images, 2 - images])
     torch.manual_seed(0)
     model = EViTForImageClassification(
         tiny_config_with(inattentive_tokens="fused" if fuse else "dropped", keep_rate=0.5)
@@ -102,7 +103,7 @@ def test_maps_equal_a_loop_and_follow_fused_tokens(fuse, images):
     assert torch.allclose(trace.output.logits, model(images).logits, atol=1e-6)
     plain = model(images)
     was_fused_again = was_kept = False
-    for image in range(3):
+    for image in range(6):
         expected = slow_maps(
             [stage.attention[image].tolist() for stage in trace.stages],
             [stage.attentive_index[image].tolist() for stage in trace.stages],
@@ -123,7 +124,7 @@ def test_maps_equal_a_loop_and_follow_fused_tokens(fuse, images):
             was_fused_again |= has_earlier and -1 not in plain.attentive_index[i][image].tolist()
     assert not fuse or was_fused_again
     if fuse:  # the fused token is kept where its score is raised
-        scores = torch.where(torch.arange(16) < 8, 1.0, 0.0).expand(3, -1)
+        scores = torch.where(torch.arange(16) < 8, 1.0, 0.0).expand(6, -1)
         trace = trace_tokens(model, images, patch_scores=scores)
         assert trace.fused_weights(2).sum() > 0
     assert torch.equal(trace_tokens(model, images, 1.0).attention(0), trace.attention(0))

@@ -5,7 +5,7 @@ import timm
 import torch
 import transformers
 from conftest import tiny_config_with
-from vision_families import CASES, LAYERS, build, inputs
+from vision_families import CASES, HAS_DINOV2, LAYERS, build, inputs
 
 from evit_hf import EViTForImageClassification, EViTModel, reorganize
 from evit_hf.profiling import MacsFormula, count_macs, num_macs
@@ -59,7 +59,7 @@ def test_formulas_of_evit_and_of_vit_with_the_same_sizes_are_equal(rates):
 
 
 def test_operations_follow_the_size_of_the_images():
-    model = reorganize(build("dinov2"), 0.7)
+    model = reorganize(build("dinov2" if HAS_DINOV2 else "dinov3"), 0.7)
     assert num_macs(model, 1.0, (32, 48)) == count_macs(model, torch.zeros(1, 3, 32, 48), keep_rate=1.0)
     with pytest.raises(ValueError, match="does not take images of 40 pixels: "):
         num_macs(reorganize(timm_vit(), 0.7), 0.7, 40)
@@ -75,9 +75,9 @@ def test_operations_follow_the_size_of_the_images():
     ("case", "name", "num_prefix_tokens"),
     [
         ("vit", "layers", 1),
-        ("dinov2-registers", "dinov2_with_registers.encoder.layer", 4),
         ("dinov3", "model.layer", 3),
     ]
+    + [("dinov2-registers", "dinov2_with_registers.encoder.layer", 4)] * HAS_DINOV2
     + [("clip-classifier", "vision_model.encoder.layers", 1), ("beit", "beit.layers", 1), ("timm", "blocks", 3)],
 )
 def test_towers_of_families(case, name, num_prefix_tokens):
@@ -123,7 +123,7 @@ def test_class_attention_of_a_family_is_that_of_its_attention_maps():
     model = reorganize(build("dinov2-registers", "eager"), 0.5, reorganization_layers=LAYERS)
     pixels = inputs("dinov2")["pixel_values"]
     outputs = model(pixels, keep_rate=1.0, output_class_attention=[0, 3], output_attentions=True)
-    maps = torch.stack([outputs.attentions[layer][:, :, 0, 4:].mean(1) for layer in (0, 3)], dim=1)
+    maps = torch.stack([outputs.attentions[layer][:, :, 0, -36:].mean(1) for layer in (0, 3)], dim=1)
     torch.testing.assert_close(outputs.class_attention, maps)
     outputs = model(pixels, output_class_attention=True)
     assert outputs.class_attention.shape == (2, 3, 36)

@@ -81,7 +81,8 @@ def dense_family(model: PreTrainedModel, name: str) -> nn.Module:
     if name not in known:
         raise ValueError(f"`--baselines {name}` has no {type(model).__name__}: take {' '.join(known)}, or none.")
     config = copy.deepcopy(model.config)
-    config._attn_implementation = "eager" if name.endswith("eager") else "sdpa"
+    is_eager = name.endswith("eager") or not type(model)._supports_sdpa  # as timm's models in Transformers 5.9
+    config._attn_implementation = "eager" if is_eager else "sdpa"
     dense = type(model)(config)
     dense.load_state_dict(model.state_dict())
     return dense.eval()
