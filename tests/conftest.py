@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # pytest-xdist runs one process for each co
 
 import pytest
 import torch
+from real_processes import run_code
 
 from evit_hf import EViTConfig, EViTForImageClassification
 
@@ -61,22 +63,51 @@ def images():
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-def run_python(code, cwd, *, without_package=False, **environment):
-    """Run code in a fresh interpreter and return what it printed; `without_package` hides evit_hf and evit_training.
+@pytest.fixture(scope="module")
+def traced_once(tmp_path_factory):
+    """Each model is traced and written as ONNX once, whatever tests and formats ask for it.
 
-    The interpreter then sees a folder of links to everything that is installed except this project.
+    Yields: the programs; clear them where one is needed that no other format was made of.
     """
-    env = {**os.environ, "HF_HOME": str(Path(cwd) / "hf_home"), **environment}
-    command = [sys.executable, "-c", code]
-    if without_package:
-        site_packages = Path(torch.__file__).parent.parent
-        links = Path(cwd) / "site_packages"
-        links.mkdir()
-        for path in site_packages.iterdir():
-            if not path.name.startswith(("evit", "__editable__")):
-                (links / path.name).symlink_to(path)
-        env["PYTHONPATH"] = str(links)
-        command.insert(1, "-S")
-    process = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    from evit_hf import export
+
+    trace, write_onnx, programs, files = export.exported_program, export._write_onnx, {}, {}
+
+    def exported_program(model, keep_rate_is_input=False, image_size=None):
+        tensors = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in model.state_dict().values()]
+        weights = torch.cat(tensors).numpy().tobytes()
+        key = weights, model.config.to_json_string(), keep_rate_is_input, str(image_size)
+        if key not in programs:
+            programs[key] = trace(model, keep_rate_is_input, image_size)
+        return programs[key]
+
+    def write_once(program, inputs, path, output):
+        key = id(program), output
+        if key not in files:  # which hold the program as well, so that no other gets its id
+            files[key] = program, tmp_path_factory.mktemp("onnx") / "model.onnx"
+            write_onnx(program, inputs, files[key][1], output)
+        shutil.copy(files[key][1], path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "exported_program", exported_program)
+        patch.setattr(export, "_write_onnx", write_once)
+        patch.setitem(export._WRITERS, "onnx", write_once)
+        yield programs
+
+
+def run_python(code, cwd, *, without_package=False, **environment):
+    """Run code in a process of its own and return what it printed; `without_package` hides evit_hf and evit_training.
+
+    Of other packages only PyTorch and torchvision are imported when the code begins.
+    """
+    environment = {"HF_HOME": str(Path(cwd) / "hf_home"), **environment}
+    ended = run_code(code, cwd=cwd, environment=environment, hides_package=without_package)
+    assert ended.status == 0, ended.stderr[-5000:]
+    return ended.stdout
+
+
+def run_new_python(code, cwd):
+    """Run code in a new interpreter, which has imported nothing, and return what it printed."""
+    process = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-5000:]
     return process.stdout

@@ -131,7 +131,13 @@ def test_models_without_a_dense_twin_elsewhere_say_so(saved, capsys):
 # The command
 
 
-def test_benchmark_writes_table_json_and_plot(saved, tmp_path, capsys):
+@pytest.mark.usefixtures("traced_once")
+def test_benchmark_writes_table_json_and_plot(tmp_path, capsys):
+    saved = str(tmp_path / "model")
+    torch.manual_seed(0)
+    config = tiny_config_with(num_hidden_layers=2, reorganization_layers=[0])
+    EViTForImageClassification(config).save_pretrained(saved)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(saved)
     backends = ["--backends", "sdpa", "eager", "torch-export", "onnx", "openvino", "onnx-int8"]
     flags = ["--batch_sizes", "2", "--rounds", "3", "--keep_rates", "1.0", "0.5", "--clock", "cpu"]
     main(["benchmark", saved, *flags, *backends, "--output_dir", str(tmp_path / "out")])

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from real_processes import evit
 
 
 EVIT = str(Path(sys.executable).with_name("evit"))
@@ -90,10 +91,10 @@ def test_every_command_that_takes_a_model_takes_a_run_folder_and_a_hub_id(helps)
     ],
 )
 def test_mistakes_end_with_a_sentence_and_status_2(arguments, sentence, tmp_path):
-    status, _, err = run(EVIT, *arguments, cwd=tmp_path)
-    assert status == 2
-    assert sentence in err
-    assert "Traceback" not in err
+    ended = evit(*arguments, cwd=tmp_path)
+    assert ended.status == 2
+    assert sentence in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 LAUNCH = [str(Path(sys.executable).with_name("accelerate")), "launch", "-m", "evit_training", "train"]
@@ -112,6 +113,7 @@ def test_both_ways_to_start_a_training(command, tmp_path):
         "--output-dir",
         "run",
     ]
+    flags += ["--hidden_size", "32", "--num_hidden_layers", "4", "--reorganization_layers", "1"]
     status, out, err = run(*command, *flags, cwd=tmp_path)
     assert status == 0, err
     assert "1.0 (dense ViT)" in out

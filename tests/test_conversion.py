@@ -3,15 +3,13 @@
 import argparse
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 from conftest import DATA, tiny_config_with
 from golden import official_cases, official_tensors
+from real_processes import evit
 from safetensors.torch import load_file, save_file
 from timm.models._hub import save_for_hf
 from transformers import (
@@ -339,9 +337,8 @@ def test_labels_are_named_from_a_file(tmp_path):
 
 
 def run_convert(*arguments, cwd):
-    command = [str(Path(sys.executable).with_name("evit")), "convert", *map(str, arguments)]
-    process = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    return process.returncode, process.stdout, process.stderr
+    ended = evit("convert", *arguments, cwd=cwd)
+    return ended.status, ended.stdout, ended.stderr
 
 
 def test_command_writes_a_folder_that_loads_everywhere(tmp_path):

@@ -68,6 +68,23 @@ def test_two_processes_under_torchrun_train_as_one_does(one_process, tmp_path):
     assert results[0]["num_images"] == 41
 
 
+def test_two_processes_share_the_work_and_count_each_image_once(tmp_path):
+    """51 evaluation images on two processes: one is repeated to fill up, and must not be counted."""
+    flags = ["digits", "--max_train_samples", "128", "--max_eval_samples", "51", "--batch_size", "64", "--epochs", "2"]
+    flags += ["--compare_keep_rates", "1.0", "--log_steps", "1", "--hidden_size", "32", "--num_hidden_layers", "4"]
+    ranks = fork_ranks([*flags, "--reorganization_layers", "1", "2"], tmp_path / "run")
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].text()
+    output = ranks[0].text() + ranks[1].text()
+    assert "steps of 64 images on 2 x cpu" in output
+    assert output.count("1.0 (dense ViT)") == 1
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results[1]["top1"] * 51 == pytest.approx(round(results[1]["top1"] * 51))
+    entries = [entry for entry in read_log(tmp_path / "run") if "learning_rate" in entry]
+    assert [entry["step"] for entry in entries] == [1, 2, 3, 4]  # 128 images in batches of 2 x 32, twice
+    rates = [entry["learning_rate"] for entry in entries]
+    assert rates == pytest.approx([0, 0.00025, 0.0005, 0.00075])  # warm-up counts optimizer steps, not processes'
+
+
 @pytest.mark.parametrize("accumulation", ["2", "4"])
 def test_accumulation_changes_nothing_not_even_in_the_last_batch(accumulation, one_process, tmp_path):
     run([*DETERMINISTIC, "--gradient_accumulation_steps", accumulation], tmp_path / "run")
@@ -117,14 +134,21 @@ def sharded():
     trainer.describe = describe
 
 
+@pytest.mark.slow
 def test_sharded_training_equals_replicated_training_and_resumes_exactly(tmp_path):
     flags = [
         *SMALL,
         *RANDOM,
+        "--epochs",
+        "2",
+        "--num_hidden_layers",
+        "2",
+        "--reorganization_layers",
+        "1",
         "--max_eval_samples",
         "41",
         "--checkpoint_steps",
-        "4",
+        "2",
         "--gradient_accumulation_steps",
         "2",
     ]
@@ -136,7 +160,7 @@ def test_sharded_training_equals_replicated_training_and_resumes_exactly(tmp_pat
     assert losses(shards) == pytest.approx(losses(plain), rel=1e-5)
     assert evaluations(shards) == pytest.approx(evaluations(plain), rel=1e-5)
     ranks = fork_ranks(flags, stopped, before=sharded)
-    ranks[0].wait_for_step(stopped, 9)
+    ranks[0].wait_for_step(stopped, 5)
     os.kill(ranks[1].pid, signal.SIGTERM)
     assert [rank.wait() for rank in ranks] == [143, 143]
     ranks = fork_ranks([*flags, "--resume", "auto"], stopped, before=sharded)
@@ -156,6 +180,7 @@ def test_sharding_that_accelerate_would_leave_out_in_silence_is_refused(tmp_path
     assert "Accelerate shards only on GPUs" in ranks[0].text() + ranks[1].text()
 
 
+@pytest.mark.slow
 def test_sigterm_to_torchrun_saves_the_run(tmp_path):
     flags = [*SMALL, "--epochs", "500"]
     process = torchrun(flags, tmp_path / "run")
@@ -180,6 +205,7 @@ def test_a_rank_that_dies_takes_the_others_along_and_leaves_an_intact_checkpoint
     assert int(newest_checkpoint(tmp_path / "run" / "checkpoints").name.removeprefix("step-")) >= 6
 
 
+@pytest.mark.slow
 def test_a_run_ends_when_its_launcher_is_gone(tmp_path):
     """`accelerate launch` dies of SIGTERM and leaves the training process running."""
     command = [

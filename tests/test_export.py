@@ -23,6 +23,7 @@ from evit_training.cli import main
 from evit_training.data.images import decoded
 
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 ENGINES = ["torch-export", "onnx", "openvino"]
 PROCESSOR = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.4])
 
@@ -68,7 +69,10 @@ def test_each_request_can_have_its_own_keep_rates(engine, name, tmp_path):
 
 @pytest.mark.slow  # compiles C++
 @pytest.mark.parametrize("keep_rate_is_input", [False, True])
-def test_ahead_of_time_compiled_models_answer_as_the_model_whatever_the_memory_layout(keep_rate_is_input, tmp_path):
+def test_ahead_of_time_compiled_models_answer_as_the_model_whatever_the_memory_layout(
+    keep_rate_is_input, traced_once, tmp_path
+):
+    traced_once.clear()
     model = tiny("evit")
     export_model(model, tmp_path, "aoti", keep_rate_is_input)
     images = torch.randn(3, 3, 32, 32).to(memory_format=torch.channels_last)

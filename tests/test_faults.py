@@ -5,12 +5,12 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 import threading
 import time
 
 import pytest
 import torch
+from real_processes import evit
 from safetensors.torch import load_file
 from test_data import picture, splits_with_a_bad_image
 from training_runs import SMALL, ForkedRun, fork_ranks, read_log, run, state_hash
@@ -258,10 +258,9 @@ def test_a_bad_image_in_the_middle_of_an_epoch_ends_the_run_with_its_name(tmp_pa
 def test_a_process_ends_after_an_error_though_loading_processes_live(tmp_path):
     """A real process with a real exit: Python waits for its children there, and loaders ignore SIGTERM."""
     flags = bad_data(tmp_path, "--check_images", "0", "--num_workers", "2", "--output_dir", str(tmp_path / "run"))
-    command = [sys.executable, "-m", "evit_training", "train", *flags]
-    process = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=400)
-    assert process.returncode == 2
-    assert "(bad.jpg) cannot be decoded" in process.stderr.splitlines()[-1]
+    ended = evit("train", *flags)
+    assert ended.status == 2
+    assert "(bad.jpg) cannot be decoded" in ended.last_line
 
 
 def test_training_runs_in_a_thread(tmp_path):

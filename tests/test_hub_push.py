@@ -2,20 +2,20 @@
 
 import datetime
 import email.utils
+import functools
 import html
 import json
 import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import time
 
 import pytest
+import real_processes
 import torch
 import yaml
-from conftest import run_python, tiny_config_with
+from conftest import run_new_python, run_python, tiny_config_with
 from hub_server import READ_TOKEN, TOKEN, Commit, Fault, Hub, Repo
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
@@ -46,10 +46,9 @@ def no_faults(request):
 
 
 def evit(*argv, env, status=0):
-    command = [sys.executable, "-m", "evit_training", *map(str, argv)]
-    process = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=300)
-    assert process.returncode == status, process.stdout[-3000:] + process.stderr[-3000:]
-    return process.stdout + process.stderr
+    ended = real_processes.evit(*argv, imports=real_processes.FRESH, environment=env)
+    assert ended.status == status, ended.stdout[-3000:] + ended.stderr[-3000:]
+    return ended.stdout + ended.stderr
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +200,7 @@ print(json.dumps([type(model).__module__, model(pixels).logits.tolist(), answer]
 """
 
 
+@functools.cache
 def expected_logits(pushed):
     """Of the folder on the disk, read by a process of its own too: the same numbers to the last bit."""
     code = LOAD.replace("IMPORT", "import evit_hf").replace("OPTIONS", "{}").replace(REPO, str(pushed / "model"))
@@ -570,7 +570,7 @@ try:
 except SystemExit:
     print([name for name in ("torch", "transformers", "huggingface_hub", "yaml") if name in sys.modules])
 """
-    assert run_python(code, tmp_path).splitlines()[-1] == "[]"
+    assert run_new_python(code, tmp_path).splitlines()[-1] == "[]"
 
 
 # The card

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import run_python
+from conftest import run_new_python
 
 from evit_training.measuring.machine import check_launcher, memory_gib
 
@@ -56,6 +56,6 @@ except ValueError as error:
 unlock(held)
 print(list(Path("run").iterdir()))
 """
-    said = run_python(code, tmp_path)
+    said = run_new_python(code, tmp_path)
     assert "Another run is writing to" in said
     assert said.endswith("[]\n")

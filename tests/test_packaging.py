@@ -10,7 +10,7 @@ import sys
 import zipfile
 
 import pytest
-from conftest import ROOT, run_python
+from conftest import ROOT, run_new_python
 from packaging.version import Version
 
 import evit_hf
@@ -60,7 +60,7 @@ import torch
 model = evit_hf.EViTForImageClassification(evit_hf.EViTConfig(image_size=32, hidden_size=48, num_attention_heads=3))
 print(model(torch.randn(1, 3, 32, 32)).logits.shape)
 """
-    assert "torch.Size([1, 2])" in run_python(code, tmp_path)
+    assert "torch.Size([1, 2])" in run_new_python(code, tmp_path)
 
 
 @pytest.mark.parametrize("file", MODELING_FILES)

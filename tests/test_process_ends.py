@@ -8,7 +8,7 @@ import time
 
 import pytest
 from PIL import Image
-from real_processes import Starter
+from real_processes import starter as the_starter
 
 
 TINY = ["--hidden-size", "32", "--num-hidden-layers", "4", "--num-attention-heads", "2", "--image-size", "32"]
@@ -18,9 +18,7 @@ SAFE = "The run is saved up to step {} of {}: resume with `--resume auto`, as in
 
 @pytest.fixture(scope="module")
 def starter():
-    starter = Starter()
-    yield starter
-    starter.close()
+    return the_starter()
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import datasets
 import pytest
@@ -15,13 +14,13 @@ import torch
 import transformers
 from conftest import ROOT, tiny_config_with
 from PIL import Image
+from real_processes import evit
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from vision_families import HAS_DINOV2
 
 from evit_hf import EViTForImageClassification
 from evit_training.arguments import parse_train_arguments
-from evit_training.cli import COMMANDS
-from evit_training.cli import main as evit
+from evit_training.cli import COMMANDS, main
 
 
 README = (ROOT / "README.md").read_text()
@@ -84,7 +83,7 @@ def test_the_quick_start_runs(workplace, capsys):
     assert capsys.readouterr().out.splitlines()[1] == re.search(r"are left: (.*)", block)[1]
     for command in commands_in(text):
         if command.startswith(("predict", "visualize")):
-            evit(shlex.split(command))
+            main(shlex.split(command))
     assert "cat.jpg: LABEL_" in capsys.readouterr().out
     assert Image.open("kept.png").width > 224
 
@@ -94,15 +93,13 @@ def test_training_command_runs(workplace):
     words = shlex.split(command.replace("\\\n", " "))
     assert parse_train_arguments(words[2:]).optimization.epochs == 5
     # The dataset of the stand-in is as small as three images.
-    words[0] = str(Path(sys.executable).with_name("evit"))
-    process = subprocess.run([*words, "--num_workers", "0"], cwd=workplace, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
+    ended = evit(*words[1:], "--num_workers", "0", cwd=workplace)
+    assert ended.status == 0, ended.stderr
     assert (workplace / "runs" / "beans" / "model" / "model.safetensors").is_file()
     (command,) = [block for block in code_blocks("bash") if block.startswith("evit evaluate")]
-    words = [words[0], *shlex.split(command)[1:], "--num_workers", "0"]
-    process = subprocess.run(words, cwd=workplace, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    assert "1.0 (dense ViT)" in process.stdout
+    ended = evit(*shlex.split(command)[1:], "--num_workers", "0", cwd=workplace)
+    assert ended.status == 0, ended.stderr
+    assert "1.0 (dense ViT)" in ended.stdout
     assert (workplace / "runs" / "beans" / "model" / "evaluation.png").is_file()
 
 
@@ -115,10 +112,12 @@ def test_sharing_and_deployment_commands_run(workplace):
         ["evit", "export"],
         ["python", "exported/example.py"],
     ]
-    for words in commands[1:]:
-        program = Path(sys.executable).with_name(words[0])
-        process = subprocess.run([program, *words[1:]], cwd=workplace, capture_output=True, text=True)
-        assert process.returncode == 0, process.stderr
+    for words in commands[1:3]:
+        ended = evit(*words[1:], cwd=workplace)
+        assert ended.status == 0, ended.stderr
+    command = [sys.executable, *commands[3][1:]]
+    process = subprocess.run(command, cwd=workplace, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
     assert process.stdout.startswith("digit.png LABEL_")
     assert (workplace / "demo" / "app.py").is_file()
 

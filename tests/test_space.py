@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from browser import chromium
-from conftest import tiny_config_with
+from conftest import run_python, tiny_config_with
 from PIL import Image
 from transformers import ViTImageProcessor
 
@@ -101,9 +101,7 @@ try:
 except app.gr.Error as error:
     print(error)
 """
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=space)
-    assert process.returncode == 0, process.stderr
-    *_, line, error = process.stdout.strip().splitlines()
+    *_, line, error = run_python(code, space).strip().splitlines()
     file, answer, captions, size, cost = json.loads(line)
     assert file.startswith(str(space))
     assert "Upload a picture first" in error

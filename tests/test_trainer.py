@@ -1,9 +1,6 @@
 """The trainer end to end, on real digits, in as few steps as show the claim."""
 
 import json
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -306,30 +303,6 @@ def test_timing_alternates_the_keep_rates_and_restores_the_mode(tiny_model, imag
     assert sorted(seen) == [0.5] * 5 + [1.0] * 5
     assert all(set(seen[i : i + 2]) == {1.0, 0.5} for i in range(0, 10, 2))
     assert tiny_model.training
-
-
-# Processes
-
-
-def run_command(command, cwd):
-    process = subprocess.run(command, cwd=cwd, env=os.environ, capture_output=True, text=True)
-    return process.returncode, process.stdout + process.stderr
-
-
-def test_two_processes_share_the_work_and_count_each_image_once(tmp_path):
-    """51 evaluation images on two processes: one is repeated to fill up, and must not be counted."""
-    flags = [*SHORT, "--max_eval_samples", "51", "--output_dir", "run", "--log_steps", "1", "--batch_size", "64"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
-    status, output = run_command([*launch, "-m", "evit_training", "train", *flags], tmp_path)
-    assert status == 0, output
-    assert "steps of 64 images on 2 x cpu" in output
-    assert output.count("1.0 (dense ViT)") == 1
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results[1]["top1"] * 51 == pytest.approx(round(results[1]["top1"] * 51))
-    steps = [entry["step"] for entry in read_log(tmp_path / "run") if "loss" in entry]
-    assert steps == [1, 2, 3, 4]  # 128 images in batches of 2 x 32, twice
-    rates = [entry["learning_rate"] for entry in read_log(tmp_path / "run") if "loss" in entry]
-    assert rates == pytest.approx([0, 0.00025, 0.0005, 0.00075])  # warm-up counts optimizer steps, not processes'
 
 
 @pytest.mark.slow

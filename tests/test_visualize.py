@@ -2,14 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from browser import chromium
-from conftest import tiny_config_with
+from conftest import run_new_python, tiny_config_with
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
@@ -120,9 +118,7 @@ for command in ("visualize", "inspect"):
             pass
 print("torch" in sys.modules, "PIL" in sys.modules)
 """
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.splitlines()[-1] == "False False"
+    assert run_new_python(code, tmp_path).splitlines()[-1] == "False False"
 
 
 @pytest.mark.slow  # needs Chromium and its driver, which .ci/run installs
