@@ -5,10 +5,13 @@ import os
 import shlex
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 from real_processes import starter as the_starter
+
+from evit_training.data.loaders import LoaderError, said_in_one_line
 
 
 TINY = ["--hidden-size", "32", "--num-hidden-layers", "4", "--num-attention-heads", "2", "--image-size", "32"]
@@ -180,6 +183,22 @@ def check_killed_loader(starter, data, model, tmp_path, command, workers):
     if command == "train":
         assert SAFE.format(3, 9) in ended.last_line
         assert checkpoints(tmp_path) == ["step-000000003"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("received 0 items of ancdata"),
+        FileNotFoundError(2, "No such file or directory", "/torch_7_8_9"),
+        ConnectionResetError(104, "Connection reset by peer"),
+        EOFError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_a_killed_loading_process_breaks_the_sentence_is_the_same(error):
+    with pytest.raises(LoaderError, match="^A process that loads images died.*exited unexpectedly"):
+        with said_in_one_line(1, [SimpleNamespace(exitcode=-signal.SIGKILL)]):
+            raise error
 
 
 @pytest.mark.parametrize(("command", "workers"), [("train", 1)])

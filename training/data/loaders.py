@@ -6,7 +6,7 @@ import functools
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.util import Finalize
 from typing import Any, Literal
 
@@ -57,7 +57,7 @@ class ImageLoader(DataLoader[Any]):
         end_processes(self.processes)
 
     def _batches(self, batches: Iterator[Any]) -> Iterator[Any]:
-        with said_in_one_line(self.num_workers):
+        with said_in_one_line(self.num_workers, self.processes):
             yield from batches
 
 
@@ -81,11 +81,14 @@ def deaths_noticed_in_line() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def said_in_one_line(num_workers: int) -> Iterator[None]:
+def said_in_one_line(
+    num_workers: int, processes: Iterable[multiprocessing.process.BaseProcess] = ()
+) -> Iterator[None]:
     """Replace the errors of loading processes, whose messages are tracebacks, by one sentence.
 
     Args:
         num_workers: how many processes there are.
+        processes: those that have started; where one of them was killed, whatever its parent meets comes of that.
 
     Raises: LoaderError if a process died, or memory, shared memory or file handles ran out.
     """
@@ -94,22 +97,25 @@ def said_in_one_line(num_workers: int) -> Iterator[None]:
     except (RuntimeError, OSError, EOFError, MemoryError) as error:
         text = f"{type(error).__name__}: {error}".strip()
         is_own = "in DataLoader worker process" not in text
-        if num_workers and is_own and isinstance(error, (ConnectionError, EOFError, FileNotFoundError)):
-            text += " (exited unexpectedly)"  # tensors in shared memory are fetched from the process that made them
+        # Tensors in shared memory are fetched from the process that made them.
+        is_cut_off = isinstance(error, (ConnectionError, EOFError, FileNotFoundError))
+        if num_workers and is_own and (is_cut_off or any(x.exitcode == -signal.SIGKILL for x in processes)):
+            text = f"exited unexpectedly: {text.splitlines()[-1]}"
+            raise LoaderError(f"{DIED} ({text.strip()}).") from None
         for signs, way_out in WAYS_OUT.items():
             if any(sign in text for sign in signs):
                 raise LoaderError(f"{way_out} ({text.splitlines()[-1].strip()}).") from None
         raise
 
 
+DIED = "A process that loads images died: take fewer `--num-workers` if memory ran out"
 # What the text of an error has in it: what to do about it. The first that fits counts.
 WAYS_OUT = {
     ("Too many open files", "received 0 items of ancdata"): "There are too many open files: raise the limit "
     "(`ulimit -n 65536`), or take fewer `--num-workers`",
     ("Bus error", "/torch_", "shared memory"): "Shared memory (/dev/shm), through which loading processes hand over "
     "images, is full: enlarge it (`docker run --shm-size 8g`), or take fewer `--num-workers`; 0 does without",
-    ("killed by signal", "exited unexpectedly"): "A process that loads images died: take fewer `--num-workers` if "
-    "memory ran out",
+    ("killed by signal", "exited unexpectedly"): DIED,
     ("Cannot allocate memory", "can't allocate memory", "MemoryError"): "Memory ran out while images were loaded: "
     "take fewer `--num-workers`",
     ("Resource temporarily unavailable",): "No more processes can be started: raise the limit (`ulimit -u`), or take "
