@@ -653,7 +653,7 @@ def layers_name(owner: nn.Module, family: Family) -> str | None:
         if (
             isinstance(child, (nn.ModuleList, nn.Sequential))
             and len(child)
-            and type(child[0]).__name__ in family.layer.split("|")
+            and type(child[0]).__name__.removeprefix("FSDP") in family.layer.split("|")  # FSDP2 renames classes
         ):
             return name
     return None

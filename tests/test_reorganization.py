@@ -14,6 +14,7 @@ from vision_families import CASES, EXAMPLE, HAS_NEW_TIMM, LAYERS, TIMM_CASES, bu
 
 from evit_hf import EViTConfig, EViTForImageClassification, KeepRateCallback, families, reorganize
 from evit_hf.reorganization import FAMILIES, ReorganizingLayer
+from evit_hf.towers import tower_of
 
 
 def owner_of(model):
@@ -532,6 +533,14 @@ def test_attention_dropout_never_chooses_tokens():
     model = build("vit", "eager", attention_probs_dropout_prob=0.1)
     with pytest.raises(ValueError, match="would choose the tokens"):
         reorganize(model, 0.7).train()(**inputs("vit"))
+
+
+def test_sharded_layers_are_found_under_the_names_that_fsdp2_gives_them():
+    model = reorganized(EXAMPLE)
+    tower = tower_of(model)
+    for module in (model, *tower.layers):
+        module.__class__ = type(f"FSDP{type(module).__name__}", (type(module),), {})
+    assert tower_of(model).layers is tower.layers
 
 
 def test_families_are_listed():
