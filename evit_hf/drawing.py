@@ -45,6 +45,21 @@ def heat_overlay(values: torch.Tensor, opacity: float = 0.78) -> "Image.Image":
     return _from_pixels(torch.cat((color, torch.full((*values.shape, 1), 255 * opacity)), dim=2))
 
 
+def region_overlay(counted_by: torch.Tensor, kept: torch.Tensor) -> "Image.Image":
+    """A picture of one pixel for each patch, to be laid over another: a colour for each region, thin on kept patches.
+
+    Args:
+        counted_by: (rows, columns), number of the region that each patch belongs to.
+        kept: (rows, columns), bool: the patch of each region that was kept.
+    """
+    # Hues a golden section apart: regions of neighbouring numbers differ most.
+    hue = (counted_by.cpu().float() * 0.618034 % 1).unsqueeze(2) * 6
+    channels = ((hue + torch.tensor([0.0, 4.0, 2.0])) % 6 - 3).abs() - 1
+    color = 255 * (0.15 + 0.8 * channels.clamp(0, 1))
+    alpha = torch.where(kept.cpu(), 40.0, 165.0).unsqueeze(2)
+    return _from_pixels(torch.cat((color, alpha), dim=2))
+
+
 def _from_pixels(values: torch.Tensor) -> "Image.Image":
     from PIL import Image
 

@@ -444,11 +444,21 @@ def _write_aoti(program: torch.export.ExportedProgram, inputs: tuple[Any, ...], 
 
 def _write_onnx(program: torch.export.ExportedProgram, inputs: tuple[Any, ...], path: Path, output: str) -> None:
     names = ["pixel_values", "keep_rate"][: len(inputs)]
+    # ONNX has one way to sort, which keeps the order of equals: PyTorch's exporter knows it by the other name.
+    if any(node.target is torch.ops.aten.sort.stable for node in program.graph.nodes):
+        program = program.run_decompositions({torch.ops.aten.sort.stable: _sort})
     exported = torch.onnx.export(
         program, dynamo=True, input_names=names, output_names=[output], verbose=False, optimize=True
     )
     exported.save(str(path), external_data=False)
     _name_batch_axis(path)
+
+
+def _sort(
+    values: torch.Tensor, *, stable: bool, dim: int = -1, descending: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`aten.sort.stable` as `aten.sort`."""
+    return torch.ops.aten.sort.default(values, dim, descending)
 
 
 def _name_batch_axis(path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from .reorganization import WITH_CLASS_ROW
 from .token_reorganization import append_fused_patch, follow_patches, inattentive_weights
+from .tokens_left import token_plan
 from .towers import Tower, tower_of
 
 
@@ -173,7 +174,11 @@ class TokenTrace:
 
 
 def trace_tokens(
-    model: nn.Module, pixel_values: torch.Tensor, keep_rate: float | Sequence[float] | None = None, **kwargs: Any
+    model: nn.Module,
+    pixel_values: torch.Tensor,
+    keep_rate: float | Sequence[float] | None = None,
+    macs: float | None = None,
+    **kwargs: Any,
 ) -> TokenTrace:
     """Run a model and write down what its reorganization layers do.
 
@@ -182,6 +187,7 @@ def trace_tokens(
         pixel_values: (batch_size, num_channels, height, width).
         keep_rate: for this call: in (0, 1], one number or one for each reorganization layer. At 1.0 the trace has the
             dense model's attention, and all patches are kept.
+        macs: for this call: share of the dense model's operations, in (0, 1].
         **kwargs: for the model's forward.
 
     Raises: ValueError for a model that does not reorganize tokens of pictures.
@@ -192,8 +198,9 @@ def trace_tokens(
     patch_height, patch_width = tower.patch_size
     grid = (pixel_values.shape[-2] // patch_height, pixel_values.shape[-1] // patch_width)
     stages: list[Stage] = []
-    with _Follower(tower, stages.append, wants_attention=True):
-        output = model(pixel_values, keep_rate=keep_rate, **kwargs)
+    layers = token_plan(tower.config, len(tower.layers), keep_rate, macs).layers
+    with _Follower(tower, stages.append, wants_attention=True, layers=layers):
+        output = model(pixel_values, keep_rate=keep_rate, macs=macs, **kwargs)
     return TokenTrace(grid, tuple(stages), output, tower.num_prefix_tokens)
 
 
@@ -321,12 +328,20 @@ class _Follower:
         tower: of the model.
         tell: is called with a stage when its layer is done.
         wants_attention: whether all stages must have their attention, also those that keep all tokens.
+        layers: that reorganize; by default those of the configuration.
     """
 
-    def __init__(self, tower: Tower, tell: Callable[[Stage], None], wants_attention: bool = False) -> None:
+    def __init__(
+        self,
+        tower: Tower,
+        tell: Callable[[Stage], None],
+        wants_attention: bool = False,
+        layers: Sequence[int] | None = None,
+    ) -> None:
         self.tower, self.tell, self.wants_attention = tower, tell, wants_attention
+        self.layers = tower.config.reorganization_layers if layers is None else layers
         self.handles = []
-        for number in tower.config.reorganization_layers:
+        for number in self.layers:
             layer = tower.layers[number]
             self.handles += [
                 layer.register_forward_pre_hook(functools.partial(self._before, number), with_kwargs=True),
@@ -350,7 +365,7 @@ class _Follower:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Ask for the class token's attention."""
         tokens = kwargs.get("tokens")
-        if number == self.tower.config.reorganization_layers[0]:
+        if number == self.layers[0]:
             hidden_states = args[0] if args else kwargs["hidden_states"]
             num_images, length = hidden_states.shape[:2]
             patches = torch.arange(length - self.tower.num_prefix_tokens, device=hidden_states.device)

@@ -329,8 +329,8 @@ def rearrange_tokens(hidden_states: torch.Tensor, choice: TokenChoice, num_prefi
 def averaged_tokens(attentive: torch.Tensor, inattentive: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
     """Kept tokens, each half of itself and half of the mean of what it counts, at its own length.
 
-    The mean is weighted by size and the token itself takes part in it; a token that counts nothing new stays as it is,
-    up to rounding. Averages are shorter than what they are averages of, which the layers after it did not learn:
+    The mean is weighted by size and the token itself takes part in it; a token that counts nothing new stays as it is.
+    Averages are shorter than what they are averages of, which the layers after it did not learn:
     hence the length.
 
     Args:
@@ -343,12 +343,18 @@ def averaged_tokens(attentive: torch.Tensor, inattentive: torch.Tensor, shares: 
     Source: ToMe (arXiv 2210.09461) takes the mean itself; ToFu (arXiv 2312.01026) keeps the length.
     """
     with torch.autocast(attentive.device.type, enabled=False):
+        # Only of the kept tokens that count others, once for each of those: the rest is copied as it is.
+        keeper = shares.argmax(dim=1)
+        shares = shares.gather(1, keeper.unsqueeze(2).expand(-1, -1, shares.shape[2]))
         shares = (AVERAGED_SHARE * shares).to(attentive.dtype)
-        own = 1 - shares.sum(dim=2, keepdim=True)
-        mixed = torch.baddbmm(attentive * own, shares, inattentive)
-        before = attentive.norm(dim=2, keepdim=True, dtype=_at_least_float32_dtype(attentive))
-        after = mixed.norm(dim=2, keepdim=True, dtype=_at_least_float32_dtype(attentive))
-        return mixed * (before / after.clamp(min=1e-12)).to(mixed.dtype)
+        before = attentive.gather(1, keeper.unsqueeze(2).expand(-1, -1, attentive.shape[2]))
+        mixed = torch.baddbmm(before * (1 - shares.sum(dim=2, keepdim=True)), shares, inattentive)
+        length = before.norm(dim=2, keepdim=True, dtype=_at_least_float32_dtype(attentive))
+        mixed_length = mixed.norm(dim=2, keepdim=True, dtype=_at_least_float32_dtype(attentive))
+        change = mixed * (length / mixed_length.clamp(min=1e-12)).to(mixed.dtype) - before
+        kept = torch.arange(attentive.shape[1], device=keeper.device)
+        is_keeper = (keeper.unsqueeze(1) == kept.unsqueeze(1)).to(attentive.dtype)
+        return torch.baddbmm(attentive, is_keeper / is_keeper.sum(dim=2, keepdim=True).clamp(min=1), change)
 
 
 def choose_tokens(
@@ -400,7 +406,7 @@ def mean_keys(key: torch.Tensor, num_prefix_tokens: int = 1) -> torch.Tensor:
     Source: ToMe (arXiv 2210.09461) compares the same.
     """
     with torch.no_grad(), torch.autocast(key.device.type, enabled=False):
-        keys = _at_least_float32(key[:, :, num_prefix_tokens:]).mean(dim=1)
+        keys = key[:, :, num_prefix_tokens:].mean(dim=1, dtype=_at_least_float32_dtype(key))
         return torch.nn.functional.normalize(keys, dim=-1)
 
 

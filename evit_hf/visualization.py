@@ -3,6 +3,7 @@
 `visualize` does it all for one picture: `visualize(model, processor, picture).sheet().save("kept.png")`.
 """
 
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from .drawing import (
     macs_in_words,
     mask_overlay,
     percent,
+    region_overlay,
     text_line,
     with_margin,
 )
@@ -54,6 +56,13 @@ ABOUT_WEIGHTS = (
     "sum; through earlier fused",
     "tokens to their patches",
 )
+ABOUT_REGIONS = (
+    "Who counts whom",
+    "a colour for each token",
+    "that is left: the patches",
+    "it counts, its own brightest",
+)
+MAX_COLUMNS = 4  # of a sheet; more layers are in the animation
 
 
 def attentive_patch_mask(attentive_index: torch.Tensor, num_patches: int) -> torch.Tensor:
@@ -160,18 +169,20 @@ class View:
     """What a model at one keep rate made of a picture.
 
     Args:
-        keep_rate: in (0, 1], or one for each reorganization layer.
+        keep_rate: in (0, 1], or one for each reorganization layer; None where `share` says what is kept.
         trace: of a batch of this one picture.
         answers: the likeliest classes with their probabilities, in descending order; none for a model without classes.
         macs: multiply-accumulate operations of the picture.
         macs_so_far: of embeddings, classifiers and the layers up to each reorganization layer.
+        share: of the dense model's operations, in (0, 1], or None.
     """
 
-    keep_rate: float | Sequence[float]
+    keep_rate: float | Sequence[float] | None
     trace: TokenTrace
     answers: tuple[tuple[str, float], ...]
     macs: int
     macs_so_far: tuple[int, ...]
+    share: float | None = None
 
     @property
     def num_patches(self) -> int:
@@ -180,8 +191,10 @@ class View:
 
     @property
     def name(self) -> str:
-        """The keep rate in words."""
-        rates = [self.keep_rate] if isinstance(self.keep_rate, (int, float)) else self.keep_rate
+        """The keep rate or share of operations in words."""
+        if self.share is not None:
+            return "dense" if self.share == 1.0 else f"macs={self.share:g}"
+        rates = [self.keep_rate] if isinstance(self.keep_rate, (int, float)) else self.keep_rate or []
         return "dense" if set(rates) == {1.0} else f"keep rate {', '.join(f'{rate:g}' for rate in rates)}"
 
     def heading(self, width: int, right: str | None = None) -> "Image.Image":
@@ -230,6 +243,14 @@ class Visualization:
         weights = view.trace.fused_weights(stage)
         return None if weights is None else self._with(heat_overlay(weights[0]), is_grey=True)
 
+    def regions(self, view: View) -> "Image.Image | None":
+        """Who counts whom after the last layer, in colours; None if the output does not say."""
+        counted_by = getattr(view.trace.output, "counted_by", None)
+        if counted_by is None:
+            return None
+        kept = view.trace.kept(len(view.trace.stages) - 1)[0]
+        return self._with(region_overlay(counted_by[0].view(view.trace.grid), kept))
+
     def overview(self) -> "Image.Image":
         """The picture with a frame around the part that the model sees."""
         from PIL import ImageDraw
@@ -273,8 +294,13 @@ class Visualization:
         return panel
 
     def sheet(self) -> "Image.Image":
-        """All of it on one sheet: a block of rows for each keep rate, a column for each reorganization layer."""
-        stages = range(len(self.dense.trace.stages))
+        """All of it on one sheet: a block of rows for each keep rate, a column for each reorganization layer.
+
+        Of more than four reorganization layers, the last of each quarter.
+        """
+        num_stages = len(self.dense.trace.stages)
+        num_columns = min(num_stages, MAX_COLUMNS)
+        stages = [-(-(i + 1) * num_stages // num_columns) - 1 for i in range(num_columns)]
         width = (len(stages) + 1) * (PANEL + GAP) - GAP
 
         def row(first: "Image.Image", panels: "list[Image.Image]", captions: Sequence[Sequence[str]]) -> "Image.Image":
@@ -286,6 +312,7 @@ class Visualization:
         captions = [
             [f"layer {s.layer}: attention", self._largest(self.dense, i)]
             for i, s in enumerate(self.dense.trace.stages)
+            if i in stages
         ]
         rows = [text_line(self.name, width, 26)] if self.name else []
         rows += [_rule(width), self.dense.heading(width), row(overview, attention, captions)]
@@ -301,6 +328,11 @@ class Visualization:
                 nothing = text_line("no fused token", PANEL, color=FAINT)
                 captions = [[_largest_share(view.trace.fused_weights(i))] for i in stages]
                 rows.append(row(_legend(ABOUT_WEIGHTS), [panel or nothing for panel in weights], captions))
+            if (regions := self.regions(view)) is not None:
+                sizes = view.trace.output.token_sizes[0]
+                counts = f"{len(sizes)} tokens count {self.dense.num_patches}"
+                caption = [counts, f"the largest {int(sizes.max())} of them"]
+                rows.append(row(_legend(ABOUT_REGIONS, has_scale=False), [regions], [caption]))
         return with_margin(below(rows, gap=GAP))
 
     @staticmethod
@@ -353,8 +385,9 @@ def visualize(
     keep_rates: Sequence[float | Sequence[float] | None] = (None,),
     name: str = "",
     num_answers: int = 3,
+    macs: Sequence[float] | None = None,
 ) -> Visualization:
-    """What a model keeps of a picture, looks at and answers, at several keep rates.
+    """What a model keeps of a picture, looks at and answers, at several keep rates or shares of operations.
 
     Args:
         model: an EViT, or a model that `reorganize` was called on; it runs in evaluation mode and keeps its own.
@@ -364,6 +397,7 @@ def visualize(
             model is always there.
         name: of the picture, for the heading.
         num_answers: classes to name.
+        macs: instead of keep rates: shares of the dense model's operations, in (0, 1].
 
     Returns: what to draw; `visualize(...).sheet().save("kept.png")` draws it all.
 
@@ -386,18 +420,28 @@ def visualize(
     model.eval()
     try:
         dense_macs = MacsFormula.of(model, (height, width))(1.0)
-        dense = _view(model, pixel_values, 1.0, num_answers, dense_macs)
-        rates = [tower.config.keep_rate if rate is None else rate for rate in keep_rates]
-        views = tuple(_view(model, pixel_values, rate, num_answers, dense_macs) for rate in rates if rate != 1.0)
+        if macs is None and list(keep_rates) == [None] and tower.config.macs is not None:
+            macs = [tower.config.macs]
+        view = functools.partial(_view, model, pixel_values, num_answers, dense_macs)
+        if macs is None:
+            rates = [tower.config.keep_rate if rate is None else rate for rate in keep_rates]
+            dense, views = view(1.0), tuple(view(rate) for rate in rates if rate != 1.0)
+        else:
+            dense, views = view(None, 1.0), tuple(view(None, share) for share in macs if share != 1.0)
     finally:
         model.train(was_training)
     return Visualization(name, picture, box, dense, views)
 
 
 def _view(
-    model: nn.Module, pixel_values: torch.Tensor, keep_rate: float | Sequence[float], num_answers: int, dense_macs: int
+    model: nn.Module,
+    pixel_values: torch.Tensor,
+    num_answers: int,
+    dense_macs: int,
+    keep_rate: float | Sequence[float] | None,
+    share: float | None = None,
 ) -> View:
-    trace = trace_tokens(model, pixel_values, keep_rate)
+    trace = trace_tokens(model, pixel_values, keep_rate, share)
     logits = trace.output if isinstance(trace.output, torch.Tensor) else getattr(trace.output, "logits", None)
     answers: tuple[tuple[str, float], ...] = ()
     if logits is not None:
@@ -415,7 +459,7 @@ def _view(
         num_tokens = left
         if number in stages:
             so_far.append(macs)
-    return View(keep_rate, trace, answers, macs, tuple(so_far))
+    return View(keep_rate, trace, answers, macs, tuple(so_far), share)
 
 
 def class_scores(model: nn.Module, logits: torch.Tensor) -> torch.Tensor:
@@ -504,10 +548,10 @@ def _answers(view: View, dense: View) -> "Image.Image":
     return below(lines or [text_line("", PANEL)], PANEL)
 
 
-def _legend(about: Sequence[str]) -> "Image.Image":
+def _legend(about: Sequence[str], has_scale: bool = True) -> "Image.Image":
     title, *others = about
     lines = [text_line(title, PANEL), *(text_line(line, PANEL, 16, FAINT) for line in others)]
-    return below([*lines, heat_scale(PANEL - GAP)], PANEL)
+    return below([*lines, heat_scale(PANEL - GAP)] if has_scale else lines, PANEL)
 
 
 __all__ = [

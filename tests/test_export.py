@@ -21,6 +21,7 @@ from evit_hf.export import ExportError, check_parity, example_code, export_model
 from evit_hf.pixels import processed_pixels, robust_keep_rates
 from evit_training.cli import main
 from evit_training.data.images import decoded
+from evit_training.measuring.variants import quantized_copy
 
 
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -67,6 +68,20 @@ def test_each_request_can_have_its_own_keep_rates(engine, name, tmp_path):
     assert not torch.allclose(exported(images, 1.0), exported(images, 0.2), atol=1e-2)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_counted_models_are_exported_at_their_share_of_operations(engine, tmp_path):
+    model = tiny("evit", image_size=64)
+    model.set_macs(0.66)
+    record = export_model(model, tmp_path, engine)
+    assert (record["macs"], record["inattentive_tokens"]) == (0.66, "counted")
+    assert record["largest_difference"] < 1e-5
+    images = torch.randn(5, 3, 64, 64)
+    torch.testing.assert_close(load_exported(tmp_path)(images), model(images).logits.detach(), rtol=1e-4, atol=1e-4)
+    if engine == "onnx":
+        in_8_bits = load_exported(quantized_copy(tmp_path))(images)
+        assert torch.nn.functional.cosine_similarity(in_8_bits, model(images).logits, dim=1).min() > 0.9
+
+
 @pytest.mark.slow  # compiles C++
 @pytest.mark.parametrize("keep_rate_is_input", [False, True])
 def test_ahead_of_time_compiled_models_answer_as_the_model_whatever_the_memory_layout(
@@ -95,6 +110,8 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(tmp_path):
         export_model(tiny("lv"), tmp_path, "onnx", keep_rate_is_input=True)
     with pytest.raises(ExportError, match="`reorganization_layers` is empty"):
         export_model(tiny("evit", reorganization_layers=[]), tmp_path, "onnx", keep_rate_is_input=True)
+    with pytest.raises(ExportError, match="whose inattentive tokens are fused or dropped can be an input"):
+        export_model(tiny("evit", inattentive_tokens="counted"), tmp_path, "onnx", keep_rate_is_input=True)
     with pytest.raises(ExportError, match="There is no format `tflite`: take one of onnx, openvino"):
         export_model(tiny("evit"), tmp_path, "tflite")
 

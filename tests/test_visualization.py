@@ -9,7 +9,7 @@ from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmW
 from vision_families import LAYERS, build
 
 from evit_hf import EViTForImageClassification, reorganize
-from evit_hf.drawing import GONE, HEAT, heat_overlay, macs_in_words, mask_overlay, percent, text_line
+from evit_hf.drawing import GONE, HEAT, heat_overlay, macs_in_words, mask_overlay, percent, region_overlay, text_line
 from evit_hf.profiling import count_macs, num_macs
 from evit_hf.visualization import (
     attentive_patch_mask,
@@ -183,6 +183,25 @@ def test_a_picture_is_seen_at_each_keep_rate_beside_the_dense_model(tiny_model):
     )
     assert seen.views[0].name == "keep rate 0.7"
     assert seen.box == (0, 0, 90, 60)
+
+
+def test_a_counted_model_shows_who_counts_whom_at_a_share_of_operations():
+    """Patches of one region have one colour, thin on the patch of its token; five layers are drawn in four columns."""
+    torch.manual_seed(0)
+    model = EViTForImageClassification(tiny_config_with(image_size=64, num_hidden_layers=5, initializer_range=0.2))
+    processor = ViTImageProcessor(size={"height": 64, "width": 64})
+    seen = visualize(model, processor, Image.effect_noise((64, 64), 90), name="x", macs=[0.7])
+    (view,) = seen.views
+    assert (view.name, view.macs, len(view.trace.stages)) == ("macs=0.7", num_macs(model.config, macs=0.7), 5)
+    counted_by, kept = view.trace.output.counted_by[0], view.trace.output.patch_index[0]
+    overlay = np.asarray(region_overlay(counted_by.view(8, 8), view.trace.kept(4)[0])).reshape(64, 4)
+    colors = [tuple(pixel[:3]) for pixel in overlay]
+    assert all(colors[patch] == colors[kept[counted_by[patch]]] for patch in range(64))
+    assert {patch for patch in range(64) if overlay[patch][3] == 40} == set(kept.tolist())
+    assert len(set(colors)) == len(kept)
+    assert seen.regions(view).size == seen.kept(view, 4).size
+    assert seen.regions(seen.dense) is None or len(seen.dense.trace.output.token_sizes[0]) == 64
+    assert seen.sheet().width < 6 * 272
 
 
 def test_given_up_patches_are_painted_over_where_they_are(tiny_model):

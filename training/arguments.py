@@ -152,6 +152,13 @@ class ModelArguments:
         "Share of image tokens to keep, in (0, 1]: one number, or one for each reorganization layer; default 0.7.",
         KEEP_RATE,
     )
+    macs: float | None = setting(
+        None,
+        "Share of the dense model's operations, in (0, 1], instead of a keep rate: all layers then have keep rates at "
+        "which they give up the same number of tokens, and each is counted by the kept one that it resembles most.",
+        KEEP_RATE,
+        instead_of="keep_rate",
+    )
     match_macs_of: int | None = setting(
         None,
         "Choose the keep rate at which a model for --image-size costs as much as the dense one at this many pixels.",
@@ -160,8 +167,10 @@ class ModelArguments:
     reorganization_layers: list[int] | None = setting(
         None, "Zero-based layers that reorganize; by default at one, two and three quarters of the depth."
     )
-    inattentive_tokens: Literal["fused", "dropped", "counted"] = setting(
-        "fused", "What becomes of the inattentive tokens: fused into one token, dropped, or counted by the kept ones."
+    inattentive_tokens: Literal["fused", "dropped", "counted"] | None = setting(
+        None,
+        "What becomes of the inattentive tokens: fused into one token, dropped, or counted by the kept ones; default "
+        "fused, with --macs counted.",
     )
     image_size: int | None = setting(
         None,
@@ -184,6 +193,11 @@ class ModelArguments:
     initializer_range: float = setting(0.02, "Standard deviation of random weights, from scratch.", NOT_NEGATIVE)
     trainable: Literal["all", "head"] = setting("all", "Train everything, or only the classifier (linear probe).")
     freeze_layers: int = setting(0, "Freeze the embeddings and this many of the first layers.", NOT_NEGATIVE)
+
+    def __post_init__(self) -> None:
+        """Fill in what depends on another setting."""
+        if self.inattentive_tokens is None:
+            self.inattentive_tokens = "fused" if self.macs is None else "counted"
 
 
 @dataclass
@@ -432,6 +446,11 @@ class TrainArguments:
                 model.match_macs_of and model.keep_rate,
                 "`--match-macs-of` chooses the keep rate: leave out `--keep-rate`.",
             ),
+            (model.match_macs_of and model.macs, "`--match-macs-of` chooses the keep rate: leave out `--macs`."),
+            (
+                rates is not None and model.macs,
+                "`--keep-rate-range` draws one rate for all layers, `--macs` has one for each: give one of them.",
+            ),
             (
                 optimization.mix_token and (augmentation.mixup or augmentation.cutmix),
                 "`--mix-token` mixes images already: leave out `--mixup` and `--cutmix`.",
@@ -586,10 +605,11 @@ def parse_train_arguments(argv: Sequence[str]) -> TrainArguments:
         if len(words) > 1:
             raise ValueError(f"`{words[1]}` is one word too many after the recipe: see `evit train --help`.")
         if words:
-            # A flag that chooses the keep rate overrides the rate of the recipe, as every flag does.
-            chooses = any(word.startswith("--match-macs-of") for word in flags)
+            # A flag that chooses the keep rate overrides what the recipe says of it, as every flag does.
+            ways = ("keep_rate", "macs", "match_macs_of")
+            chosen = {word.split("=")[0] for word in flags} & {flag(name) for name in ways}
             path = recipe_path(words[0])
-            of_recipe = recipe_flags(path, ["keep_rate"] if chooses else [])
+            of_recipe = recipe_flags(path, [name for name in ways if flag(name) not in chosen] if chosen else [])
             parser.source = str(path)
             parser.parse(of_recipe)  # by themselves, so that errors name the file
             parser.source = ""

@@ -39,6 +39,10 @@ SHARE = Accepted("in [0, 1]", lambda value: 0 <= value <= 1)
 YES = ("yes", "true", "t", "y", "1", "on")
 NO = ("no", "false", "f", "n", "0", "off")
 KEEP_RATE = Accepted("in (0, 1]", lambda value: 0 < value <= 1)
+MACS_HELP = (
+    "instead of a keep rate, for a model that was not trained to lose tokens: every layer gives up the same number of "
+    "tokens, and each is counted by the kept one that it resembles most."
+)
 
 
 def setting(
@@ -76,6 +80,33 @@ def default_of(one: dataclasses.Field[Any]) -> Any:
     return one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
 
 
+def macs_setting() -> Any:
+    """The setting `macs` of a command that has a `keep_rate`, see `budget`."""
+    return setting(
+        None, f"Share of the dense model's operations, in (0, 1], {MACS_HELP}", KEEP_RATE, instead_of="keep_rate"
+    )
+
+
+def macs_list_setting(**metadata: Any) -> Any:
+    """The setting `macs` of a command that has `keep_rates`.
+
+    Args:
+        **metadata: see `setting`.
+    """
+    text = f"Shares of the dense model's operations, in (0, 1], {MACS_HELP}"
+    return setting(None, text, KEEP_RATE, instead_of="keep_rates", **metadata)
+
+
+def budget(arguments: Any) -> dict[str, Any]:
+    """What a command says of the tokens to keep, as keywords of `reorganize` and of a forward.
+
+    Args:
+        arguments: settings with `keep_rate`, a list of one number or of one for each layer, and `macs`.
+    """
+    rates = arguments.keep_rate
+    return {"keep_rate": rates[0] if rates is not None and len(rates) == 1 else rates, "macs": arguments.macs}
+
+
 def flag(name: str) -> str:
     """A setting as it is written on a command line: `--keep-rate` for keep_rate."""
     return f"--{name.replace('_', '-')}"
@@ -93,6 +124,21 @@ def check_settings(part: Any) -> None:
         for item in value if isinstance(value, list) else [value]:
             if not accepts.holds(item):
                 raise ValueError(f"`{flag(one.name)}` must be {accepts.words}, got {item}.{accepts.way_out}")
+
+
+def check_contradictions(part: type, given: Collection[str]) -> None:
+    """Refuse a setting together with the one that it replaces.
+
+    Args:
+        part: dataclass of settings.
+        given: names of the settings on the command line.
+
+    Raises: ValueError naming both flags.
+    """
+    for one in dataclasses.fields(part):
+        other = one.metadata.get("instead_of")
+        if other is not None and {one.name, other} <= set(given):
+            raise ValueError(f"`{flag(one.name)}` and `{flag(other)}` both say how much is kept: give one of them.")
 
 
 def closest(word: str, known: Iterable[str], otherwise: str) -> str:
@@ -177,6 +223,7 @@ class FlagParser(argparse.ArgumentParser):
                 delattr(space, name)
             try:
                 check_settings(objects[-1])
+                check_contradictions(part, given)
             except ValueError as error:
                 self.error(str(error))
         return objects, space, given

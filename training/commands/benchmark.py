@@ -17,7 +17,7 @@ def main(argv: list[str]) -> None:
     parser = FlagParser(
         "benchmark",
         [BenchmarkArguments],
-        usage="evit benchmark MODEL [--keep-rates 1.0 0.7 0.5] [--batch-sizes 1 8] [--flag value ...]",
+        usage="evit benchmark MODEL [--keep-rates 1.0 0.7 0.5 | --macs 0.66] [--batch-sizes 1 8] [--flag value ...]",
         description="Time EViT against dense ViTs. MODEL is a preset such as evit-deit-s (`evit presets` lists them), "
         "a model folder, a run folder or a Hub id.",
         renamed={

@@ -3,9 +3,9 @@
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from ..settings import AT_LEAST_ONE, KEEP_RATE, NOT_NEGATIVE, FlagParser, flag, setting
+from ..settings import AT_LEAST_ONE, KEEP_RATE, NOT_NEGATIVE, FlagParser, budget, flag, macs_setting, setting
 from .errors import command
 
 
@@ -14,6 +14,7 @@ class ConvertArguments:
     """What the EViT is to have; flags not given keep what the source says."""
 
     keep_rate: list[float] | None = setting(None, "In (0, 1]: one, or one for each layer.", KEEP_RATE)
+    macs: float | None = macs_setting()
     reorganization_layers: list[int] | None = setting(None, "Zero-based layers.", NOT_NEGATIVE)
     inattentive_tokens: Literal["fused", "dropped", "counted"] | None = setting(
         None, "What becomes of the inattentive tokens: fused into one token, dropped, or counted by the kept ones."
@@ -35,7 +36,7 @@ def parser() -> FlagParser:
     parser = FlagParser(
         "convert",
         [ConvertArguments],
-        usage="evit convert SOURCE DEST [--keep-rate 0.7] [--flag value ...]",
+        usage="evit convert SOURCE DEST [--keep-rate 0.7 | --macs 0.66] [--flag value ...]",
         description="Make an EViT from a public checkpoint: official EViT, DeiT, TokenReduction or LV-ViT files, timm "
         "folders and state dicts, Transformers ViT and DeiT folders, or Hub ids. Other families (DINOv2, CLIP, BEiT) "
         "keep their class and get the settings. What no flag says is taken from the "
@@ -62,12 +63,12 @@ def main(argv: list[str]) -> None:
     from evit_hf.conversion import convert_checkpoint, read_labels
     from evit_hf.profiling import num_macs
 
-    keep_rate, image_size, tokens = arguments.keep_rate, arguments.image_size, arguments.inattentive_tokens
+    image_size = arguments.image_size
     converted = convert_checkpoint(
         source,
-        keep_rate=keep_rate[0] if keep_rate and len(keep_rate) == 1 else keep_rate,
+        **budget(arguments),
         reorganization_layers=arguments.reorganization_layers,
-        inattentive_tokens=tokens,
+        inattentive_tokens=arguments.inattentive_tokens,
         image_size=image_size[0] if image_size and len(image_size) == 1 else image_size,
         labels=read_labels(arguments.labels) if arguments.labels else None,
         num_attention_heads=arguments.num_attention_heads,
@@ -82,8 +83,7 @@ def main(argv: list[str]) -> None:
         *(f"left out: {name} ({reason})" for name, reason in converted.unused.items()),
         *(f"note: {note}" for note in converted.notes),
         f"{dest}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
-        f"{config.image_size} pixels, keep rate {config.keep_rate} at layers {config.reorganization_layers}, "
-        f"{config.inattentive_tokens}, {num_macs(model) / 1e9:.3f} GMACs",
+        f"{config.image_size} pixels, {in_words(config)}, {num_macs(model) / 1e9:.3f} GMACs",
     ]
     print("\n".join(lines))
 
@@ -105,24 +105,25 @@ def reorganize_family(source: str, dest: Path, arguments: ConvertArguments) -> b
     if not is_of_a_family(PreTrainedConfig.get_config_dict(source)[0]):
         return False
     for one in fields(arguments):
-        is_ours = one.name in ("keep_rate", "reorganization_layers", "inattentive_tokens")
+        is_ours = one.name in ("keep_rate", "macs", "reorganization_layers", "inattentive_tokens")
         if not is_ours and getattr(arguments, one.name) not in (None, False):
             raise ValueError(f"`{flag(one.name)}` is for EViT: `{source}` keeps its class and weights, leave it out.")
-    rates, tokens = arguments.keep_rate, arguments.inattentive_tokens
     model = reorganize(
         load_model(source),
-        rates[0] if rates and len(rates) == 1 else rates,
+        **budget(arguments),
         reorganization_layers=arguments.reorganization_layers,
-        inattentive_tokens=tokens,
+        inattentive_tokens=arguments.inattentive_tokens,
     )
     model.save_pretrained(dest)
     with suppress(OSError):  # a folder without image processor
         AutoImageProcessor.from_pretrained(source).save_pretrained(dest)
     config = tower_of(model).config
     num_parameters = sum(p.numel() for p in model.parameters())
-    print(
-        f"{dest}: {type(model).__name__}, {num_parameters / 1e6:.2f} M parameters, keep rate "
-        f"{config.keep_rate} at layers {config.reorganization_layers}, "
-        f"{config.inattentive_tokens}"
-    )
+    print(f"{dest}: {type(model).__name__}, {num_parameters / 1e6:.2f} M parameters, {in_words(config)}")
     return True
+
+
+def in_words(config: Any) -> str:
+    """What a configuration says of the tokens to keep."""
+    kept = f"keep rate {config.keep_rate}" if config.macs is None else f"{config.macs} of the dense operations"
+    return f"{kept} at layers {config.reorganization_layers}, {config.inattentive_tokens}"

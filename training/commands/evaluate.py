@@ -1,6 +1,7 @@
 """Measure a model at a list of keep rates: `evit evaluate MODEL --dataset DATA --keep-rates 1.0 0.7 0.5`."""
 
 import json
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..arguments import DataArguments
 from ..screen import say, screen, show_result
-from ..settings import AT_LEAST_ONE, KEEP_RATE, FlagParser, json_setting, quiet_setting, setting
+from ..settings import AT_LEAST_ONE, KEEP_RATE, FlagParser, json_setting, macs_list_setting, quiet_setting, setting
 from .errors import command
 
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
     from ..measuring.evaluation import Measurement
 
 
@@ -22,6 +26,12 @@ class EvaluateArguments:
 
     keep_rates: list[float] = setting(
         [1.0, 0.9, 0.8, 0.7, 0.6, 0.5], "Keep rates in (0, 1]; the first is the baseline.", KEEP_RATE
+    )
+    macs: list[float] | None = macs_list_setting()
+    compare: bool = setting(
+        False,
+        "Compare ways to give up tokens at the same operations (--macs, by default 0.66 and 0.5) instead: ToMe, "
+        "fused, dropped, counted, and counted without each of its parts.",
     )
     batch_size: int = setting(
         128, "Images for each forward and process, also in the measurement of speed.", AT_LEAST_ONE
@@ -41,13 +51,16 @@ def main(argv: list[str]) -> None:
     parser = FlagParser(
         "evaluate",
         [EvaluateArguments, DataArguments],
-        usage="evit evaluate MODEL --dataset DATA [--keep-rates 1.0 0.7 0.5] [--flag value ...]",
-        description="Accuracy, GMACs and images per second of one model at several keep rates, on all processes that "
-        "were launched. MODEL is a model folder, a run folder or a Hub id.",
+        usage="evit evaluate MODEL --dataset DATA [--keep-rates 1.0 0.7 0.5 | --macs 0.66 0.5] [--flag value ...]",
+        description="Accuracy, GMACs and images per second of one model at several keep rates, or at shares of the "
+        "dense model's operations, on all processes that were launched. MODEL is a model folder, a run folder or a "
+        "Hub id.",
         leave_out=lambda field: field.metadata.get("only_for_training", False),
     )
     parser.add_argument("model", help="Model folder, run folder or Hub id of an image classifier.")
-    (arguments, data), rest, _ = parser.parse(argv)
+    (arguments, data), rest, given = parser.parse(argv)
+    if arguments.compare and "keep_rates" in given:
+        raise ValueError("`--compare` is at shares of operations: give `--macs` instead of `--keep-rates`.")
     from ..learning.sources import resolve_model
 
     with screen(arguments.quiet, arguments.json):
@@ -62,8 +75,9 @@ def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments
         arguments: keep rates and where to write.
         data: evaluation images; classes are matched with the model's by name.
 
-    Returns: for each keep rate what `compare_keep_rates` returns; written to evaluation.json and drawn into
-        evaluation.png too.
+    Returns: for each keep rate, or for the dense model and each share of operations, what `compare_keep_rates`
+        returns; written to evaluation.json and drawn into evaluation.png too. With `compare` nothing is returned, and
+        comparisons.json is written.
 
     Raises: ValueError if the model does not know the classes of the data, or for keep rates out of range.
     """
@@ -86,12 +100,22 @@ def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments
         splits, processor, arguments.batch_size, data.num_workers, accelerator, data.on_bad_image
     )
     prepared = accelerator.prepare_model(network, evaluation_mode=True)
+    folder = Path(arguments.output_dir or model)
+    if arguments.compare:
+        with closing(loader):
+            compare(accelerator, network, loader, arguments, folder, {"model": model, "dataset": data.dataset})
+        return []
     with closing(loader):
-        results = compare_keep_rates(accelerator, prepared, loader, arguments.keep_rates)
+        results = compare_keep_rates(
+            accelerator,
+            prepared,
+            loader,
+            arguments.keep_rates if arguments.macs is None else [1.0],
+            macs=arguments.macs or (),
+        )
     report: dict[str, Any] = {"model": model, "dataset": data.dataset, "label_names": splits.label_names}
     report["results"] = [result.as_json() for result in results]
     show_result(comparison_table(results), report)
-    folder = Path(arguments.output_dir or model)
     if accelerator.is_main_process and (arguments.output_dir or folder.is_dir()):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -99,3 +123,42 @@ def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments
         say(f"Saved {folder / 'evaluation.json'} and {folder / 'evaluation.png'}.")
     accelerator.end_training()
     return results
+
+
+def compare(
+    accelerator: "Accelerator",
+    model: "PreTrainedModel",
+    loader: Iterable[dict[str, Any]],
+    arguments: EvaluateArguments,
+    folder: Path,
+    about: dict[str, Any],
+) -> None:
+    """Compare ways to give up tokens, see `measuring.comparisons`.
+
+    Args:
+        accelerator: with one process.
+        model: a classifier with one label for each image.
+        loader: evaluation images.
+        arguments: shares of operations, and where to write.
+        folder: for comparisons.json, if it is there or asked for.
+        about: model and data, for the file.
+
+    Raises: ValueError for several processes or labels.
+    """
+    from ..measuring.comparisons import DEFAULT_MACS, compare_ways, write_comparisons
+
+    if accelerator.num_processes > 1:
+        raise ValueError("`--compare` runs in one process: start it without torchrun or accelerate.")
+    if model.config.problem_type == "multi_label_classification":
+        raise ValueError("`--compare` counts right answers, and this model can give several labels.")
+    batches = (
+        tuple(batch[name][batch["is_counted"].bool()].to(accelerator.device) for name in ("pixel_values", "labels"))
+        for batch in loader
+    )
+    found = compare_ways(model, batches, arguments.macs or DEFAULT_MACS, autocast=accelerator.autocast)
+    about["mixed_precision"] = arguments.mixed_precision
+    show_result(found.table(), {**about, **found.as_json()})
+    if arguments.output_dir or folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_comparisons(found, folder / "comparisons.json", **about)
+        say(f"Saved {folder / 'comparisons.json'}.")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..arguments import DataArguments
-from ..settings import AT_LEAST_ONE, KEEP_RATE, NOT_NEGATIVE, FlagParser, setting
+from ..settings import AT_LEAST_ONE, KEEP_RATE, NOT_NEGATIVE, FlagParser, budget, macs_setting, setting
 from .errors import command
 
 
@@ -30,6 +30,7 @@ class ExportArguments:
     keep_rate: list[float] | None = setting(
         None, "Fixed in the export, in (0, 1]: one, or one for each layer; by default the model's.", KEEP_RATE
     )
+    macs: float | None = macs_setting()
     keep_rate_input: bool = setting(
         False, "Make the keep rate an input instead: each call then gives one number for each reorganization layer."
     )
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> None:
     parser = FlagParser(
         "export",
         [ExportArguments, DataArguments],
-        usage="evit export MODEL DEST [--format onnx] [--keep-rate 0.7] [--flag value ...]",
+        usage="evit export MODEL DEST [--format onnx] [--keep-rate 0.7 | --macs 0.66] [--flag value ...]",
         description="Export a model with a dynamic batch size and compare it with the original. DEST gets the model, "
         "labels.json, export.json, config.json, preprocessor_config.json and example.py, which needs no part of this "
         "package. A bare model is exported as a function that returns features.",
@@ -100,8 +101,7 @@ def export(name: str, dest: Path, arguments: ExportArguments, data: DataArgument
     if arguments.int8 == "static" and arguments.keep_rate_input:
         raise ValueError("`--int8 static` calibrates one keep rate: leave out `--keep-rate-input`.")
     model = load_model(name).eval()
-    rates = arguments.keep_rate
-    reorganize(model, rates[0] if rates is not None and len(rates) == 1 else rates)
+    reorganize(model, **budget(arguments))
     processor, image_size = load_processor(name), arguments.image_size
     if isinstance(model, EViTPreTrainedModel):
         if image_size is not None:

@@ -14,7 +14,17 @@ from typing import Any, Literal
 
 from ..arguments import DataArguments
 from ..screen import bar, say, screen, show_result
-from ..settings import AT_LEAST_ONE, KEEP_RATE, FlagParser, flag, json_setting, quiet_setting, setting
+from ..settings import (
+    AT_LEAST_ONE,
+    KEEP_RATE,
+    FlagParser,
+    budget,
+    flag,
+    json_setting,
+    macs_setting,
+    quiet_setting,
+    setting,
+)
 from .errors import command
 
 
@@ -30,6 +40,7 @@ class PredictArguments:
     keep_rate: list[float] | None = setting(
         None, "Keep rate, or one for each reorganization layer; by default the model's own.", KEEP_RATE
     )
+    macs: float | None = macs_setting()
     split: str | None = setting(None, "Split of data sets; by default all.")
     image_column: str | None = setting(None, "Column with the images of data sets; by default the only one.")
     dataset_config: str | None = setting(None, "Configuration of a Hub data set that has several.")
@@ -72,7 +83,7 @@ def main(argv: list[str]) -> None:
     parser = FlagParser(
         "predict",
         [PredictArguments],
-        usage="evit predict MODEL IMAGE|FOLDER|DATASET ... [--output FILE] [--keep-rate 0.7] [--flag value ...]",
+        usage="evit predict MODEL IMAGE|FOLDER|DATASET ... [--output FILE] [--macs 0.66] [--flag value ...]",
         description="Classify pictures. MODEL is a model folder, a run folder or a Hub id; the rest are pictures, "
         "folders of pictures with any folders below them, data sets in folders or files, and Hub ids of data sets.",
     )
@@ -111,19 +122,19 @@ def predict(model: str, words: list[str], arguments: PredictArguments) -> None:
     inputs = find_inputs(words, data, arguments.split)
     for note in inputs.notes:
         say(note)
-    keep_rate = arguments.keep_rate
     predictor = Predictor(
         model,
-        keep_rate[0] if keep_rate is not None and len(keep_rate) == 1 else keep_rate,
-        arguments.top_k,
-        arguments.features,
-        arguments.device,
-        arguments.dtype,
-        inputs.roots,
+        top_k=arguments.top_k,
+        features=arguments.features,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        roots=inputs.roots,
+        **budget(arguments),
     )
     rows_file = None
     if arguments.output is not None:
         settings = {name: getattr(arguments, name) for name in ("top_k", "features", "keep_rate", "dtype")}
+        settings |= {} if arguments.macs is None else {"macs": arguments.macs}
         rows_file = RowsFile(
             Path(arguments.output), {"model": model, **settings, "top_k": predictor.top_k}, arguments.overwrite
         )
@@ -163,7 +174,8 @@ def predict_on_cluster(model: str, words: list[str], arguments: PredictArguments
     """
     from ..prediction.ray_data import predict_with_ray
 
-    settings = {name: getattr(arguments, name) for name in ("keep_rate", "top_k", "features", "dtype")}
+    settings = {name: getattr(arguments, name) for name in ("top_k", "features", "dtype")}
+    settings |= budget(arguments)
     start = time.perf_counter()
     num_rows, num_errors = predict_with_ray(
         arguments.ray or "local",

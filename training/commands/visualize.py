@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..screen import bar, say, screen, show_result
-from ..settings import AT_LEAST_ONE, KEEP_RATE, FlagParser, json_setting, quiet_setting, setting
+from ..settings import AT_LEAST_ONE, KEEP_RATE, FlagParser, json_setting, macs_list_setting, quiet_setting, setting
 from .errors import command
 
 
@@ -31,6 +31,7 @@ class VisualizeArguments:
         "Keep rates in (0, 1], a block of rows for each after the dense model's; by default the model's own.",
         KEEP_RATE,
     )
+    macs: list[float] | None = macs_list_setting()
     animation: Literal["webp", "gif"] | None = setting(
         None, "For a folder OUT: an animation through the layers too, next to each PNG."
     )
@@ -52,10 +53,11 @@ def main(argv: list[str]) -> None:
     parser = FlagParser(
         "visualize",
         [VisualizeArguments],
-        usage="evit visualize MODEL IMAGE|FOLDER ... -o OUT [--keep-rates 0.7 0.5] [--flag value ...]",
+        usage="evit visualize MODEL IMAGE|FOLDER ... -o OUT [--keep-rates 0.7 0.5 | --macs 0.66] [--flag value ...]",
         description="Draw, for each reorganization layer, the patches that are kept, the class token's attention to "
-        "all patches, and where the fused token drew its weight from, with answers and operations next to those of "
-        "the dense model. MODEL is a model folder, a run folder or a Hub id. Files of the same name are replaced.",
+        "all patches, and where the fused token drew its weight from or which patches each token counts, with answers "
+        "and operations next to those of the dense model. MODEL is a model folder, a run folder or a Hub id. Files of "
+        "the same name are replaced.",
     )
     parser.add_argument("model", help="Model folder, run folder or Hub id of an image classifier.")
     parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER", help="Pictures, or folders of them.")
@@ -163,7 +165,7 @@ def seer(model: str, arguments: VisualizeArguments) -> Any:
 
     def see(name: str, path: str) -> "Visualization":
         picture = decoded({"bytes": None, "path": path}, f"`{name}`")
-        return visualize(network, processor, picture, keep_rates, name, arguments.top_k)
+        return visualize(network, processor, picture, keep_rates, name, arguments.top_k, arguments.macs)
 
     return see
 
@@ -187,7 +189,7 @@ def described(seen: "Visualization", files: list[str]) -> dict[str, Any]:
 
     def of(view: "View") -> dict[str, Any]:
         return {
-            "keep_rate": view.keep_rate,
+            **({"keep_rate": view.keep_rate} if view.share is None else {"macs": view.share}),
             "answers": [{"label": label, "score": score} for label, score in view.answers],
             "gmacs": view.macs / 1e9,
             "layers": [stage.layer for stage in view.trace.stages],

@@ -31,6 +31,7 @@ from evit_hf.checkpoint_files import ConversionError
 from evit_hf.configuration_evit import DEFAULT_KEEP_RATE, height_and_width
 from evit_hf.profiling import MacsFormula, keep_rate_for_macs, num_macs
 from evit_hf.reorganization import FAMILIES
+from evit_hf.token_reorganization import tokens_left_at_macs
 from evit_hf.towers import example_inputs, tower_of
 
 from ..arguments import ModelArguments, TrainArguments
@@ -94,9 +95,41 @@ def build_model(arguments: TrainArguments, splits: ImageSplits) -> PreTrainedMod
     if model.match_macs_of is not None:
         dense = num_macs(network.config, 1.0, model.match_macs_of)
         network.set_keep_rate(keep_rate_for_macs(network.config, dense))
+    if model.macs is not None:
+        image_size = square_image_size(network, model)
+        rates = keep_rates_at_macs(network, model.macs, image_size, model.reorganization_layers)
+        reorganize(network, list(rates.values()), reorganization_layers=list(rates))
     if arguments.run.gradient_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     return network
+
+
+def keep_rates_at_macs(
+    network: PreTrainedModel, macs: float, image_size: int, layers: list[int] | None = None
+) -> dict[int, float]:
+    """Keep rates at which all layers give up the same number of tokens, for a share of the dense operations.
+
+    As keep rates they can be approached by a schedule.
+
+    Args:
+        network: a classifier that reorganizes.
+        macs: share of the operations of the dense layers and patch embedding, in (0, 1].
+        image_size: pixels.
+        layers: that give up tokens; by default all.
+
+    Returns: by layer number.
+
+    Raises: ValueError for a share that is out of reach.
+    """
+    tower = tower_of(network)
+    rows, columns = tower.patch_grid(image_size)
+    left = tokens_left_at_macs(macs, rows * columns, layers or range(len(tower.layers)), tower.costs)
+    rates, before = {}, rows * columns
+    for layer, after in left.items():
+        # Half a token of room for rounding, since the number of tokens is rounded up.
+        rates[layer] = 1.0 if after == before else (after - 0.5) / before
+        before = after
+    return rates
 
 
 def check_family(network: PreTrainedModel, arguments: TrainArguments) -> None:

@@ -5,7 +5,16 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from ..settings import AT_LEAST_ONE, KEEP_RATE, Accepted, flag, json_setting, quiet_setting, setting
+from ..settings import (
+    AT_LEAST_ONE,
+    KEEP_RATE,
+    Accepted,
+    flag,
+    json_setting,
+    macs_list_setting,
+    quiet_setting,
+    setting,
+)
 
 
 CLOCK = Accepted("one of wall, cpu", lambda value: value in ("wall", "cpu"))
@@ -20,6 +29,7 @@ class BenchmarkArguments:
     keep_rates: list[float] = setting(
         [1.0, 0.7, 0.5], "Keep rates of the EViT variants, in (0, 1]; with --schedule the lowest one.", KEEP_RATE
     )
+    macs: list[float] | None = macs_list_setting(modes=TIMED)
     batch_sizes: list[int] = setting([1, 8], "Images of a batch.", AT_LEAST_ONE)
     image_sizes: list[int] | None = setting(None, "Pixels; by default those of the model.", AT_LEAST_ONE, modes=TIMED)
     backends: list[str] = setting(

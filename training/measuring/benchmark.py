@@ -29,7 +29,7 @@ class Row:
 
     Args:
         name: of the variant.
-        keep_rate: its keep rate.
+        keep_rate: its keep rate, or share of operations as a word.
         is_baseline: whether it is the fastest dense baseline.
         seconds: median for a batch.
         images_per_second: from that.
@@ -47,7 +47,7 @@ class Row:
     """
 
     name: str
-    keep_rate: float
+    keep_rate: float | str
     is_baseline: bool
     seconds: float
     images_per_second: float
@@ -152,7 +152,7 @@ def measure(
     from .variants import build_model, default_baselines
 
     torch.manual_seed(0)
-    model = build_model(name, image_size, arguments.inattentive_tokens)
+    model = build_model(name, image_size, arguments.inattentive_tokens, arguments.macs and arguments.macs[0])
     shape = example_inputs(model, image_size, batch).shape
     model.to(device, getattr(torch, dtype))
     images = torch.randn(shape).to(device, getattr(torch, dtype))
@@ -214,10 +214,10 @@ def checked_inference(
     import torch
 
     from .timing import check_answers
-    from .variants import inference_variants, reference_logits
+    from .variants import inference_variants, kept_in_variants, reference_logits
 
     variants = inference_variants(
-        model, images, arguments.keep_rates, arguments.backends, baselines, folder, torch.get_num_threads()
+        model, images, kept_in_variants(arguments), arguments.backends, baselines, folder, torch.get_num_threads()
     )
     check_answers(variants, reference_logits(model, images), tolerance)
     return variants
@@ -239,12 +239,12 @@ def checked_training_steps(
     from evit_hf.export import gives_features
 
     from .timing import MeasurementError
-    from .variants import training_variants
+    from .variants import kept_in_variants, training_variants
 
     if gives_features(model):
         raise ValueError(f"`--training` needs a classifier, and `{type(model).__name__}` has none.")
     labels = torch.randint(model.config.num_labels, (len(images),), device=images.device)
-    variants = training_variants(model, images, labels, arguments.keep_rates, arguments.backends, baselines)
+    variants = training_variants(model, images, labels, kept_in_variants(arguments), arguments.backends, baselines)
     losses: dict[str, tuple[str, float]] = {}
     for variant in variants:
         loss = variant.forward().item()
@@ -278,7 +278,7 @@ def summarize(
         rows.append(
             Row(
                 name=variant.name,
-                keep_rate=variant.keep_rate,
+                keep_rate=variant.keep_rate if isinstance(variant.keep_rate, float) else str(variant.keep_rate),
                 is_baseline=i == fastest,
                 seconds=statistics.median(times),
                 images_per_second=batch_size / statistics.median(times),
@@ -351,7 +351,9 @@ def draw(comparisons: Sequence[Comparison], device: str, path: Path) -> None:
             for row, x, y in zip(rows, savings, speed_ups, strict=True):
                 if marker == "o":
                     place = {"textcoords": "offset points", "xytext": (-8, 4), "ha": "right", "fontsize": 11}
-                    axes.annotate(f"{row.keep_rate:g}", (x, y), **place)
+                    axes.annotate(
+                        row.keep_rate if isinstance(row.keep_rate, str) else f"{row.keep_rate:g}", (x, y), **place
+                    )
         end = max(dense / row.gmacs for row in result.rows)
         axes.plot([1, end], [1, end], color="gray", linestyle=":", label="as fast as operations fall")
         axes.margins(0.1)

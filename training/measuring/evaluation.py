@@ -25,10 +25,10 @@ KeepRate = float | Sequence[float] | None
 
 @dataclass(frozen=True)
 class Measurement:
-    """One set of weights at one keep rate.
+    """One set of weights at one keep rate, or at a share of the dense model's operations.
 
     Args:
-        keep_rate: a number, or one for each reorganization layer.
+        keep_rate: a number, or one for each reorganization layer; None where `macs` says what is kept.
         metrics: what `evaluate` returns.
         gmacs: of an image.
         images_per_second: median.
@@ -36,6 +36,7 @@ class Measurement:
         dtype: of the weights.
         batch_size: images of a batch in the measurement of speed.
         image_size: height and width, in pixels.
+        macs: share of the dense model's operations, or None.
     """
 
     keep_rate: KeepRate
@@ -46,11 +47,20 @@ class Measurement:
     dtype: str
     batch_size: int
     image_size: tuple[int, int]
+    macs: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The keep rate or share of operations in words."""
+        if self.macs is not None:
+            return f"MACs {self.macs}"
+        return "dense" if self.keep_rate == 1.0 else str(self.keep_rate)
 
     def as_json(self) -> dict[str, Any]:
         """One flat object for results.json and evaluation.json."""
-        rest = {name: value for name, value in vars(self).items() if name not in ("keep_rate", "metrics")}
-        return {"keep_rate": self.keep_rate, **self.metrics, **rest, "image_size": list(self.image_size)}
+        rest = {name: value for name, value in vars(self).items() if name not in ("keep_rate", "macs", "metrics")}
+        budget = {"keep_rate": self.keep_rate} if self.macs is None else {"macs": self.macs}
+        return {**budget, **self.metrics, **rest, "image_size": list(self.image_size)}
 
 
 @torch.no_grad()
@@ -60,6 +70,7 @@ def evaluate(
     loader: Iterable[dict[str, torch.Tensor]],
     keep_rate: KeepRate = None,
     oracle: Oracle | None = None,
+    macs: float | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model, each image counted once on any number of processes.
 
@@ -69,6 +80,7 @@ def evaluate(
         loader: see `evaluation_loader`.
         keep_rate: instead of the model's own.
         oracle: chooses the tokens instead of the model's own attention.
+        macs: share of the dense model's operations, instead of a keep rate.
 
     Returns: see `ClassificationCounts.summarize` and `MultiLabelCounts.summarize`.
     """
@@ -83,7 +95,8 @@ def evaluate(
     for batch in bar(loader, desc=title, unit="batch", leave=False):
         batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
         scores = oracle(batch["pixel_values"]) if oracle is not None else None
-        logits = network(batch["pixel_values"], keep_rate=keep_rate, patch_scores=scores).logits
+        budget = {"keep_rate": keep_rate} if macs is None else {"macs": macs}
+        logits = network(batch["pixel_values"], patch_scores=scores, **budget).logits
         counts.add(logits, batch["labels"], batch["is_counted"])
         counts.counts["num_bad_images"] += batch["is_bad"].sum()
     network.train(was_training)
@@ -98,7 +111,11 @@ def main_score(metrics: dict[str, Any]) -> tuple[str, float]:
 
 @torch.no_grad()
 def images_per_second(
-    model: nn.Module, pixel_values: torch.Tensor, keep_rates: Sequence[KeepRate], rounds: int = 20
+    model: nn.Module,
+    pixel_values: torch.Tensor,
+    keep_rates: Sequence[KeepRate],
+    rounds: int = 20,
+    macs: Sequence[float] = (),
 ) -> list[float]:
     """Speed of one model at several keep rates, in images per second: medians over rounds that alternate the rates.
 
@@ -107,14 +124,15 @@ def images_per_second(
         pixel_values: (batch_size, num_channels, height, width), on the model's device.
         keep_rates: what to compare.
         rounds: measured rounds, after two that warm up.
+        macs: shares of the dense model's operations to compare as well.
 
-    Returns: one number for each keep rate.
+    Returns: one number for each keep rate, and for each share of operations after them.
     """
     was_training = model.training
     model.eval()
     variants = [
-        Variant(str(keep_rate), functools.partial(model, pixel_values, keep_rate=keep_rate), 0, 0)
-        for keep_rate in keep_rates
+        Variant(str(budget), functools.partial(model, pixel_values, **budget), 0, 0)
+        for budget in (*({"keep_rate": rate} for rate in keep_rates), *({"macs": share} for share in macs))
     ]
     seconds = alternate(variants, pixel_values.device, rounds)
     model.train(was_training)
@@ -127,6 +145,7 @@ def compare_keep_rates(
     loader: Iterable[dict[str, torch.Tensor]],
     keep_rates: Sequence[KeepRate],
     timed_model: nn.Module | None = None,
+    macs: Sequence[float] = (),
 ) -> list[Measurement]:
     """Accuracy, cost and speed of one set of weights at several keep rates.
 
@@ -136,30 +155,33 @@ def compare_keep_rates(
         loader: evaluation images; its first batch is used for the timing.
         keep_rates: what to compare, for example [1.0, 0.7].
         timed_model: the same network by itself, which only the main process times; by default `model`.
+        macs: shares of the dense model's operations to compare as well.
 
-    Returns: a measurement for each keep rate.
+    Returns: a measurement for each keep rate, and for each share of operations after them.
     """
     network = accelerator.unwrap_model(model) if timed_model is None else timed_model
     pixel_values = next(iter(loader))["pixel_values"].to(network.device)
-    speeds = [float("nan")] * len(keep_rates)
+    budgets = [*((rate, None) for rate in keep_rates), *((None, share) for share in macs)]
+    speeds = [float("nan")] * len(budgets)
     if accelerator.is_main_process:  # no other process disturbs the timing
-        speeds = images_per_second(network, pixel_values, keep_rates)
+        speeds = images_per_second(network, pixel_values, keep_rates, macs=macs)
     accelerator.wait_for_everyone()
     height, width = pixel_values.shape[-2:]
     # Only by the main process: one forward pass may be counted.
-    macs = MacsFormula.of(network, (height, width)) if accelerator.is_main_process else None
+    formula = MacsFormula.of(network, (height, width)) if accelerator.is_main_process else None
     return [
         Measurement(
             keep_rate=keep_rate,
-            metrics=evaluate(accelerator, model, loader, keep_rate),
-            gmacs=float("nan") if macs is None else macs(keep_rate) / 1e9,
+            metrics=evaluate(accelerator, model, loader, keep_rate, macs=share),
+            gmacs=float("nan") if formula is None else formula(keep_rate, macs=share) / 1e9,
             images_per_second=speed,
             device=device_name(network.device),
             dtype=str(network.dtype).removeprefix("torch."),
             batch_size=len(pixel_values),
             image_size=(height, width),
+            macs=share,
         )
-        for keep_rate, speed in zip(keep_rates, speeds, strict=True)
+        for (keep_rate, share), speed in zip(budgets, speeds, strict=True)
     ]
 
 
@@ -175,7 +197,7 @@ def comparison_table(results: Sequence[Measurement]) -> str:
         f"{'GMACs':>10}{'MACs':>8}{'images/s':>10}{'speed':>8}",
     ]
     for result in results:
-        name = "1.0 (dense ViT)" if result.keep_rate == 1.0 else str(result.keep_rate)
+        name = "1.0 (dense ViT)" if result.keep_rate == 1.0 else result.name
         lines.append(
             f"{name:<20}{''.join(f'{100 * result.metrics[column]:>9.2f}' for column in columns)}{result.gmacs:>10.4f}"
             f"{result.gmacs / first.gmacs:>7.2f}x{result.images_per_second:>10.0f}"
@@ -200,9 +222,8 @@ def draw_tradeoff(results: Sequence[Measurement], path: Path) -> None:
     errors = [100 * binomial_standard_error(score / 100, num_images) for score in scores]
     axes.errorbar(gmacs, scores, errors if name == "top1" else None, marker="o", capsize=4)
     for result, x, y, error in zip(results, gmacs, scores, errors, strict=True):
-        text = "dense" if result.keep_rate == 1.0 else str(result.keep_rate)
         above = y + error if name == "top1" else y
-        axes.annotate(text, (x, above), textcoords="offset points", xytext=(0, 5), ha="center", fontsize=11)
+        axes.annotate(result.name, (x, above), textcoords="offset points", xytext=(0, 5), ha="center", fontsize=11)
     middle, half = (max(scores) + min(scores)) / 2, (max(scores) - min(scores)) / 2
     half = max(1.5 * (half + max(errors)), 4 * max(errors), 0.5)
     high = min(middle + half, 100 + 0.2 * half)

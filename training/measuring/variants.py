@@ -4,6 +4,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from evit_hf.presets import PRESETS
 from evit_hf.profiling import MacsFormula
 
 from ..learning.models import compile_layers, load_classifier, load_model, random_classifier
+from .arguments import BenchmarkArguments
 from .timing import Variant
 
 
@@ -38,13 +40,41 @@ COMPILE_MODES = {
 BACKENDS = ("sdpa", "sdpa-mkl", "eager", "compile-layers", *COMPILE_MODES, *FORMATS, "onnx-int8")
 
 
-def build_model(name: str, image_size: int | None = None, inattentive_tokens: str | None = None) -> PreTrainedModel:
+@dataclass(frozen=True)
+class Macs:
+    """A share of the dense model's operations, where there could be a keep rate.
+
+    Args:
+        share: in (0, 1].
+    """
+
+    share: float
+
+    def __str__(self) -> str:
+        """As a word."""
+        return f"macs-{self.share}"
+
+
+def budget_of(kept: Any) -> dict[str, Any]:
+    """A keep rate or share of operations as keywords of `reorganize` and of a forward."""
+    return {"macs": kept.share} if isinstance(kept, Macs) else {"keep_rate": kept}
+
+
+def kept_in_variants(arguments: BenchmarkArguments) -> list[Any]:
+    """Keep rates of the EViT variants, or shares of operations after the dense model."""
+    return arguments.keep_rates if arguments.macs is None else [1.0, *map(Macs, arguments.macs)]
+
+
+def build_model(
+    name: str, image_size: int | None = None, inattentive_tokens: str | None = None, macs: float | None = None
+) -> PreTrainedModel:
     """Model of that name with its weights, or of that preset with random ones; speed does not depend on them.
 
     Args:
         name: preset, folder or Hub id; of a family also a model without a classifier.
         image_size: pixels instead of the model's own; families take images of several sizes as they are.
         inattentive_tokens: "fused", "dropped" or "counted" instead of the model's own.
+        macs: share of the dense model's operations instead of the model's own keep rate.
 
     Raises: ValueError for an unknown preset or folder.
     """
@@ -57,8 +87,8 @@ def build_model(name: str, image_size: int | None = None, inattentive_tokens: st
             model = load_classifier(name)
     if isinstance(model, EViTPreTrainedModel) and image_size not in (None, model.config.image_size):
         model.set_image_size(image_size)
-    if inattentive_tokens is not None:
-        reorganize(model, inattentive_tokens=inattentive_tokens)
+    if inattentive_tokens is not None or macs is not None:
+        reorganize(model, macs=macs, inattentive_tokens=inattentive_tokens)
     return model.eval()
 
 
@@ -180,7 +210,7 @@ def reference_logits(model: PreTrainedModel, pixel_values: torch.Tensor) -> Call
     def logits(keep_rate: Any) -> torch.Tensor:
         if str(keep_rate) not in answers:
             with torch.no_grad(), without_onednn():
-                answers[str(keep_rate)] = answer_of(plain(pixel_values.float(), keep_rate=keep_rate, **plain_road))
+                answers[str(keep_rate)] = answer_of(plain(pixel_values.float(), **budget_of(keep_rate), **plain_road))
         return answers[str(keep_rate)]
 
     return logits
@@ -206,7 +236,7 @@ def inference_variants(
     Args:
         model: on the device and in the dtype to measure.
         pixel_values: likewise.
-        keep_rates: of the EViT variants.
+        keep_rates: of the EViT variants, or shares of operations, see `Macs`.
         backends: of `BACKENDS`.
         baselines: of `BASELINES`, always eager code.
         folder: for exported models.
@@ -234,8 +264,8 @@ def inference_variants(
                 Variant(
                     f"{code_name(model)} {shown(keep_rate)} {backend}",
                     _backend(model, pixel_values, keep_rate, backend, folder, num_threads),
-                    macs(keep_rate),
-                    macs(keep_rate, executed=True),
+                    macs(**budget_of(keep_rate)),
+                    macs(executed=True, **budget_of(keep_rate)),
                     keep_rate,
                     is_exact=not backend.endswith("int8"),
                 )
@@ -277,7 +307,7 @@ def _backend(
     num_threads: int | None,
 ) -> Callable[[], torch.Tensor]:
     """One model on one backend at one keep rate, ready to run."""
-    fixed = reorganize(copy.deepcopy(model), keep_rate)
+    fixed = reorganize(copy.deepcopy(model), **budget_of(keep_rate))
     if backend in ("sdpa", "eager"):
         set_attention(fixed, backend)
         return _runner(fixed, pixel_values)
@@ -341,7 +371,7 @@ def training_variants(
         model: on the device and in the dtype to measure.
         pixel_values: a batch.
         labels: (batch_size,) class numbers.
-        keep_rates: of the EViT variants.
+        keep_rates: of the EViT variants, or shares of operations, see `Macs`.
         backends: "sdpa", "eager", "compile" or "compile-layers".
         baselines: of `BASELINES`.
 
@@ -357,7 +387,7 @@ def training_variants(
         if backend not in ("sdpa", "eager", "compile", "compile-layers"):
             raise ValueError(f"`--training` runs on sdpa, eager, compile and compile-layers, not on {backend!r}.")
         for keep_rate in keep_rates:
-            fixed = reorganize(copy.deepcopy(model), keep_rate)
+            fixed = reorganize(copy.deepcopy(model), **budget_of(keep_rate))
             set_attention(fixed, "eager" if backend == "eager" else "sdpa")
             if backend == "compile":
                 fixed.compile(dynamic=False)
@@ -365,7 +395,7 @@ def training_variants(
                 compile_layers(fixed)
             step, forward, network = _training_step(fixed, pixel_values, labels)
             title = f"{code_name(model)} {shown(keep_rate)} {backend}"
-            operations = (macs(keep_rate), macs(keep_rate, executed=True))
+            operations = (macs(**budget_of(keep_rate)), macs(executed=True, **budget_of(keep_rate)))
             variants.append(Variant(title, step, *operations, keep_rate, model=network, forward=forward))
     return variants
 

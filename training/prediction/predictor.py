@@ -9,6 +9,7 @@ import pyarrow
 import torch
 from torch import nn
 
+from evit_hf import reorganize
 from evit_hf.towers import tower_of
 
 from ..data.augmentation import ProcessorTransform
@@ -41,14 +42,15 @@ class Predictor:
 
     Args:
         model: folder or Hub id, see `resolve_model`.
-        keep_rate: one number, or one for each reorganization layer; None is what the model was saved with, and 1.0
-            for a ViT that was never reorganized.
+        keep_rate: one number, or one for each reorganization layer. With neither it nor `macs` it is what the model
+            was saved with, and 1.0 for a ViT that was never reorganized.
         top_k: labels of each image, in descending order of score.
         features: whether rows have what the classifier is given, a vector for each image.
         device: "cpu", "cuda", ...; None is the best there is.
         dtype: "float32", "bfloat16" or "float16", of weights and pixels.
         roots: folders that files named by data may lie in; None allows all.
         threads: of the process, for the model; None leaves them as they are.
+        macs: share of the dense model's operations, instead of a keep rate.
 
     Raises: ValueError if the model cannot be loaded, has no image processor, or takes other images than RGB.
     """
@@ -63,13 +65,16 @@ class Predictor:
         dtype: str = "float32",
         roots: Sequence[str] | None = None,
         threads: int | None = None,
+        macs: float | None = None,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         self.device = best_device(device)
         self.network = load_classifier(model).eval().to(self.device, getattr(torch, dtype))
         self.transform = ProcessorTransform(load_processor(model))
-        self.keep_rate = 1.0 if keep_rate is None and not was_reorganized(model) else keep_rate
+        if keep_rate is None and macs is None and not was_reorganized(model):
+            keep_rate = 1.0
+        reorganize(self.network, keep_rate, macs=macs)
         self.roots = roots
         config = self.network.config
         num_channels = tower_of(self.network).num_channels
@@ -137,7 +142,7 @@ class Predictor:
             return rows
         pixel_values = torch.stack([prepared[i] for i in good]).to(self.device, self.network.dtype)  # type: ignore[misc]
         self._last_batch = pixel_values
-        logits = self.network(pixel_values, keep_rate=self.keep_rate).logits.float()
+        logits = self.network(pixel_values).logits.float()
         scores, numbers = (logits.sigmoid() if self.is_multi_label else logits.softmax(-1)).topk(self.top_k)
         all_scores, all_numbers = scores.tolist(), numbers.tolist()
         features = self._features.float().tolist() if self._features is not None else None
@@ -178,7 +183,7 @@ class Predictor:
         """Images per second of the model by itself, measured on the last batch; None if there was none."""
         if self._last_batch is None:
             return None
-        return images_per_second(self.network, self._last_batch, [self.keep_rate], rounds=3)[0]
+        return images_per_second(self.network, self._last_batch, [None], rounds=3)[0]
 
     def _finished(self, names: list[str], futures: list[Future[torch.Tensor | BadImageError]]) -> list[Row]:
         return self.predict(names, [future.result() for future in futures])
