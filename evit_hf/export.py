@@ -446,7 +446,8 @@ def _write_onnx(program: torch.export.ExportedProgram, inputs: tuple[Any, ...], 
     names = ["pixel_values", "keep_rate"][: len(inputs)]
     # ONNX has one way to sort, which keeps the order of equals: PyTorch's exporter knows it by the other name.
     if any(node.target is torch.ops.aten.sort.stable for node in program.graph.nodes):
-        program = program.run_decompositions({torch.ops.aten.sort.stable: _sort})
+        table = {**torch.export.default_decompositions(), torch.ops.aten.sort.stable: _sort}
+        program = program.run_decompositions(table)
     exported = torch.onnx.export(
         program, dynamo=True, input_names=names, output_names=[output], verbose=False, optimize=True
     )

@@ -21,7 +21,6 @@ from evit_hf.export import ExportError, check_parity, example_code, export_model
 from evit_hf.pixels import processed_pixels, robust_keep_rates
 from evit_training.cli import main
 from evit_training.data.images import decoded
-from evit_training.measuring.variants import quantized_copy
 
 
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -68,6 +67,7 @@ def test_each_request_can_have_its_own_keep_rates(engine, name, tmp_path):
     assert not torch.allclose(exported(images, 1.0), exported(images, 0.2), atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_counted_models_are_exported_at_their_share_of_operations(engine, tmp_path):
     model = tiny("evit", image_size=64)
@@ -77,9 +77,6 @@ def test_counted_models_are_exported_at_their_share_of_operations(engine, tmp_pa
     assert record["largest_difference"] < 1e-5
     images = torch.randn(5, 3, 64, 64)
     torch.testing.assert_close(load_exported(tmp_path)(images), model(images).logits.detach(), rtol=1e-4, atol=1e-4)
-    if engine == "onnx":
-        in_8_bits = load_exported(quantized_copy(tmp_path))(images)
-        assert torch.nn.functional.cosine_similarity(in_8_bits, model(images).logits, dim=1).min() > 0.9
 
 
 @pytest.mark.slow  # compiles C++
