@@ -95,8 +95,10 @@ def test_batched_pipelines_with_remote_code(tmp_path, processor, photos):
 from transformers import pipeline
 pipe = pipeline("image-classification", model="model", trust_remote_code=True)
 print(type(pipe.model).__module__.split(".")[0], len(pipe(["photo.png"] * 5, batch_size=4)), len(pipe("photo.png")))
+pipe = pipeline("image-feature-extraction", model="model", trust_remote_code=True)
+print(len(pipe(["photo.png"] * 5, batch_size=4)))
 """
-    assert run_python(code, tmp_path, without_package=True).split() == ["transformers_modules", "5", "5"]
+    assert run_python(code, tmp_path, without_package=True).split() == ["transformers_modules", "5", "5", "5"]
 
 
 def test_attentive_index_is_by_layer_and_can_be_cut_by_image(tiny_model, images):
