@@ -91,7 +91,19 @@ def test_files_that_travel_name_all_files_that_they_need(file):
 
 # What each room of the trainer may import besides `evit_hf`: the rooms to the right of it.
 ROOMS = (
-    *("commands", "loop", "sharing", "prediction", "measuring", "learning", "data", "screen", "arguments", "settings"),
+    *(
+        "commands",
+        "studies",
+        "loop",
+        "sharing",
+        "prediction",
+        "measuring",
+        "learning",
+        "data",
+        "screen",
+        "arguments",
+        "settings",
+    ),
 )
 
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "visualize": "draw what a model keeps of pictures, looks at and answers",
     "inspect": "measure what a model keeps over a data set, and what that does to its answers",
     "benchmark": "time a model against dense ViTs",
+    "study": "train several settings with several seeds and compare them",
     "tune": "find layers and keep rates for a budget",
     "export": "make an ONNX, OpenVINO, torch.export or AOTInductor model",
     "push": "push a model or a run to the Hugging Face Hub",
