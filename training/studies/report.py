@@ -1,5 +1,6 @@
 """What a study found: means over seeds, differences within seeds, a table and a figure."""
 
+import functools
 import json
 import math
 import statistics
@@ -109,13 +110,14 @@ def measure_speed(runs: Sequence[Run], batch_size: int, rounds: int = 11) -> dic
 
     Returns: images per second by setting.
     """
-    device, variants = best_device(), []
+    device, variants = best_device(), list[Variant]()
     for run in runs:
         if not run.is_done or any(run.setting == variant.name for variant in variants):
             continue
-        model = load_classifier(str(run.folder / "model")).to(device).eval()
+        model = load_classifier(str(run.folder / "model")).eval()
+        model.to(device)  # type: ignore[arg-type]
         images = torch.randn(batch_size, *_image_shape(run.folder), device=device)
-        variants.append(Variant(run.setting, lambda model=model, images=images: model(images).logits, 0, 0))
+        variants.append(Variant(run.setting, functools.partial(model, images), 0, 0))
     seconds = alternate(variants, device, rounds)
     return {
         variant.name: batch_size / statistics.median(times) for variant, times in zip(variants, seconds, strict=True)
@@ -147,7 +149,7 @@ def as_markdown(study: Study, rows: Sequence[Row], batch_size: int | None, comma
     ]
     for row in rows:
         speed = "" if row.images_per_second is None else f"{row.images_per_second:.0f}"
-        if speed and base is not None and base.images_per_second is not None:
+        if row.images_per_second is not None and base is not None and base.images_per_second is not None:
             speed += f" ({row.images_per_second / base.images_per_second:.2f}x)"
         lines.append(
             f"| {row.setting} | {len(row.scores)} | {_with_error(row.mean, row.standard_error)} | "
@@ -156,12 +158,8 @@ def as_markdown(study: Study, rows: Sequence[Row], batch_size: int | None, comma
         )
     notes = "After ± is one standard error over seeds; the differences are taken within seeds."
     if batch_size is not None:
-        device = best_device()
-        threads = (
-            f", {torch.get_num_threads()} threads" if device.type == "cpu" and "thread" not in str(device) else ""
-        )
         notes += (
-            f" Speed: {device_name(device).split(',')[0]}{threads}, float32, batch {batch_size}, medians of 11 "
+            f" Speed: {device_name(best_device())}, float32, batch {batch_size}, medians of 11 "
             "alternating rounds in one process. Training: seconds of a run, longer where others ran next to it."
         )
     return "\n".join([*lines, "", notes, ""])
@@ -194,14 +192,15 @@ def draw(study: Study, rows: Sequence[Row], path: Path) -> None:
     xs = [("GMACs of an image", [row.gmacs for row in rows])]
     if timed:
         xs.append(("milliseconds of an image, measured", [1000 / (row.images_per_second or 1) for row in rows]))
-    colors = [f"C{number % 10}" for number in range(len(rows))]
+    looks = [{"color": f"C{number % 10}", "marker": "os^D"[number // 10 % 4]} for number in range(len(rows))]
     for panel, (label, values) in zip(panels, xs, strict=True):
-        for row, x, color in zip(rows, values, colors, strict=True):
-            panel.errorbar(x, row.mean, row.standard_error, marker="o", capsize=4, color=color, label=row.setting)
+        for row, x, look in zip(rows, values, looks, strict=True):
+            panel.errorbar(x, row.mean, row.standard_error, capsize=4, label=row.setting, **look)
         panel.set_xlabel(label, fontsize=12)
         panel.tick_params(labelsize=11)
         panel.grid(alpha=0.3)
         panel.margins(x=0.08, y=0.15)
+        panel.locator_params(axis="x", nbins=5)
     panels[0].set_ylabel({"top1": "top-1 accuracy, %", "micro_f1": "micro F1, %"}[rows[0].metric], fontsize=12)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=10)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import yaml
 
@@ -35,7 +36,7 @@ def check_record(study: Study, output_dir: Path) -> None:
     Raises: ValueError naming the setting.
     """
     record = output_dir / "study.yaml"
-    now = {"train": list(study.train), "settings": {name: list(words) for name, words in study.settings.items()}}
+    now: dict[str, Any] = {"train": list(study.train), "settings": {name: list(words) for name, words in study.settings.items()}}
     made = {run.setting for run in study.runs(output_dir) if run.folder.exists()}
     before = yaml.safe_load(record.read_text("utf-8")) if record.exists() else now
     for name in made:
@@ -61,7 +62,8 @@ def run_all(runs: Sequence[Run], num_jobs: int = 1, num_gpus: int = 0) -> dict[R
     Raises: StudyStopped after SIGTERM, SIGINT or SIGHUP, when all runs have saved and ended.
     """
     failed: dict[Run, str] = {}
-    waiting, running = [run for run in runs if not run.is_done], {}
+    waiting = [run for run in runs if not run.is_done]
+    running: dict[Run, tuple[subprocess.Popen[bytes], int]] = {}
     say(f"{len(runs)} runs: {len(runs) - len(waiting)} are done, {len(waiting)} to train, {num_jobs} at a time.")
     free = list(range(num_jobs))
     with _signals(lambda: [process.terminate() for process, _ in running.values()]) as received:
@@ -106,7 +108,7 @@ def _start(run: Run, slot: int, num_jobs: int, num_gpus: int) -> "subprocess.Pop
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // num_jobs))
     command = [sys.executable, "-m", "evit_training", "train", *run.words, "--resume", "auto"]
     with Path(f"{run.folder}.log").open("ab") as log:
-        # In a session of its own: Ctrl-C reaches the study alone, which hands it on once.
+        # In a session of its own: Ctrl-C reaches only the study, which tells its runs.
         return subprocess.Popen(
             command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
         )
