@@ -115,7 +115,7 @@ def measure_speed(runs: Sequence[Run], batch_size: int, rounds: int = 11) -> dic
         if not run.is_done or any(run.setting == variant.name for variant in variants):
             continue
         model = load_classifier(str(run.folder / "model")).eval()
-        model.to(device)  # type: ignore[arg-type]
+        model.to(device)
         images = torch.randn(batch_size, *_image_shape(run.folder), device=device)
         variants.append(Variant(run.setting, functools.partial(model, images), 0, 0))
     seconds = alternate(variants, device, rounds)

@@ -36,7 +36,10 @@ def check_record(study: Study, output_dir: Path) -> None:
     Raises: ValueError naming the setting.
     """
     record = output_dir / "study.yaml"
-    now: dict[str, Any] = {"train": list(study.train), "settings": {name: list(words) for name, words in study.settings.items()}}
+    now: dict[str, Any] = {
+        "train": list(study.train),
+        "settings": {name: list(words) for name, words in study.settings.items()},
+    }
     made = {run.setting for run in study.runs(output_dir) if run.folder.exists()}
     before = yaml.safe_load(record.read_text("utf-8")) if record.exists() else now
     for name in made:
@@ -66,7 +69,7 @@ def run_all(runs: Sequence[Run], num_jobs: int = 1, num_gpus: int = 0) -> dict[R
     running: dict[Run, tuple[subprocess.Popen[bytes], int]] = {}
     say(f"{len(runs)} runs: {len(runs) - len(waiting)} are done, {len(waiting)} to train, {num_jobs} at a time.")
     free = list(range(num_jobs))
-    with _signals(lambda: [process.terminate() for process, _ in running.values()]) as received:
+    with _signals(lambda: [process for process, _ in running.values()]) as received:
         while waiting or running:
             for run in list(waiting):
                 blocked = [name for name in run.needs if any(f.setting == name and f.seed == run.seed for f in failed)]
@@ -129,13 +132,14 @@ def _wait_for_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _signals(end_runs: Callable[[], object]) -> Iterator[list[int]]:
+def _signals(running: Callable[[], list[subprocess.Popen[bytes]]]) -> Iterator[list[int]]:
     """Tell the runs to save and end when a signal comes; the list says which signals came."""
     received: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
         if not received:
-            end_runs()
+            for process in running():
+                process.terminate()
         received.append(number)
 
     before = {number: signal.signal(number, handle) for number in STOPPING}
