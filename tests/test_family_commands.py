@@ -202,15 +202,17 @@ def test_spaces_of_families_answer_as_the_model_does(case, tmp_path):
     code = """
 import json, app
 from PIL import Image
-answer, gallery, cost = app.classify(Image.effect_noise((60, 40), 90), 0.6)
-print(json.dumps([len(answer), [text for _, text in gallery], cost]))
+answer, dense, gallery, attention, cost = app.show(Image.effect_noise((60, 40), 90), 0.6)
+print(json.dumps([len(answer), [text for _, text in gallery], cost, len(dense), [text for _, text in attention]]))
 """
-    num_classes, captions, cost = json.loads(run_python(code, space).strip().splitlines()[-1])
+    num_classes, captions, cost, num_dense, layers = json.loads(run_python(code, space).strip().splitlines()[-1])
     assert num_classes == 10
     model = reorganize(load_classifier(str(folder)))
     left = [(index >= 0).sum().item() for index in model(PIXELS[:1], macs=0.6).attentive_index]
     assert captions == ["all 36 patches", *(f"after layer {i}: {n} of 36" for i, n in enumerate(left))]
     assert left[-1] < 36
+    assert num_dense == 5
+    assert layers == [f"layer {i}" for i in range(4)]
     assert "GMACs" in cost
 
 

@@ -93,8 +93,9 @@ def as_picture(images: torch.Tensor) -> Image.Image:
 
 def compare(image: Image.Image, budget: float) -> tuple[dict[str, float], list]:
     """The dense model's probabilities by class, and the class token's attention in each layer, with captions."""
-    seen = visualize(model, processor, image, [float(budget)] if BUDGET == "keep_rate" else [], num_answers=5)
-    view = seen.views[0] if seen.views else seen.dense  # at keep rate 1.0 the dense model is the only one
+    budgets = {"keep_rate": "keep_rates", "macs": "macs"}[BUDGET]
+    seen = visualize(model, processor, image, num_answers=5, **{budgets: [float(budget)]})
+    view = seen.views[0] if seen.views else seen.dense  # at 1.0 the dense model is the only one
     layers = [(seen.attention(view, i), f"layer {stage.layer}") for i, stage in enumerate(view.trace.stages)]
     return dict(seen.dense.answers), layers
 
