@@ -1,4 +1,5 @@
 import ast
+import copy
 import json
 import re
 import time
@@ -9,9 +10,10 @@ import torch
 from conftest import tiny_config_with
 from training_runs import SMALL
 from transformers import ViTImageProcessor
+from vision_families import EXAMPLE, build
 
-from evit_hf import EViTConfig, EViTForImageClassification
-from evit_hf.profiling import num_macs
+from evit_hf import EViTConfig, EViTForImageClassification, reorganize
+from evit_hf.profiling import MacsFormula, num_macs
 from evit_training.cli import main
 from evit_training.learning.models import compile_layers
 from evit_training.measuring import schedule, timing
@@ -240,17 +242,20 @@ def test_targets_are_shares_operations_or_times(capsys):
         assert "`TARGET` must be a share of the dense operations below 1" in capsys.readouterr().err
 
 
+def test_tuning_replaces_a_share_of_operations_by_keep_rates():
+    model, images = reorganize(build(EXAMPLE), macs=0.6), torch.randn(2, 3, 48, 48)
+    for rates, lengths in (({1: 0.5}, [18]), ({0: 0.5, 2: 0.5}, [18, 10]), ({}, [36, 36])):
+        set_rates(model, rates)
+        assert [index.shape[1] for index in model(images).attentive_index] == lengths
+
+
 def test_greedy_search_meets_the_budget_and_lowers_the_layer_that_costs_least():
     torch.manual_seed(0)
     model = EViTForImageClassification(tiny_config_with(num_hidden_layers=5)).eval()
     images = torch.randn(8, 3, 32, 32)
     labels = model(images, keep_rate=1.0).logits.argmax(-1)
 
-    def cost(rates):
-        config = tiny_config_with(num_hidden_layers=5)
-        set_rates(config, rates)
-        return num_macs(config)
-
+    cost = MacsFormula.of(copy.deepcopy(model))
     lines = []
     budget = 0.8 * cost({})
     rates = greedy(model, [(images, labels)], cost, budget, lines.append)

@@ -19,6 +19,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from evit_hf.checkpoint_files import set_modes_by_umask
 from evit_hf.configuration_evit import default_reorganization_layers
 from evit_hf.profiling import MacsFormula
+from evit_hf.reorganization import reorganize
 from evit_hf.towers import tower_of
 
 from ..arguments import DataArguments
@@ -152,7 +153,7 @@ def save(
         Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
         (Path(arguments.output_dir) / "tune.json").write_text(json.dumps(report, indent=2) + "\n")
     if arguments.save:
-        set_rates(tower_of(model).config, rates)
+        set_rates(model, rates)
         model.save_pretrained(arguments.save)
         processor.save_pretrained(arguments.save)
         set_modes_by_umask(Path(arguments.save))
@@ -256,17 +257,19 @@ def uniform(
     return None
 
 
-def set_rates(config: Any, rates: dict[int, float]) -> None:
-    """Put layers and keep rates into a configuration."""
-    config.keep_rate = 1.0  # one number fits any list of layers
-    config.reorganization_layers = sorted(rates)
-    config.keep_rate = [rates[layer] for layer in sorted(rates)] or 1.0
+def set_rates(model: PreTrainedModel, rates: dict[int, float]) -> None:
+    """Give a model layers and their keep rates, in the place of a share of operations if it has one; {} is dense."""
+    if rates:
+        layers = sorted(rates)
+        reorganize(model, [rates[layer] for layer in layers], reorganization_layers=layers)
+    else:
+        reorganize(model, 1.0)
 
 
 @torch.no_grad()
 def loss_and_accuracy(model: PreTrainedModel, calibration: list[Any], rates: dict[int, float]) -> tuple[float, float]:
     """Mean cross-entropy and share of right answers on the calibration images."""
-    set_rates(tower_of(model).config, rates)
+    set_rates(model, rates)
     loss = right = total = 0.0
     for images, labels in calibration:
         logits = model(images).logits.float()
@@ -288,7 +291,7 @@ def measured_milliseconds(
 
     def runner(rates: dict[int, float]) -> Callable[[], None]:
         fixed = copy.deepcopy(model)
-        set_rates(tower_of(fixed).config, rates)
+        set_rates(fixed, rates)
 
         def run() -> None:
             with torch.no_grad():
