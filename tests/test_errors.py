@@ -97,6 +97,28 @@ def test_a_model_that_cannot_be_loaded_is_refused_in_one_line(name, model, workp
     assert not (workplace / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["evaluate", "benchmark", "tune"])
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(name, workplace, capsys):
+    tiny_config_with().save_pretrained("weightless")
+    text = one_line(capsys, [*call(name, "weightless"), "--output-dir", "cat.jpg"])
+    assert "`--output-dir cat.jpg` cannot be written: " in text
+
+
+def test_an_export_onto_a_full_disk_leaves_nothing_behind(workplace, capsys, monkeypatch):
+    from evit_hf import export
+
+    def write(program, inputs, path, output):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(path))
+
+    EViTForImageClassification(tiny_config_with()).save_pretrained("whole")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained("whole")
+    before = sorted(workplace.iterdir())
+    monkeypatch.setitem(export._WRITERS, "torch-export", write)
+    assert "No space left on device" in one_line(capsys, ["export", "whole", "out/put", "--format", "torch-export"])
+    assert sorted(workplace.iterdir()) == before
+
+
 @pytest.mark.parametrize(
     ("fault", "sentence"),
     [

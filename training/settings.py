@@ -13,6 +13,7 @@ import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 
@@ -105,6 +106,18 @@ def budget(arguments: Any) -> dict[str, Any]:
     """
     rates = arguments.keep_rate
     return {"keep_rate": rates[0] if rates is not None and len(rates) == 1 else rates, "macs": arguments.macs}
+
+
+def make_output_dir(folder: str | None) -> None:
+    """Make the folder that `--output-dir` names before hours of work are spent on what would go there.
+
+    Raises: ValueError if it cannot be.
+    """
+    try:
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"`--output-dir {folder}` cannot be written: {error}.") from None
 
 
 def flag(name: str) -> str:

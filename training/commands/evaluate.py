@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..arguments import DataArguments
 from ..screen import say, screen, show_result
-from ..settings import AT_LEAST_ONE, KEEP_RATE, FlagParser, json_setting, macs_list_setting, quiet_setting, setting
+from ..settings import (
+    AT_LEAST_ONE,
+    KEEP_RATE,
+    FlagParser,
+    json_setting,
+    macs_list_setting,
+    make_output_dir,
+    quiet_setting,
+    setting,
+)
 from .errors import command
 
 
@@ -88,6 +97,7 @@ def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments
     from ..measuring.machine import accelerator_on, check_launcher
 
     check_launcher(arguments.mixed_precision)
+    make_output_dir(arguments.output_dir)
     accelerator = accelerator_on(arguments.device, mixed_precision=arguments.mixed_precision)
     network = load_classifier(model)
     splits = load_evaluation_split(data)
@@ -117,7 +127,6 @@ def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments
     report["results"] = [result.as_json() for result in results]
     show_result(comparison_table(results), report)
     if accelerator.is_main_process and (arguments.output_dir or folder.is_dir()):
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
         draw_tradeoff(results, folder / "evaluation.png")
         say(f"Saved {folder / 'evaluation.json'} and {folder / 'evaluation.png'}.")
@@ -159,6 +168,5 @@ def compare(
     about["mixed_precision"] = arguments.mixed_precision
     show_result(found.table(), {**about, **found.as_json()})
     if arguments.output_dir or folder.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
         write_comparisons(found, folder / "comparisons.json", **about)
         say(f"Saved {folder / 'comparisons.json'}.")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..screen import say, show_result
+from ..settings import make_output_dir
 from .arguments import BenchmarkArguments
 
 
@@ -108,6 +109,7 @@ def benchmark(name: str, arguments: BenchmarkArguments, argv: Sequence[str] = ()
     for dtype in arguments.dtypes:
         if dtype not in TOLERANCES:
             raise ValueError(f"`--dtypes` knows {', '.join(TOLERANCES)}, got {dtype!r}.")
+    make_output_dir(arguments.output_dir)
     import torch
 
     from .machine import PACKAGES, best_device, machine
@@ -133,7 +135,6 @@ def benchmark(name: str, arguments: BenchmarkArguments, argv: Sequence[str] = ()
     show_result(None, report)
     if arguments.output_dir:
         folder = Path(arguments.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "benchmark.json").write_text(json.dumps(report, indent=2) + "\n")
         draw(comparisons, report["device"], folder / "benchmark.png")
         say(f"Saved {folder / 'benchmark.json'} and {folder / 'benchmark.png'}.")

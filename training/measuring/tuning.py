@@ -27,6 +27,7 @@ from ..data.loaders import batches
 from ..data.splits import load_evaluation_split, with_classes_of
 from ..learning.models import load_classifier, load_processor
 from ..screen import say, show_result
+from ..settings import make_output_dir
 from .arguments import Target, TuneArguments, parse_target
 from .machine import best_device
 from .timing import Variant, alternate
@@ -71,6 +72,7 @@ def tune(name: str, target: str, arguments: TuneArguments, data: DataArguments) 
     Raises: ValueError for a target that cannot be read or reached.
     """
     goal = parse_target(target)
+    make_output_dir(arguments.output_dir)
     device = best_device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -150,7 +152,6 @@ def save(
 ) -> None:
     """Write tune.json and the model with the chosen layers and keep rates, where asked."""
     if arguments.output_dir:
-        Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
         (Path(arguments.output_dir) / "tune.json").write_text(json.dumps(report, indent=2) + "\n")
     if arguments.save:
         set_rates(model, rates)
