@@ -329,8 +329,8 @@ def rearrange_tokens(hidden_states: torch.Tensor, choice: TokenChoice, num_prefi
 def averaged_tokens(attentive: torch.Tensor, inattentive: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
     """Kept tokens, each half of itself and half of the mean of what it counts, at its own length.
 
-    The mean is weighted by size and the token itself takes part in it; a token that counts nothing new stays as it is.
-    Averages are shorter than what they are averages of, which the layers after it did not learn:
+    The mean is weighted by size and the token itself takes part in it; a token that counts nothing new stays as it is,
+    up to rounding. Averages are shorter than what they are averages of, which the layers after it did not learn:
     hence the length.
 
     Args:
@@ -343,18 +343,12 @@ def averaged_tokens(attentive: torch.Tensor, inattentive: torch.Tensor, shares: 
     Source: ToMe (arXiv 2210.09461) takes the mean itself; ToFu (arXiv 2312.01026) keeps the length.
     """
     with torch.autocast(attentive.device.type, enabled=False):
-        # Only of the kept tokens that count others, once for each of those: the rest is copied as it is.
-        keeper = shares.argmax(dim=1)
-        shares = shares.gather(1, keeper.unsqueeze(2).expand(-1, -1, shares.shape[2]))
         shares = (AVERAGED_SHARE * shares).to(attentive.dtype)
-        before = attentive.gather(1, keeper.unsqueeze(2).expand(-1, -1, attentive.shape[2]))
-        mixed = torch.baddbmm(before * (1 - shares.sum(dim=2, keepdim=True)), shares, inattentive)
-        length = before.norm(dim=2, keepdim=True, dtype=_at_least_float32_dtype(attentive))
-        mixed_length = mixed.norm(dim=2, keepdim=True, dtype=_at_least_float32_dtype(attentive))
-        change = mixed * (length / mixed_length.clamp(min=1e-12)).to(mixed.dtype) - before
-        kept = torch.arange(attentive.shape[1], device=keeper.device)
-        is_keeper = (keeper.unsqueeze(1) == kept.unsqueeze(1)).to(attentive.dtype)
-        return torch.baddbmm(attentive, is_keeper / is_keeper.sum(dim=2, keepdim=True).clamp(min=1), change)
+        own = 1 - shares.sum(dim=2, keepdim=True)
+        mixed = torch.baddbmm(attentive * own, shares, inattentive)
+        before = attentive.norm(dim=2, keepdim=True, dtype=_at_least_float32_dtype(attentive))
+        after = mixed.norm(dim=2, keepdim=True, dtype=_at_least_float32_dtype(attentive))
+        return mixed * (before / after.clamp(min=1e-12)).to(mixed.dtype)
 
 
 def choose_tokens(

@@ -3,6 +3,7 @@ import json
 import sys
 
 import pytest
+from conftest import run_python
 from training_runs import SMALL
 
 from evit_training.arguments import parse_train_arguments
@@ -142,3 +143,27 @@ def test_training_says_what_it_does_and_json_prints_its_results(tmp_path, capsys
     assert "--hidden-size 32" in printed.err
     assert "RANDOM WEIGHTS" in printed.err
     assert "step 1 of 1: loss" in printed.err
+
+
+def test_a_killed_process_that_holds_tqdms_lock_stops_nobody(tmp_path):
+    """As loaders may be killed: the lock of tqdm is shared by all processes that were forked."""
+    code = """
+import os, signal
+from tqdm import tqdm
+from evit_training.screen import bar, say
+
+tqdm.get_lock()
+read, write = os.pipe()
+pid = os.fork()
+if pid == 0:
+    tqdm.get_lock().acquire()
+    os.write(write, b"x")
+    signal.pause()
+os.read(read, 1)
+os.kill(pid, signal.SIGKILL)
+os.waitpid(pid, 0)
+signal.alarm(20)
+say("alive")
+print(sum(bar([1, 2, 3], unit="numbers")))
+"""
+    assert run_python(code, tmp_path).split() == ["alive", "6"]

@@ -9,13 +9,12 @@ import contextlib
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
+from tqdm import tqdm
 
 
 Item = TypeVar("Item")
@@ -79,6 +78,17 @@ def show_result(text: str | None, result: Any) -> None:
         _write(text, sys.stdout)
 
 
+class Bar(tqdm):
+    """A bar of tqdm with a lock of this process, and without the thread that watches bars.
+
+    The lock of tqdm itself is shared with processes that were forked: where one is killed while it holds it, as those
+    that load images may be, all others wait for ever, bars shown or not.
+    """
+
+    monitor_interval = 0
+    _lock = threading.RLock()
+
+
 def bar(items: Iterable[Item] | None = None, unit: str = "it", **options: Any) -> "tqdm[Item]":
     """A bar of tqdm on standard error, drawn only on a terminal and without `--quiet`.
 
@@ -87,17 +97,13 @@ def bar(items: Iterable[Item] | None = None, unit: str = "it", **options: Any) -
         unit: name of an item.
         **options: of `tqdm`.
     """
-    from tqdm import tqdm
-
     is_off = _shown.quiet or not is_first_process()
     shown = {"file": sys.stderr, "disable": True if is_off else None, "dynamic_ncols": True, "unit": f" {unit}"}
-    return tqdm(items, **shown, **options)
+    return Bar(items, **shown, **options)
 
 
 def _write(text: str, stream: Any) -> None:
-    from tqdm import tqdm
-
     if is_first_process():
-        with tqdm.external_write_mode(file=stream):
+        with Bar.external_write_mode(file=stream):
             stream.write(f"{text}\n")
             stream.flush()
