@@ -197,7 +197,12 @@ class ModelArguments:
     def __post_init__(self) -> None:
         """Fill in what depends on another setting."""
         if self.inattentive_tokens is None:
-            self.inattentive_tokens = "fused" if self.macs is None else "counted"
+            self.inattentive_tokens = self.fitting_inattentive_tokens
+
+    @property
+    def fitting_inattentive_tokens(self) -> Literal["fused", "counted"]:
+        """Default of `inattentive_tokens`."""
+        return "fused" if self.macs is None else "counted"
 
 
 @dataclass
@@ -418,7 +423,7 @@ class TrainArguments:
 
     def as_flags(self) -> list[str]:
         """The settings that differ from their defaults, as words of a command line."""
-        fitting = self._fitting_defaults()
+        fitting = {**self._fitting_defaults(), "inattentive_tokens": self.model.fitting_inattentive_tokens}
         flags = []
         for name, value in self.as_dict().items():
             if value in (None, []) or value == fitting.get(name, default_of(FIELDS[name])):
