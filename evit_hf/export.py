@@ -444,8 +444,9 @@ def _write_aoti(program: torch.export.ExportedProgram, inputs: tuple[Any, ...], 
 
 def _write_onnx(program: torch.export.ExportedProgram, inputs: tuple[Any, ...], path: Path, output: str) -> None:
     names = ["pixel_values", "keep_rate"][: len(inputs)]
-    # ONNX has one way to sort, which keeps the order of equals: PyTorch's exporter knows it by the other name.
-    if any(node.target is torch.ops.aten.sort.stable for node in program.graph.nodes):
+    # PyTorch's exporter knows no stable sort. TopK of all values is one: of equals ONNX takes the first one first.
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+    if any(node.target is torch.ops.aten.sort.stable for graph in graphs for node in graph.nodes):
         table = {**torch.export.default_decompositions(), torch.ops.aten.sort.stable: _sort}
         program = program.run_decompositions(table)
     exported = torch.onnx.export(
@@ -458,8 +459,8 @@ def _write_onnx(program: torch.export.ExportedProgram, inputs: tuple[Any, ...], 
 def _sort(
     values: torch.Tensor, *, stable: bool, dim: int = -1, descending: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`aten.sort.stable` as `aten.sort`."""
-    return torch.ops.aten.sort.default(values, dim, descending)
+    """`aten.sort.stable` as `aten.topk`."""
+    return torch.ops.aten.topk.default(values, values.shape[dim], dim, descending, True)
 
 
 def _name_batch_axis(path: Path) -> None:
