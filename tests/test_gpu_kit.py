@@ -11,7 +11,9 @@ from conftest import ROOT
 from vision_families import build, inputs
 
 from evit_hf import reorganize
+from evit_hf.token_reorganization import rearrange_tokens
 from evit_training.measuring import timing
+from evit_training.measuring.comparisons import merged_pairs
 
 
 FOLDER = ROOT / "docs" / "benchmarks" / "gpu"
@@ -64,8 +66,9 @@ def test_tome_merges_the_most_similar_pairs_into_means(script):
     keys = torch.nn.functional.normalize(torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0)), dim=-1)
     sizes = torch.tensor([[1.0, 2, 1, 3, 1, 1, 2]] * 2)
     hidden = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(1))
-    choice = families.merge_choice(None, 5, num_prefix_tokens=1, keys=keys, token_sizes=sizes)
-    merged = families.merge_tokens(hidden, choice)
+    choice = merged_pairs(None, 5, num_prefix_tokens=1, keys=keys, token_sizes=sizes)
+    with families.tome():
+        merged = rearrange_tokens(hidden, choice)
     assert choice.counted.token_sizes.sum(1).tolist() == [11, 11]
     for i in range(2):
         alike = keys[i, ::2] @ keys[i, 1::2].T

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 import transformers
 
-from evit_hf import reorganization, reorganize
+from evit_hf import reorganize
 from evit_hf.profiling import num_macs
-from evit_hf.token_reorganization import CountedTokens, TokenChoice, attentive_rows, rows_of
+from evit_hf.tokens_left import Asked
+from evit_training.measuring.comparisons import REFERENCE, all_ways, in_place
 from evit_training.measuring.machine import machine
 from evit_training.measuring.timing import Variant, alternate, quartiles
 
@@ -59,83 +60,15 @@ def build(name: str, **fields: Any) -> transformers.PreTrainedModel:
     return model_class(config).eval()
 
 
-def merge_choice(
-    attention: torch.Tensor | None,
-    num_attentive: int,
-    *,
-    num_prefix_tokens: int,
-    keys: torch.Tensor,
-    token_sizes: torch.Tensor | None,
-    **unused: Any,
-) -> TokenChoice:
-    """ToMe's choice, in place of `choose_tokens`: every other token is merged into its most similar neighbour.
-
-    Tokens are dealt out into two sets in turn; those of the first that resemble one of the second most are merged into
-    it.
-
-    Args:
-        attention: not read.
-        num_attentive: tokens that are left, at least half of them.
-        num_prefix_tokens: tokens before the image tokens.
-        keys: (batch_size, num_image_tokens, head_dim), see `mean_keys`.
-        token_sizes: (batch_size, num_image_tokens), or None for all 1.
-        **unused: other arguments of `choose_tokens`.
-
-    Returns: a choice for `merge_tokens`, whose `shares` are the target of each merged token, and the sizes of kept and
-        merged tokens before.
-
-    Source: ToMe (arXiv 2210.09461).
-    """
-    batch_size, num_tokens = keys.shape[:2]
-    num_merged = num_tokens - num_attentive
-    keys = keys.to(torch.get_default_dtype())
-    best, partner = (keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)).max(dim=2)
-    order = best.argsort(dim=1, descending=True)
-    merged, unmerged = order[:, :num_merged], order[:, num_merged:]
-    second = torch.arange(1, num_tokens, 2, device=keys.device).expand(batch_size, -1)
-    index = torch.cat((2 * unmerged, second), dim=1)
-    target = partner.gather(1, merged) + unmerged.shape[1]
-    sizes = torch.ones_like(best[:, :1]).expand(-1, num_tokens) if token_sizes is None else token_sizes
-    before, added = sizes.gather(1, index), sizes.gather(1, 2 * merged)
-    places = torch.arange(num_attentive, device=keys.device).expand(batch_size, -1)
-    counted_by = torch.empty_like(index[:, :1]).repeat(1, num_tokens).scatter(1, index, places)
-    counted = CountedTokens(
-        inattentive_rows=attentive_rows(2 * merged, num_prefix_tokens + num_tokens, num_prefix_tokens),
-        counted_by=counted_by.scatter(1, 2 * merged, target),
-        token_sizes=before.scatter_add(1, target, added),
-        shares=(target, before, added),
-    )
-    rows = attentive_rows(index, num_prefix_tokens + num_tokens, num_prefix_tokens)
-    return TokenChoice(index, rows, counted=counted)
-
-
-def merge_tokens(hidden_states: torch.Tensor, choice: TokenChoice, num_prefix_tokens: int = 1) -> torch.Tensor:
-    """Means of merged tokens, weighted by size: ToMe's step, in place of `rearrange_tokens`."""
-    target, before, added = choice.counted.shares
-    before, added = (sizes.to(hidden_states.dtype).unsqueeze(-1) for sizes in (before, added))
-    kept, merged = rows_of(hidden_states, choice.rows), rows_of(hidden_states, choice.counted.inattentive_rows)
-    target = target.unsqueeze(-1).expand_as(merged)
-    total = (kept * before).scatter_add(1, target, merged * added)
-    sizes = choice.counted.token_sizes.to(hidden_states.dtype).unsqueeze(-1)
-    return torch.cat((hidden_states[:, :num_prefix_tokens], total / sizes), dim=1)
-
-
 @contextmanager
 def tome() -> Iterator[None]:
     """Let models with counted tokens merge as many of them as ToMe does, which scores no tokens."""
-    names = ("choose_tokens", "rearrange_tokens", "Asked")
-    before = [getattr(reorganization, name) for name in names]
 
-    def asked(num_scoring_tokens: int, **kwargs: Any) -> Any:
-        return before[2](num_scoring_tokens=0, **kwargs)
+    def asked(num_scoring_tokens: int, **kwargs: Any) -> Asked:
+        return Asked(num_scoring_tokens=0, **kwargs)
 
-    try:
-        for name, instead in zip(names, (merge_choice, merge_tokens, asked), strict=True):
-            setattr(reorganization, name, instead)
+    with in_place({**all_ways()[REFERENCE].functions, "Asked": asked}):
         yield
-    finally:
-        for name, own in zip(names, before, strict=True):
-            setattr(reorganization, name, own)
 
 
 def runner(model: torch.nn.Module, images: torch.Tensor, merges: bool = False) -> Callable[[], None]:

@@ -95,7 +95,7 @@ def received_attention(
 
 
 def merged_pairs(
-    attention: torch.Tensor,
+    attention: torch.Tensor | None,
     num_attentive: int,
     *,
     num_prefix_tokens: int = 1,
@@ -108,7 +108,7 @@ def merged_pairs(
     At most half of the tokens can be merged in a layer.
 
     Args:
-        attention: (batch_size, num_image_tokens), of which only the shape is used.
+        attention: not used.
         num_attentive: tokens that are left.
         num_prefix_tokens: tokens before the image tokens, which are never merged.
         keys: see `token_reorganization.mean_keys`.
@@ -122,7 +122,7 @@ def merged_pairs(
 
     Source: "Token Merging: Your ViT But Faster", arXiv 2210.09461, written from the paper.
     """
-    (batch_size, num_tokens), device = attention.shape, attention.device
+    (batch_size, num_tokens), device = keys.shape[:2], keys.device
     num_merged, num_first = num_tokens - num_attentive, (num_tokens + 1) // 2
     if num_merged > num_first:
         raise ValueError(f"ToMe merges at most half of {num_tokens} tokens in a layer, not {num_merged}.")

@@ -7,8 +7,7 @@ values as one product: what three products of a third cost more than one.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +16,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.benchmark import Timer
 
-from evit_hf import EViTConfig, EViTForImageClassification, modeling_evit, preset_config, token_reorganization
+from evit_hf import EViTConfig, EViTForImageClassification, preset_config, token_reorganization
 from evit_hf.short_cuts import short_cuts_counted
+from evit_training.measuring.comparisons import in_place
 
 
 # Functions of `token_reorganization` by what they do. Those further down run inside those further up.
@@ -42,28 +42,19 @@ def build(kit: Kit) -> tuple[nn.Module, torch.Tensor]:
     return model, torch.randn(batch_size, 3, config.image_size, config.image_size).to(kit.device, dtype)
 
 
-@contextmanager
-def named_parts() -> Iterator[None]:
-    """Let the profiler see the functions of `PARTS` under their names."""
-    places = [
-        (module, name) for module in (token_reorganization, modeling_evit) for name in PARTS if hasattr(module, name)
-    ]
-    before = [getattr(module, name) for module, name in places]
+def named_parts() -> dict[str, Any]:
+    """The functions of `PARTS`, which the profiler sees under their names."""
 
-    def named(name: str, function: Any) -> Any:
+    def named(name: str) -> Any:
+        function = getattr(token_reorganization, name)
+
         def run(*args: Any, **kwargs: Any) -> Any:
             with record_function(name):
                 return function(*args, **kwargs)
 
         return run
 
-    try:
-        for (module, name), function in zip(places, before, strict=True):
-            setattr(module, name, named(name, function))
-        yield
-    finally:
-        for (module, name), function in zip(places, before, strict=True):
-            setattr(module, name, function)
+    return {name: named(name) for name in PARTS}
 
 
 @torch.no_grad()
@@ -73,7 +64,7 @@ def shares(kit: Kit) -> tuple[str, Any]:
     passes, is_cuda = (1, False) if kit.is_dry else (10, True)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
     # The profiler would otherwise be given the plain order of operations, without short cuts.
-    with named_parts(), short_cuts_counted():
+    with in_place(named_parts()), short_cuts_counted():
         for _ in range(3):
             model(images)
         with profile(activities=activities) as profiler:
