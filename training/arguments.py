@@ -194,16 +194,6 @@ class ModelArguments:
     trainable: Literal["all", "head"] = setting("all", "Train everything, or only the classifier (linear probe).")
     freeze_layers: int = setting(0, "Freeze the embeddings and this many of the first layers.", NOT_NEGATIVE)
 
-    def __post_init__(self) -> None:
-        """Fill in what depends on another setting."""
-        if self.inattentive_tokens is None:
-            self.inattentive_tokens = self.fitting_inattentive_tokens
-
-    @property
-    def fitting_inattentive_tokens(self) -> Literal["fused", "counted"]:
-        """Default of `inattentive_tokens`."""
-        return "fused" if self.macs is None else "counted"
-
 
 @dataclass
 class OptimizationArguments:
@@ -411,19 +401,23 @@ class TrainArguments:
 
     def __post_init__(self) -> None:
         """Give the settings whose defaults depend on others their values."""
-        for name, value in self._fitting_defaults().items():
-            if getattr(self.optimization, name) is None:
-                setattr(self.optimization, name, value)
+        for part in vars(self).values():
+            for name, value in self._fitting_defaults().items():
+                if getattr(part, name, value) is None:
+                    setattr(part, name, value)
 
-    def _fitting_defaults(self) -> dict[str, float]:
-        """Defaults that are different to fine-tune and from scratch."""
-        if self.model.model is not None:
-            return {"learning_rate": 2e-5, "warmup_epochs": 0.0}
-        return {"learning_rate": 5e-4, "warmup_epochs": min(5.0, self.optimization.epochs / 10)}
+    def _fitting_defaults(self) -> dict[str, Any]:
+        """Defaults that depend on other settings."""
+        is_scratch = self.model.model is None
+        return {
+            "learning_rate": 5e-4 if is_scratch else 2e-5,
+            "warmup_epochs": min(5.0, self.optimization.epochs / 10) if is_scratch else 0.0,
+            "inattentive_tokens": "fused" if self.model.macs is None else "counted",
+        }
 
     def as_flags(self) -> list[str]:
         """The settings that differ from their defaults, as words of a command line."""
-        fitting = {**self._fitting_defaults(), "inattentive_tokens": self.model.fitting_inattentive_tokens}
+        fitting = self._fitting_defaults()
         flags = []
         for name, value in self.as_dict().items():
             if value in (None, []) or value == fitting.get(name, default_of(FIELDS[name])):
@@ -522,9 +516,9 @@ def in_todays_words(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def recipe_names() -> list[str]:
-    """Names of the packaged recipes."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+def packaged_names(folder: Path) -> str:
+    """Names of the packaged YAML files of a folder, in words."""
+    return ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
 
 
 def recipe_path(name_or_path: str) -> Path:
@@ -532,12 +526,46 @@ def recipe_path(name_or_path: str) -> Path:
 
     Raises: ValueError naming the packaged recipes.
     """
-    for path in (Path(name_or_path), RECIPES / f"{name_or_path}.yaml"):
+    return packaged_file(name_or_path, RECIPES, "recipe")
+
+
+def packaged_file(name_or_path: str, folder: Path, kind: str) -> Path:
+    """A YAML file, given by path or by the name of one that is packaged.
+
+    Args:
+        name_or_path: as on the command line.
+        folder: of the packaged ones.
+        kind: word for the error, "recipe" or "study".
+
+    Raises: ValueError naming the packaged ones.
+    """
+    for path in (Path(name_or_path), folder / f"{name_or_path}.yaml"):
         if path.is_file():
             return path
     raise ValueError(
-        f"There is no recipe `{name_or_path}`: give the path of a YAML file, or one of {', '.join(recipe_names())}."
+        f"There is no {kind} `{name_or_path}`: give the path of a YAML file, or one of {packaged_names(folder)}."
     )
+
+
+def read_mapping(path: Path, kind: str) -> tuple[dict[str, Any], yaml.Node | None]:
+    """The `name: value` lines of a YAML file, as values and as nodes, which know their lines and spelling.
+
+    Args:
+        path: of the file.
+        kind: word for the error, "recipe" or "study".
+
+    Raises: ValueError for a file that is not a mapping in YAML.
+    """
+    try:
+        text = path.read_text("utf-8")
+        settings, root = yaml.safe_load(text) or {}, yaml.compose(text)
+    except UnicodeDecodeError:
+        raise ValueError(f"`{path}` is not a text file: a {kind} is YAML.") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"`{path}` is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"`{path}` must hold `name: value` lines, got a {type(settings).__name__}.")
+    return settings, root
 
 
 def recipe_flags(path: Path, without: Sequence[str] = ()) -> list[str]:
@@ -549,16 +577,7 @@ def recipe_flags(path: Path, without: Sequence[str] = ()) -> list[str]:
 
     Raises: ValueError for a file that is not a mapping in YAML, or for a setting that does not exist.
     """
-    try:
-        text = path.read_text()
-        settings = yaml.safe_load(text) or {}
-        root = yaml.compose(text)
-    except UnicodeDecodeError:
-        raise ValueError(f"`{path}` is not a text file: a recipe is YAML.") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"`{path}` is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"`{path}` must hold `name: value` lines, got a {type(settings).__name__}.")
+    settings, root = read_mapping(path, "recipe")
     nodes = dict(root.value) if isinstance(root, yaml.MappingNode) else {}
     lines = {key.value: key.start_mark.line + 1 for key in nodes}
     # As the file spells it: YAML reads `no` as False, and 1e-3 as a string.
@@ -589,7 +608,7 @@ def train_parser() -> FlagParser:
         PARTS,
         usage="evit train [RECIPE] [--flag value ...]",
         description="Train or fine-tune an EViT. RECIPE is a YAML file or the name of a packaged recipe "
-        f"({', '.join(recipe_names())}); flags override it.",
+        f"({packaged_names(RECIPES)}); flags override it.",
         renamed=RENAMED_FLAGS,
     )
 

@@ -111,11 +111,11 @@ def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments
     )
     prepared = accelerator.prepare_model(network, evaluation_mode=True)
     folder = Path(arguments.output_dir or model)
-    if arguments.compare:
-        with closing(loader):
-            compare(accelerator, network, loader, arguments, folder, {"model": model, "dataset": data.dataset})
-        return []
+    about: dict[str, Any] = {"model": model, "dataset": data.dataset}
     with closing(loader):
+        if arguments.compare:
+            compare(accelerator, network, loader, arguments, folder, about)
+            return []
         results = compare_keep_rates(
             accelerator,
             prepared,
@@ -123,8 +123,7 @@ def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments
             arguments.keep_rates if arguments.macs is None else [1.0],
             macs=arguments.macs or (),
         )
-    report: dict[str, Any] = {"model": model, "dataset": data.dataset, "label_names": splits.label_names}
-    report["results"] = [result.as_json() for result in results]
+    report = {**about, "label_names": splits.label_names, "results": [result.as_json() for result in results]}
     show_result(comparison_table(results), report)
     if accelerator.is_main_process and (arguments.output_dir or folder.is_dir()):
         (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -154,7 +153,7 @@ def compare(
 
     Raises: ValueError for several processes or labels.
     """
-    from ..measuring.comparisons import DEFAULT_MACS, compare_ways, write_comparisons
+    from ..measuring.comparisons import DEFAULT_MACS, compare_ways
 
     if accelerator.num_processes > 1:
         raise ValueError("`--compare` runs in one process: start it without torchrun or accelerate.")
@@ -165,8 +164,8 @@ def compare(
         for batch in loader
     )
     found = compare_ways(model, batches, arguments.macs or DEFAULT_MACS, autocast=accelerator.autocast)
-    about["mixed_precision"] = arguments.mixed_precision
-    show_result(found.table(), {**about, **found.as_json()})
+    report = {**about, "mixed_precision": arguments.mixed_precision, **found.as_json()}
+    show_result(found.table(), report)
     if arguments.output_dir or folder.is_dir():
-        write_comparisons(found, folder / "comparisons.json", **about)
+        (folder / "comparisons.json").write_text(json.dumps(report, indent=2) + "\n")
         say(f"Saved {folder / 'comparisons.json'}.")

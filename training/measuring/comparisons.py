@@ -7,12 +7,10 @@ know nothing of it and nothing of it is saved.
 """
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from evit_hf.token_reorganization import CountedTokens, TokenChoice, attentive_r
 from evit_hf.towers import tower_of
 
 from ..learning.models import heads_of
+from .metrics import standard_error
 from .tuning import uniform
 from .variants import set_attention
 
@@ -274,10 +273,8 @@ def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
     Args:
         values: (num_images,).
     """
-    values = values.double()
-    if len(values) < 2:
-        return values.mean().item(), float("nan")
-    return values.mean().item(), values.std().item() / math.sqrt(len(values))
+    error = standard_error(values.double().tolist())
+    return values.double().mean().item(), math.nan if error is None else error
 
 
 @torch.no_grad()
@@ -363,17 +360,6 @@ def compare_ways(
             )
         )
     return Comparisons(len(label), dense_right.mean().item(), formula(1.0) / 1e9, rows, list(left_out.values()))
-
-
-def write_comparisons(found: Comparisons, path: Path, **about: Any) -> None:
-    """Write all numbers as JSON.
-
-    Args:
-        found: the numbers.
-        path: of the file.
-        **about: the model, the data and the like.
-    """
-    path.write_text(json.dumps({**about, **found.as_json()}, indent=2) + "\n")
 
 
 def _settings(model: PreTrainedModel, way: Way, macs: float, formula: MacsFormula) -> dict[str, Any]:

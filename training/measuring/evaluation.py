@@ -21,6 +21,8 @@ from .timing import Variant, alternate
 
 
 KeepRate = float | Sequence[float] | None
+# What `main_score` names, for the axis of a figure.
+SCORE_TITLES = {"top1": "top-1 accuracy, %", "micro_f1": "micro F1, %"}
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,7 @@ def evaluate(
     for batch in bar(loader, desc=title, unit="batch", leave=False):
         batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
         scores = oracle(batch["pixel_values"]) if oracle is not None else None
-        budget = {"keep_rate": keep_rate} if macs is None else {"macs": macs}
-        logits = network(batch["pixel_values"], patch_scores=scores, **budget).logits
+        logits = network(batch["pixel_values"], keep_rate=keep_rate, macs=macs, patch_scores=scores).logits
         counts.add(logits, batch["labels"], batch["is_counted"])
         counts.counts["num_bad_images"] += batch["is_bad"].sum()
     network.train(was_training)
@@ -107,6 +108,11 @@ def main_score(metrics: dict[str, Any]) -> tuple[str, float]:
     """Name and value of the metric that says which model is better: top-1, or micro F1 with several labels."""
     name = "top1" if "top1" in metrics else "micro_f1"
     return name, metrics[name]
+
+
+def _budgets(keep_rates: Sequence[KeepRate], macs: Sequence[float]) -> list[tuple[KeepRate, float | None]]:
+    """Keep rate and share of operations of each measurement; at least one of them is None."""
+    return [*((rate, None) for rate in keep_rates), *((None, share) for share in macs)]
 
 
 @torch.no_grad()
@@ -131,8 +137,8 @@ def images_per_second(
     was_training = model.training
     model.eval()
     variants = [
-        Variant(str(budget), functools.partial(model, pixel_values, **budget), 0, 0)
-        for budget in (*({"keep_rate": rate} for rate in keep_rates), *({"macs": share} for share in macs))
+        Variant(str(rate or share), functools.partial(model, pixel_values, keep_rate=rate, macs=share), 0, 0)
+        for rate, share in _budgets(keep_rates, macs)
     ]
     seconds = alternate(variants, pixel_values.device, rounds)
     model.train(was_training)
@@ -161,7 +167,7 @@ def compare_keep_rates(
     """
     network = accelerator.unwrap_model(model) if timed_model is None else timed_model
     pixel_values = next(iter(loader))["pixel_values"].to(network.device)
-    budgets = [*((rate, None) for rate in keep_rates), *((None, share) for share in macs)]
+    budgets = _budgets(keep_rates, macs)
     speeds = [float("nan")] * len(budgets)
     if accelerator.is_main_process:  # no other process disturbs the timing
         speeds = images_per_second(network, pixel_values, keep_rates, macs=macs)
@@ -230,7 +236,7 @@ def draw_tradeoff(results: Sequence[Measurement], path: Path) -> None:
     axes.set_ylim(high - 2 * half, high)
     axes.margins(x=0.1)
     axes.set_xlabel("GMACs of an image", fontsize=12)
-    axes.set_ylabel({"top1": "top-1 accuracy, %", "micro_f1": "micro F1, %"}[name], fontsize=12)
+    axes.set_ylabel(SCORE_TITLES[name], fontsize=12)
     bars = ", bars: 1 standard error" if name == "top1" else ""
     axes.set_title(f"{num_images} images; numbers: keep rate{bars}", fontsize=12)
     axes.tick_params(labelsize=11)

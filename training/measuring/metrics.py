@@ -1,6 +1,8 @@
 """Exact classification metrics, counted image by image and added up over processes."""
 
 import math
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +26,11 @@ def binomial_standard_error(share: float, num_images: int) -> float:
     edge = 0.5 / num_images
     share = min(max(share, edge), 1 - edge)
     return math.sqrt(share * (1 - share) / num_images)
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Standard error of a mean, from the spread of the values; None for a single one."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 class Counts:

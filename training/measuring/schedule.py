@@ -15,6 +15,7 @@ from evit_hf.towers import example_inputs
 
 from ..learning.models import compile_layers
 from ..screen import say, show_result
+from ..settings import make_output_dir
 from .arguments import BenchmarkArguments
 from .machine import PACKAGES, best_device, machine
 from .timing import synchronize
@@ -80,6 +81,7 @@ def benchmark_schedule(name: str, arguments: BenchmarkArguments, argv: Sequence[
 
     Returns: the report, with a `ScheduleRow` as a dictionary for each strategy.
     """
+    make_output_dir(arguments.output_dir)
     device = best_device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads[0])
@@ -103,7 +105,6 @@ def benchmark_schedule(name: str, arguments: BenchmarkArguments, argv: Sequence[
     show_result(schedule_table(report, rows), report)
     if arguments.output_dir:
         folder = Path(arguments.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "schedule.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
 

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,9 +10,12 @@ from typing import Any
 
 import torch
 
+from evit_hf.towers import example_inputs
+
 from ..learning.models import load_classifier
-from ..measuring.evaluation import main_score
+from ..measuring.evaluation import SCORE_TITLES, main_score
 from ..measuring.machine import best_device, device_name
+from ..measuring.metrics import standard_error
 from ..measuring.timing import Variant, alternate
 from .study import Run, Study
 
@@ -76,9 +78,9 @@ def summarize(study: Study, runs: Sequence[Run], speeds: dict[str, float] | None
                 metric=metric,
                 scores=scores[name],
                 mean=statistics.fmean(scores[name].values()),
-                standard_error=_standard_error(list(scores[name].values())),
+                standard_error=standard_error(list(scores[name].values())),
                 difference=statistics.fmean(pairs) if pairs and not is_baseline else None,
-                difference_error=None if is_baseline else _standard_error(pairs),
+                difference_error=None if is_baseline else standard_error(pairs),
                 gmacs=next(iter(by_seed.values()))["gmacs"],
                 images_per_second=(speeds or {}).get(name),
                 train_seconds=statistics.fmean(one["seconds"] for one in by_seed.values()),
@@ -93,10 +95,6 @@ def _result(folder: Path) -> dict[str, Any]:
     measured = json.loads((folder / "results.json").read_text("utf-8"))
     seconds = json.loads((folder / "run.json").read_text("utf-8"))["seconds"]
     return {**next(one for one in measured if one["keep_rate"] == own), "seconds": seconds}
-
-
-def _standard_error(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 @torch.no_grad()
@@ -116,17 +114,12 @@ def measure_speed(runs: Sequence[Run], batch_size: int, rounds: int = 11) -> dic
             continue
         model = load_classifier(str(run.folder / "model")).eval()
         model.to(device)
-        images = torch.randn(batch_size, *_image_shape(run.folder), device=device)
+        images = torch.randn_like(example_inputs(model, _result(run.folder)["image_size"], batch_size))
         variants.append(Variant(run.setting, functools.partial(model, images), 0, 0))
     seconds = alternate(variants, device, rounds)
     return {
         variant.name: batch_size / statistics.median(times) for variant, times in zip(variants, seconds, strict=True)
     }
-
-
-def _image_shape(folder: Path) -> tuple[int, int, int]:
-    height, width = _result(folder)["image_size"]
-    return 3, height, width
 
 
 def as_markdown(study: Study, rows: Sequence[Row], batch_size: int | None, command: str) -> str:
@@ -201,7 +194,7 @@ def draw(study: Study, rows: Sequence[Row], path: Path) -> None:
         panel.grid(alpha=0.3)
         panel.margins(x=0.08, y=0.15)
         panel.locator_params(axis="x", nbins=5)
-    panels[0].set_ylabel({"top1": "top-1 accuracy, %", "micro_f1": "micro F1, %"}[rows[0].metric], fontsize=12)
+    panels[0].set_ylabel(SCORE_TITLES[rows[0].metric], fontsize=12)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=10)
     seeds = max(len(row.scores) for row in rows)

@@ -72,14 +72,12 @@ def run_all(runs: Sequence[Run], num_jobs: int = 1, num_gpus: int = 0) -> dict[R
     with _signals(lambda: [process for process, _ in running.values()]) as received:
         while waiting or running:
             for run in list(waiting):
-                blocked = [name for name in run.needs if any(f.setting == name and f.seed == run.seed for f in failed)]
+                blocked = [other.setting for other in failed if run.starts_from(other)]
                 if blocked or received:
                     waiting.remove(run)
                     if blocked:
                         failed[run] = f"not trained, as `{blocked[0]}` failed"
-                elif free and not any(
-                    other.setting in run.needs and other.seed == run.seed for other in (*waiting, *running)
-                ):
+                elif free and not any(run.starts_from(other) for other in (*waiting, *running)):
                     waiting.remove(run)
                     slot = free.pop(0)
                     running[run] = _start(run, slot, num_jobs, num_gpus), slot
@@ -146,5 +144,7 @@ def _signals(running: Callable[[], list[subprocess.Popen[bytes]]]) -> Iterator[l
     try:
         yield received
     finally:
+        for process in running():  # none, unless an error ends the study
+            process.terminate()
         for number, handler in before.items():
             signal.signal(number, handler)

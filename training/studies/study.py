@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..arguments import parse_train_arguments
+from ..arguments import packaged_file, parse_train_arguments, read_mapping
 from ..settings import closest
 
 
@@ -81,15 +79,14 @@ class Run:
         """For messages."""
         return f"{self.setting}, seed {self.seed}"
 
+    def starts_from(self, other: "Run") -> bool:
+        """Whether it needs the model of the other run."""
+        return other.setting in self.needs and other.seed == self.seed
+
     @property
     def is_done(self) -> bool:
         """Whether it ran to its end: results.json is among the last files that a run writes."""
         return (self.folder / "results.json").exists()
-
-
-def study_names() -> list[str]:
-    """Names of the packaged studies."""
-    return sorted(path.stem for path in STUDIES.glob("*.yaml"))
 
 
 def read_study(name_or_path: str) -> Study:
@@ -100,17 +97,8 @@ def read_study(name_or_path: str) -> Study:
 
     Raises: ValueError naming the file, the field and what it accepts.
     """
-    path = next((one for one in (Path(name_or_path), STUDIES / f"{name_or_path}.yaml") if one.is_file()), None)
-    if path is None:
-        raise ValueError(
-            f"There is no study `{name_or_path}`: give the path of a YAML file, or one of {', '.join(study_names())}."
-        )
-    try:
-        fields = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"`{path}` is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"`{path}` must have the fields {', '.join(FIELDS)}, got a {type(fields).__name__}.")
+    path = packaged_file(name_or_path, STUDIES, "study")
+    fields, _ = read_mapping(path, "study")
     for name in fields:
         if name not in FIELDS:
             way_out = closest(str(name), FIELDS, f"a study has {', '.join(FIELDS)}.")
