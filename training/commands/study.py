@@ -2,10 +2,12 @@
 
 evit study digits                                    # a packaged study
 evit study my_study.yaml --jobs 2 --output-dir runs/my_study
+evit study cifar10 -- --dataset CIFAR/train.parquet CIFAR/test.parquet
 """
 
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,25 +49,32 @@ def main(argv: list[str]) -> None:
     parser = FlagParser(
         "study",
         [StudyArguments],
-        usage="evit study STUDY [--jobs 2] [--flag value ...]",
+        usage="evit study STUDY [--jobs 2] [--flag value ...] [-- --flag-of-train value ...]",
         description="Train several settings with several seeds and compare them: mean and standard error over seeds, "
         "differences within seeds, operations and speed, as a table, JSON and a figure. STUDY is a YAML file or the "
-        "name of a packaged study. Started again, the command resumes: no run is trained twice.",
+        "name of a packaged study. Started again, the command resumes: no run is trained twice. What follows `--` "
+        "are flags of `evit train` for all runs, such as --dataset with your own copy of the data.",
     )
     parser.add_argument("study", help="YAML file, or the name of a packaged study.")
-    (arguments,), rest, _ = parser.parse(argv)
+    end = argv.index("--") if "--" in argv else len(argv)
+    (arguments,), rest, _ = parser.parse(argv[:end])
     with screen(arguments.quiet, arguments.json):
-        carry_out(rest.study, arguments)
+        carry_out(rest.study, arguments, argv[end + 1 :])
 
 
-def carry_out(name: str, arguments: StudyArguments) -> None:
+def carry_out(name: str, arguments: StudyArguments, train: Sequence[str] = ()) -> None:
     """Train the runs of a study, and write and show its table.
+
+    Args:
+        name: YAML file, or name of a packaged study.
+        arguments: see `StudyArguments`.
+        train: further words of `evit train` for all runs.
 
     Raises: ValueError for a study that cannot work; RunsFailedError if runs failed.
     """
     from ..studies.study import read_study
 
-    study = read_study(name)
+    study = read_study(name, train)
     output_dir = Path(arguments.output_dir or Path("runs") / study.name)
 
     import torch
@@ -81,7 +90,12 @@ def carry_out(name: str, arguments: StudyArguments) -> None:
         batch_size = None if arguments.no_speed else arguments.batch_size
         speeds = None if batch_size is None else measure_speed(runs, batch_size)
         rows = summarize(study, runs, speeds)
-        table = as_markdown(study, rows, batch_size, public_command(shlex.join(["evit", "study", name])))
+        table = as_markdown(
+            study,
+            rows,
+            batch_size,
+            public_command(shlex.join(["evit", "study", name, *(["--", *train] if train else [])])),
+        )
         report = as_json(study, rows, batch_size)
         (output_dir / "study.md").write_text(table, "utf-8")
         (output_dir / "study.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")

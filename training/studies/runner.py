@@ -106,7 +106,7 @@ def _start(run: Run, slot: int, num_jobs: int, num_gpus: int) -> "subprocess.Pop
     if num_gpus:
         environment["CUDA_VISIBLE_DEVICES"] = str(slot % num_gpus)
     else:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // num_jobs))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_jobs)))
     command = [sys.executable, "-m", "evit_training", "train", *run.words, "--resume", "auto"]
     with Path(f"{run.folder}.log").open("ab") as log:
         # In a session of its own: Ctrl-C reaches only the study, which tells its runs.

@@ -4,7 +4,7 @@ import contextlib
 import io
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,11 +89,12 @@ class Run:
         return (self.folder / "results.json").exists()
 
 
-def read_study(name_or_path: str) -> Study:
+def read_study(name_or_path: str, train: Sequence[str] = ()) -> Study:
     """Read a study and check every setting as `evit train` would, before anything is trained.
 
     Args:
         name_or_path: a YAML file, or the name of a packaged study.
+        train: further words of `evit train` for all runs.
 
     Raises: ValueError naming the file, the field and what it accepts.
     """
@@ -103,13 +104,13 @@ def read_study(name_or_path: str) -> Study:
         if name not in FIELDS:
             way_out = closest(str(name), FIELDS, f"a study has {', '.join(FIELDS)}.")
             raise ValueError(f"`{path}` has an unknown field `{name}`: {way_out}")
-    study = _study(path, fields)
+    study = _study(path, fields, train)
     for setting in study.settings:
         _check_run(path, study, study.run(setting, study.seeds[0], Path("runs") / study.name))
     return study
 
 
-def _study(path: Path, fields: dict[str, Any]) -> Study:
+def _study(path: Path, fields: dict[str, Any], further: Sequence[str]) -> Study:
     seeds, settings = fields.get("seeds", [0]), fields.get("settings")
     if not isinstance(seeds, list) or not seeds or any(type(seed) is not int or seed < 0 for seed in seeds):
         raise ValueError(f"`{path}`: `seeds` must be a list of numbers, 0 or more, got {seeds!r}.")
@@ -130,7 +131,7 @@ def _study(path: Path, fields: dict[str, Any]) -> Study:
     baseline = str(fields.get("baseline", next(iter(words))))
     if baseline not in words:
         raise ValueError(f"`{path}`: `baseline` must be one of {', '.join(words)}, got {baseline!r}.")
-    train = tuple(shlex.split(fields.get("train") or ""))
+    train = (*shlex.split(fields.get("train") or ""), *further)
     return Study(path.stem, str(fields.get("about", "")).strip(), train, tuple(seeds), words, baseline)
 
 
