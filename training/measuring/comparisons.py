@@ -277,6 +277,24 @@ def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
     return values.double().mean().item(), math.nan if error is None else error
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What the dense model and each way at each budget answered.
+
+    Args:
+        labels: (num_images,), class numbers.
+        outputs: logits (num_images, num_labels) and features (num_images, num_features) of "dense" and of each
+            (budget, name of the way).
+        gmacs: operations of the same.
+        left_out: (budget, name of the way) that cannot run, with the reason.
+    """
+
+    labels: torch.Tensor
+    outputs: dict[Any, tuple[torch.Tensor, torch.Tensor]]
+    gmacs: dict[Any, float]
+    left_out: dict[Any, str]
+
+
 @torch.no_grad()
 def compare_ways(
     model: PreTrainedModel,
@@ -296,28 +314,42 @@ def compare_ways(
 
     Raises: ValueError if there are no images, or no way can run.
     """
+    return in_numbers(answers_of(model, batches, macs, ways, autocast))
+
+
+@torch.no_grad()
+def answers_of(
+    model: PreTrainedModel,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    macs: Iterable[float] = DEFAULT_MACS,
+    ways: dict[str, Way] | None = None,
+    autocast: Any = None,
+) -> Answers:
+    """Run the dense model and each way at each budget on the same images; see `compare_ways`."""
     ways, autocast = all_ways() if ways is None else ways, autocast or contextlib.nullcontext
     if hasattr(tower_of(model).owner, "patch_embed"):  # timm's attention returns no map
         ways = {name: way for name, way in ways.items() if not way.needs_map}
-    budgets, settings = list(macs), None
+    budgets, labels = list(macs), []
+    settings: dict[Any, dict[str, Any]] = {}
     outputs: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = {"dense": []}
-    labels, left_out, formula = [], {}, None
+    gmacs, left_out = dict[Any, float](), dict[Any, str]()
     with _features_of(model) as features_of:
         for pixel_values, numbers in batches:
-            if settings is None:
+            if not settings:
                 formula = MacsFormula.of(model, tuple(pixel_values.shape[-2:]))
                 settings = {
                     (m, name): _settings(model, way, m, formula) for m in budgets for name, way in ways.items()
                 }
                 outputs |= {key: [] for key in settings}
                 gmacs = {key: _gmacs(model, formula, chosen) for key, chosen in settings.items()}
+                gmacs["dense"] = formula(1.0) / 1e9
             labels.append(numbers.cpu())
             with autocast():
                 outputs["dense"].append(features_of(pixel_values, keep_rate=1.0))
                 for key, chosen in settings.items():
-                    way = ways[key[1]]
                     if key in left_out:
                         continue
+                    way = ways[key[1]]
                     reorganize(model, **chosen)
                     if way.needs_map:
                         set_attention(model, "eager")
@@ -329,28 +361,30 @@ def compare_ways(
                     finally:
                         if way.needs_map:
                             set_attention(model, "sdpa")
-    if not labels or settings is None or formula is None:
+    if not labels:
         raise ValueError("There is no image to compare on.")
-    answers, features = _joined(outputs.pop("dense"))
-    label, mean = torch.cat(labels), features.mean(dim=0)
+    joined = {key: _joined(batches) for key, batches in outputs.items() if key not in left_out}
+    return Answers(torch.cat(labels), joined, gmacs, left_out)
+
+
+def in_numbers(answers: Answers) -> Comparisons:
+    """Compare what the ways answered with the dense model's answers and with ToMe's."""
+    logits, features = answers.outputs["dense"]
+    dense_answers, mean = logits.argmax(dim=1), features.mean(dim=0)
     per_image = {}
-    for key in settings.keys() - left_out.keys():
-        logits, found = _joined(outputs[key])
-        cosine = nn.functional.cosine_similarity(found - mean, features - mean, dim=1)
+    for key, (logits, found) in answers.outputs.items():
         guess = logits.argmax(dim=1)
-        per_image[key] = ((guess == label).double(), (guess == answers.argmax(dim=1)).double(), cosine)
-    dense_right = (answers.argmax(dim=1) == label).double()
+        cosine = nn.functional.cosine_similarity(found - mean, features - mean, dim=1)
+        per_image[key] = ((guess == answers.labels).double(), (guess == dense_answers).double(), cosine)
+    dense_right = per_image.pop("dense")[0]
     rows = []
-    for key in settings:
-        if key not in per_image:
-            continue
-        right, agrees, cosine = per_image[key]
+    for key, (right, agrees, cosine) in per_image.items():
         tome = per_image.get((key[0], REFERENCE))
         rows.append(
             Comparison(
                 way=key[1],
                 macs=key[0],
-                gmacs=gmacs[key],
+                gmacs=answers.gmacs[key],
                 top1=right.mean().item(),
                 top1_minus_dense=mean_and_error(right - dense_right),
                 agreement=mean_and_error(agrees),
@@ -359,7 +393,13 @@ def compare_ways(
                 cosine_minus_tome=None if tome is None else mean_and_error(cosine - tome[2]),
             )
         )
-    return Comparisons(len(label), dense_right.mean().item(), formula(1.0) / 1e9, rows, list(left_out.values()))
+    return Comparisons(
+        num_images=len(answers.labels),
+        dense_top1=dense_right.mean().item(),
+        dense_gmacs=answers.gmacs["dense"],
+        rows=rows,
+        left_out=list(answers.left_out.values()),
+    )
 
 
 def _settings(model: PreTrainedModel, way: Way, macs: float, formula: MacsFormula) -> dict[str, Any]:
