@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from evit_hf import modeling_evit
 from evit_training.cli import main
-from evit_training.studies import runner
-from evit_training.studies.report import as_markdown, draw, summarize
+from evit_training.measuring.comparisons import by_lowest_attention, replacements
+from evit_training.studies import runner, ways
+from evit_training.studies.report import as_json, as_markdown, decide, draw, summarize
 from evit_training.studies.runner import check_record, run_all
-from evit_training.studies.study import STUDIES, read_study
+from evit_training.studies.study import STUDIES, WAYS, read_study
 
 
 TINY = "digits --max-steps 3 --max-train-samples 64 --max-eval-samples 40 --hidden-size 32 --num-hidden-layers 4"
@@ -71,6 +73,13 @@ def test_a_run_is_settings_and_seed_and_starts_from_another(tmp_path):
             "`DENSE` and `dense` need names that differ|`dense` and `DENSE` need names that differ",
         ),
         ("settings:", "settings: [", "is not YAML"),
+        (
+            "baseline: dense",
+            "ways: {dense: worst}",
+            "of the settings and of the ways ToMe, .*; got `dense: worst`",
+        ),
+        ("baseline: dense", "ways: {dense: random}", "starts from `{dense}`, whose models `ways` does not keep"),
+        ("baseline: dense", "claims: {better: dense > 0.6}", "two of dense, 0.5 fused; got 'dense > 0.6'"),
     ],
 )
 def test_a_study_that_cannot_work_is_refused_before_anything_is_trained(old, new, message, tmp_path):
@@ -103,6 +112,70 @@ def test_means_errors_and_differences_are_over_seeds(tmp_path):
     assert "| 0.5 fused | 2 | 80.00 ± 0.00 | -12.00 ± 2.00 | 0.5000 | 150 (1.50x) | 2 |" in table
     draw(study, [dense, fused], tmp_path / "study.png")
     assert (tmp_path / "study.png").stat().st_size > 10_000
+
+
+def test_flags_after_two_hyphens_reach_every_run(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr("evit_training.studies.runner.run_all", lambda runs, *_: read.extend(runs) or {})
+    main(
+        ["study", write(tmp_path), "--output-dir", str(tmp_path / "out"), "--", "--dataset", "digits", "--seed=1"][:-1]
+    )
+    assert len(read) == 4
+    for run in read:
+        at = len(TINY.split())
+        assert run.words[at : at + 2] == ("--dataset", "digits")
+    with pytest.raises(ValueError, match="`--seed=1` of `dense` is set by the study"):
+        read_study(write(tmp_path), ["--seed=1"])
+
+
+@pytest.mark.parametrize(
+    ("scores", "claim", "says"),
+    [
+        ((0.90, 0.80, 0.94, 0.92), "dense > 0.5 fused", "not decidable at this size"),  # 10 and 2
+        ((0.90, 0.80, 0.94, 0.84), "dense > 0.5 fused", "holds here"),  # 10 and 10
+        ((0.90, 0.80, 0.94, 0.84), "0.5 fused > dense - 9", "does not hold here"),
+        ((0.90, 0.80, 0.94, 0.84), "0.5 fused > dense - 11", "holds here"),
+        ((0.90, 0.90, 0.94, 0.94), "0.5 fused > dense", "not decidable at this size"),
+    ],
+)
+def test_a_claim_is_decided_beyond_the_error_over_seeds(scores, claim, says, tmp_path):
+    study = read_study(write(tmp_path, f"{FILE}claims: {{A word: {claim}}}\n"))
+    for run, score in zip(study.runs(tmp_path), scores, strict=True):
+        finish_run(run, score)
+    rows = summarize(study, study.runs(tmp_path))
+    assert [verdict.says for verdict in decide(study, rows)] == [says]
+    assert f"| A word | {claim} | " in as_markdown(study, rows, None, "evit study tiny.yaml")
+    assert as_json(study, rows, None)["claims"][0]["says"] == says
+
+
+def test_ways_of_a_study_are_those_of_the_comparisons():
+    assert set(WAYS) == set(replacements())
+
+
+def test_a_way_that_no_setting_has_is_trained_and_its_model_is_not_kept(tmp_path, monkeypatch):
+    """In a process of its own, as its functions take the place of the model's."""
+    study = read_study(write(tmp_path, f"{FILE}ways: {{0.5 fused: lowest attention}}\n"))
+    commands = []
+    monkeypatch.setattr(runner.subprocess, "Popen", lambda command, **_: commands.append(command))
+    run = study.runs(tmp_path)[1]
+    run.folder.mkdir(parents=True)
+    runner._start(run, 0, 1, 0)
+    assert commands[0][1:4] == ["-m", "evit_training.studies.ways", "lowest attention"]
+    called = []
+
+    def train(name, **_):
+        called.append((sys.argv, modeling_evit.choose_tokens))
+        for made in ("model/config.json", "checkpoints/1", "README.md", "results.json"):
+            (run.folder / made).parent.mkdir(exist_ok=True)
+            (run.folder / made).write_text("")
+
+    before = modeling_evit.choose_tokens
+    monkeypatch.setattr(ways.runpy, "run_module", train)
+    monkeypatch.setattr(sys, "argv", [])
+    ways.main("lowest attention", list(run.words))
+    assert called == [(["evit", "train", *run.words], by_lowest_attention)]
+    assert modeling_evit.choose_tokens is before
+    assert [path.name for path in run.folder.iterdir()] == ["results.json"]
 
 
 def test_a_study_in_the_middle_has_a_table_of_what_is_done(tmp_path):

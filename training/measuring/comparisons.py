@@ -155,16 +155,27 @@ def untouched_tokens(attentive: torch.Tensor, inattentive: torch.Tensor, shares:
     return attentive
 
 
+def replacements() -> dict[str, dict[str, Any]]:
+    """What chooses or merges tokens in another way, by name: functions for those of `token_reorganization`."""
+    return {
+        "ToMe": {"choose_tokens": merged_pairs, "averaged_tokens": merged_tokens},
+        "without novelty": {"choose_tokens": by_attention},
+        "random": {"choose_tokens": AtRandom()},
+        "lowest attention": {"choose_tokens": by_lowest_attention},
+    }
+
+
 def all_ways() -> dict[str, Way]:
     """All ways, by their names in tables."""
+    functions = replacements()
     return {
-        REFERENCE: Way(functions={"choose_tokens": merged_pairs, "averaged_tokens": merged_tokens}),
+        REFERENCE: Way(functions=functions["ToMe"]),
         "counted (macs=)": Way(),
         "counted, kept tokens untouched": Way(functions={"averaged_tokens": untouched_tokens}),
-        "counted, without novelty": Way(functions={"choose_tokens": by_attention}),
+        "counted, without novelty": Way(functions=functions["without novelty"]),
         "counted, attention received": Way(functions={"class_token_attention": received_attention}, needs_map=True),
-        "counted, random": Way(functions={"choose_tokens": AtRandom()}),
-        "counted, lowest attention": Way(functions={"choose_tokens": by_lowest_attention}),
+        "counted, random": Way(functions=functions["random"]),
+        "counted, lowest attention": Way(functions=functions["lowest attention"]),
         "dropped in every layer": Way("dropped"),
         "dropped in three layers": Way("dropped", in_papers_layers=True),
         "fused in three layers (EViT)": Way("fused", in_papers_layers=True),

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,9 +18,11 @@ from ..measuring.evaluation import SCORE_TITLES, main_score
 from ..measuring.machine import best_device, device_name
 from ..measuring.metrics import standard_error
 from ..measuring.timing import Variant, alternate
-from .study import Run, Study
+from .study import Claim, Run, Study
 
 
+# 97.5 % quantiles of Student's t-distribution with 1, 2, ... degrees of freedom; beyond, the last one is nearly right.
+T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 TITLES = {"top1": "top-1 %", "micro_f1": "micro F1 %"}
 
 
@@ -36,7 +39,8 @@ class Row:
         difference: mean over seeds of the score less the baseline's with the same seed; None if they share none.
         difference_error: standard error of it; None for one seed.
         gmacs: of an image.
-        images_per_second: median of alternating rounds, all settings in one process; None if it was not measured.
+        images_per_second: median of alternating rounds, all settings in one process; None if it was not measured, as
+            for models that are not kept.
         train_seconds: mean of the runs; those that ran next to others took longer.
     """
 
@@ -110,7 +114,8 @@ def measure_speed(runs: Sequence[Run], batch_size: int, rounds: int = 11) -> dic
     """
     device, variants = best_device(), list[Variant]()
     for run in runs:
-        if not run.is_done or any(run.setting == variant.name for variant in variants):
+        is_measured = any(run.setting == variant.name for variant in variants)
+        if not run.is_done or run.way is not None or is_measured:
             continue
         model = load_classifier(str(run.folder / "model")).eval()
         model.to(device)
@@ -155,7 +160,55 @@ def as_markdown(study: Study, rows: Sequence[Row], batch_size: int | None, comma
             f" Speed: {device_name(best_device())}, float32, batch {batch_size}, medians of 11 "
             "alternating rounds in one process. Training: seconds of a run, longer where others ran next to it."
         )
-    return "\n".join([*lines, "", notes, ""])
+    lines += ["", notes, ""]
+    verdicts = decide(study, rows)
+    if verdicts:
+        lines += ["| claim | compared | points | |", "|---|---|---|---|"]
+        for verdict in verdicts:
+            claim, points = verdict.claim, _with_error(verdict.difference, verdict.error, "+")
+            than = claim.than + (f" - {claim.margin:g}" if claim.margin else "")
+            lines.append(f"| {claim.text} | {claim.better} > {than} | {points} | {verdict.says} |")
+        lines += [
+            "",
+            "Points: the one score less the other, within seeds. A claim is decided if the 95 % interval, of "
+            "Student's t-distribution over seeds, is on one side of it; all seeds share their test images.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a study says of a claim.
+
+    Args:
+        claim: see `Claim`.
+        difference: mean over seeds of the one score less the other, in points.
+        error: standard error of it; None for less than two seeds.
+        says: "holds here" or "does not hold here", if the 95 % interval of Student's t-distribution is on one side of
+            what is claimed, or else "not decidable at this size".
+    """
+
+    claim: Claim
+    difference: float
+    error: float | None
+    says: str
+
+
+def decide(study: Study, rows: Sequence[Row]) -> list[Verdict]:
+    """What the rows say of the study's claims; those with a setting that has no run yet are left out."""
+    scores, verdicts = {row.setting: row.scores for row in rows}, []
+    for claim in study.claims:
+        better, than = scores.get(claim.better, {}), scores.get(claim.than, {})
+        pairs = [score - than[seed] for seed, score in better.items() if seed in than]
+        if not pairs:
+            continue
+        difference, error, says = statistics.fmean(pairs), standard_error(pairs), "not decidable at this size"
+        reach = math.inf if error is None else error * T_975[min(len(pairs) - 1, len(T_975)) - 1]
+        if abs(difference + claim.margin) > reach:
+            says = "holds here" if difference > -claim.margin else "does not hold here"
+        verdicts.append(Verdict(claim, difference, error, says))
+    return verdicts
 
 
 def _with_error(value: float, error: float | None, sign: str = "") -> str:
@@ -172,6 +225,7 @@ def as_json(study: Study, rows: Sequence[Row], batch_size: int | None) -> dict[s
         "torch": torch.__version__,
         "batch_size": batch_size,
         "rows": [asdict(row) for row in rows],
+        "claims": [asdict(verdict) for verdict in decide(study, rows)],
     }
 
 
@@ -179,12 +233,13 @@ def draw(study: Study, rows: Sequence[Row], path: Path) -> None:
     """Draw the score over operations and over measured time, with one standard error over seeds."""
     from matplotlib.figure import Figure
 
-    timed = all(row.images_per_second is not None for row in rows)
+    timed = any(row.images_per_second is not None for row in rows)
     figure = Figure(figsize=(11 if timed else 6, 4.5), layout="constrained")
     panels = figure.subplots(1, 1 + timed, squeeze=False, sharey=True)[0]
     xs = [("GMACs of an image", [row.gmacs for row in rows])]
     if timed:
-        xs.append(("milliseconds of an image, measured", [1000 / (row.images_per_second or 1) for row in rows]))
+        seconds = [1 / (row.images_per_second or math.nan) for row in rows]
+        xs.append(("milliseconds of an image, measured", [1000 * one for one in seconds]))
     looks = [{"color": f"C{number % 10}", "marker": "os^D"[number // 10 % 4]} for number in range(len(rows))]
     for panel, (label, values) in zip(panels, xs, strict=True):
         for row, x, look in zip(rows, values, looks, strict=True):

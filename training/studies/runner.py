@@ -38,7 +38,7 @@ def check_record(study: Study, output_dir: Path) -> None:
     record = output_dir / "study.yaml"
     now: dict[str, Any] = {
         "train": list(study.train),
-        "settings": {name: list(words) for name, words in study.settings.items()},
+        "settings": {name: [*_way(study, name), *words] for name, words in study.settings.items()},
     }
     made = {run.setting for run in study.runs(output_dir) if run.folder.exists()}
     before = yaml.safe_load(record.read_text("utf-8")) if record.exists() else now
@@ -50,6 +50,10 @@ def check_record(study: Study, output_dir: Path) -> None:
             )
     output_dir.mkdir(parents=True, exist_ok=True)
     record.write_text(yaml.safe_dump(now, sort_keys=False), "utf-8")
+
+
+def _way(study: Study, setting: str) -> list[str]:
+    return [f"way: {study.ways[setting]}"] if setting in study.ways else []
 
 
 def run_all(runs: Sequence[Run], num_jobs: int = 1, num_gpus: int = 0) -> dict[Run, str]:
@@ -107,7 +111,8 @@ def _start(run: Run, slot: int, num_jobs: int, num_gpus: int) -> "subprocess.Pop
         environment["CUDA_VISIBLE_DEVICES"] = str(slot % num_gpus)
     else:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_jobs)))
-    command = [sys.executable, "-m", "evit_training", "train", *run.words, "--resume", "auto"]
+    start = ["evit_training", "train"] if run.way is None else ["evit_training.studies.ways", run.way]
+    command = [sys.executable, "-m", *start, *run.words, "--resume", "auto"]
     with Path(f"{run.folder}.log").open("ab") as log:
         # In a session of its own: Ctrl-C reaches only the study, which tells its runs.
         return subprocess.Popen(

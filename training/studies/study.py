@@ -4,8 +4,8 @@ import contextlib
 import io
 import re
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,12 @@ from ..settings import closest
 
 
 STUDIES = Path(__file__).parent
-FIELDS = ("about", "train", "seeds", "baseline", "settings")
+FIELDS = ("about", "train", "seeds", "baseline", "settings", "ways", "claims")
 # Set by the study, for each run.
 OWN_FLAGS = ("--seed", "--output-dir", "--resume", "--overwrite", "--json", "--quiet")
+# Of `comparisons.replacements`, which needs torch.
+WAYS = ("ToMe", "without novelty", "random", "lowest attention")
+_CLAIM = re.compile(r"(?P<better>.+?) > (?P<than>.+?)(?: - (?P<margin>[\d.]+))?")
 _STARTS_FROM = re.compile(r"\{([^{}]*)\}")
 
 
@@ -32,6 +35,9 @@ class Study:
         settings: name and further words of each. `{NAME}` in them is the model that the setting NAME, an earlier one,
             trained with the same seed.
         baseline: name of the setting that the others are compared with.
+        ways: of settings that choose or merge tokens as no model's setting says; see `comparisons.replacements`. Their
+            models are not kept.
+        claims: that the study decides.
     """
 
     name: str
@@ -40,6 +46,8 @@ class Study:
     seeds: tuple[int, ...]
     settings: Mapping[str, tuple[str, ...]]
     baseline: str
+    ways: Mapping[str, str] = field(default_factory=dict)
+    claims: tuple["Claim", ...] = ()
 
     def runs(self, output_dir: Path) -> list["Run"]:
         """All runs, first those of the first seed, each after those whose models it starts from."""
@@ -53,7 +61,24 @@ class Study:
         models = {name: str(_folder(name, seed, output_dir) / "model") for name in needs}
         words = [_STARTS_FROM.sub(lambda match: models[match[1]], word) for word in words]
         words += ["--seed", str(seed), "--output-dir", str(folder)]
-        return Run(setting, seed, folder, tuple(words), tuple(needs))
+        return Run(setting, seed, folder, tuple(words), tuple(needs), self.ways.get(setting))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That one setting scores higher than a different one.
+
+    Args:
+        text: what is claimed, in words.
+        better: name of a setting.
+        than: name of the other.
+        margin: points by which it may fall short.
+    """
+
+    text: str
+    better: str
+    than: str
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +91,7 @@ class Run:
         folder: that the run writes.
         words: of `evit train`.
         needs: settings whose model of the same seed it starts from or learns from.
+        way: that chooses or merges tokens, see `Study`.
     """
 
     setting: str
@@ -73,6 +99,7 @@ class Run:
     folder: Path
     words: tuple[str, ...]
     needs: tuple[str, ...]
+    way: str | None = None
 
     @property
     def name(self) -> str:
@@ -132,7 +159,43 @@ def _study(path: Path, fields: dict[str, Any], further: Sequence[str]) -> Study:
     if baseline not in words:
         raise ValueError(f"`{path}`: `baseline` must be one of {', '.join(words)}, got {baseline!r}.")
     train = (*shlex.split(fields.get("train") or ""), *further)
-    return Study(path.stem, str(fields.get("about", "")).strip(), train, tuple(seeds), words, baseline)
+    ways, claims = _pairs(path, fields, "ways"), _pairs(path, fields, "claims")
+    for name, way in ways.items():
+        if name not in words or way not in WAYS:
+            raise ValueError(
+                f"`{path}`: `ways` are `setting: way` lines, with one of the settings and of the ways "
+                f"{', '.join(WAYS)}; got `{name}: {way}`."
+            )
+    return Study(
+        path.stem,
+        str(fields.get("about", "")).strip(),
+        train,
+        tuple(seeds),
+        words,
+        baseline,
+        ways,
+        _claims(path, claims, words),
+    )
+
+
+def _pairs(path: Path, fields: dict[str, Any], name: str) -> dict[str, str]:
+    pairs = fields.get(name) or {}
+    if not isinstance(pairs, dict):
+        raise ValueError(f"`{path}`: `{name}` must be `name: text` lines, got {pairs!r}.")
+    return {str(key): str(value) for key, value in pairs.items()}
+
+
+def _claims(path: Path, claims: Mapping[str, str], settings: Collection[str]) -> tuple[Claim, ...]:
+    found = []
+    for text, comparison in claims.items():
+        match = _CLAIM.fullmatch(comparison)
+        if match is None or match["better"] not in settings or match["than"] not in settings:
+            raise ValueError(
+                f"`{path}`: a claim is `text: SETTING > SETTING`, or `text: SETTING > SETTING - POINTS`, with two of "
+                f"{', '.join(settings)}; got {comparison!r}."
+            )
+        found.append(Claim(text, match["better"], match["than"], float(match["margin"] or 0)))
+    return tuple(found)
 
 
 def _check_run(path: Path, study: Study, run: Run) -> None:
@@ -140,6 +203,8 @@ def _check_run(path: Path, study: Study, run: Run) -> None:
     for name in run.needs:
         if name not in earlier:
             raise ValueError(f"`{path}`: `{run.setting}` starts from `{{{name}}}`, which is no setting above it.")
+        if name in study.ways:
+            raise ValueError(f"`{path}`: `{run.setting}` starts from `{{{name}}}`, whose models `ways` does not keep.")
     for word in (*study.train, *study.settings[run.setting]):
         if word.split("=")[0].replace("_", "-") in OWN_FLAGS:
             raise ValueError(f"`{path}`: `{word}` of `{run.setting}` is set by the study: leave it out.")
