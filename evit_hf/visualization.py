@@ -298,9 +298,7 @@ class Visualization:
 
         Of more than four reorganization layers, the last of each quarter.
         """
-        num_stages = len(self.dense.trace.stages)
-        num_columns = min(num_stages, MAX_COLUMNS)
-        stages = [-(-(i + 1) * num_stages // num_columns) - 1 for i in range(num_columns)]
+        stages = shown_stages(len(self.dense.trace.stages))
         width = (len(stages) + 1) * (PANEL + GAP) - GAP
 
         def row(first: "Image.Image", panels: "list[Image.Image]", captions: Sequence[Sequence[str]]) -> "Image.Image":
@@ -515,6 +513,12 @@ def seen_box(size: tuple[int, int], processor: Any) -> Box:
     return left * across, top * down, (left + crop["width"]) * across, (top + crop["height"]) * down
 
 
+def shown_stages(num_stages: int) -> list[int]:
+    """Reorganization layers that get a column of a sheet: all, or of more than four the last of each quarter."""
+    num_columns = min(num_stages, MAX_COLUMNS)
+    return [-(-(i + 1) * num_stages // num_columns) - 1 for i in range(num_columns)]
+
+
 def _largest_share(weights: torch.Tensor | None) -> str:
     if weights is None:
         return "no fused token"
@@ -562,5 +566,6 @@ __all__ = [
     "blank_inattentive_patches",
     "class_scores",
     "seen_box",
+    "shown_stages",
     "visualize",
 ]

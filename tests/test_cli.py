@@ -60,6 +60,7 @@ WITHOUT = {
     "device": ["train"],  # launchers choose it
     "batch-size": ["visualize"],  # one picture after the other
     "keep-rate": ["tune"],  # it looks for them
+    "macs": ["tune"],  # its target is one
     "json": [],
     "quiet": [],
 }

@@ -124,6 +124,23 @@ def test_numbers_equal_a_loop_over_images(model, tmp_path, capsys):
     assert len({row["image"] for row in report["most_different"]}) == 2
 
 
+def test_shares_of_operations_are_inspected_in_every_layer(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("evit_hf.token_reorganization.MIN_TOKENS", 4)
+    data = write_data(tmp_path / "test.parquet", [0, 1, 0], ["c", "b"])
+    inspect(model, "--dataset", data, "-o", tmp_path / "out", "--macs", 0.8, 0.7, "--num-pictures", 1)
+    assert "macs=0.8: " in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "inspection.json").read_text())
+    assert [row["macs"] for row in report["keep_rates"]] == [0.8, 0.7]
+    assert all(row["gmacs"] <= row["macs"] * 1.1 * report["dense"]["gmacs"] for row in report["keep_rates"])
+    network = EViTForImageClassification.from_pretrained(model).eval()
+    pixel_values = ViTImageProcessor.from_pretrained(model)([picture(i) for i in range(3)], return_tensors="pt")
+    left = [index.shape[1] for index in network(**pixel_values, macs=0.7).attentive_index]
+    assert [stage["mean_patches_kept"] for stage in report["keep_rates"][1]["stages"]] == left
+    assert len(left) == 4
+    assert report["most_different"][0]["macs"] in (0.8, 0.7)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*FIGURES, "inspection.json"}
+
+
 @pytest.mark.slow
 def test_several_labels_and_classes_that_the_model_does_not_know(model, tmp_path, capsys):
     data = write_data(tmp_path / "test.parquet", [[0, 1], [2], [0]], ["c", "b", "a $x_1$"])

@@ -98,6 +98,44 @@ def macs_list_setting(**metadata: Any) -> Any:
     return setting(None, text, KEEP_RATE, instead_of="keep_rates", **metadata)
 
 
+@dataclass(frozen=True, order=True)
+class Macs:
+    """A share of the dense model's operations, where there could be a keep rate.
+
+    Args:
+        share: in (0, 1].
+    """
+
+    share: float
+
+    def __str__(self) -> str:
+        """As a word."""
+        return f"macs={self.share:g}"
+
+    def __float__(self) -> float:
+        """The share."""
+        return self.share
+
+
+def kept_of(arguments: Any) -> list[Any]:
+    """What a command compares: its keep rates, or the dense model and the shares of operations.
+
+    Args:
+        arguments: settings with `keep_rates` and `macs`.
+    """
+    return arguments.keep_rates if arguments.macs is None else [1.0, *map(Macs, arguments.macs)]
+
+
+def budget_of(keep_rate: Any) -> dict[str, Any]:
+    """A keep rate, one for each layer, or a share of operations as keywords of `reorganize` and of a forward."""
+    return {"macs": keep_rate.share} if isinstance(keep_rate, Macs) else {"keep_rate": keep_rate}
+
+
+def in_words(keep_rate: Any) -> str:
+    """A keep rate or share of operations for titles and notes."""
+    return str(keep_rate) if isinstance(keep_rate, Macs) else f"keep rate {keep_rate:g}"
+
+
 def budget(arguments: Any) -> dict[str, Any]:
     """What a command says of the tokens to keep, as keywords of `reorganize` and of a forward.
 

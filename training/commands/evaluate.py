@@ -14,6 +14,7 @@ from ..settings import (
     KEEP_RATE,
     FlagParser,
     json_setting,
+    kept_of,
     macs_list_setting,
     make_output_dir,
     quiet_setting,
@@ -116,13 +117,7 @@ def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments
         if arguments.compare:
             compare(accelerator, network, loader, arguments, folder, about)
             return []
-        results = compare_keep_rates(
-            accelerator,
-            prepared,
-            loader,
-            arguments.keep_rates if arguments.macs is None else [1.0],
-            macs=arguments.macs or (),
-        )
+        results = compare_keep_rates(accelerator, prepared, loader, kept_of(arguments))
     report = {**about, "label_names": splits.label_names, "results": [result.as_json() for result in results]}
     show_result(comparison_table(results), report)
     if accelerator.is_main_process and (arguments.output_dir or folder.is_dir()):

@@ -9,7 +9,19 @@ from typing import Any
 
 from ..arguments import DataArguments
 from ..screen import bar, say, screen, show_result
-from ..settings import AT_LEAST_ONE, KEEP_RATE, NOT_NEGATIVE, FlagParser, json_setting, quiet_setting, setting
+from ..settings import (
+    AT_LEAST_ONE,
+    KEEP_RATE,
+    NOT_NEGATIVE,
+    FlagParser,
+    budget_of,
+    in_words,
+    json_setting,
+    kept_of,
+    macs_list_setting,
+    quiet_setting,
+    setting,
+)
 from .errors import command
 
 
@@ -20,6 +32,7 @@ class InspectArguments:
     keep_rates: list[float] = setting(
         [0.7, 0.5], "Keep rates below 1; the first is the one drawn by class. Dense is always compared.", KEEP_RATE
     )
+    macs: list[float] | None = macs_list_setting()
     batch_size: int = setting(32, "Images for each forward.", AT_LEAST_ONE)
     device: str | None = setting(None, "cpu, cuda, mps ...; by default the best there is.")
     num_pictures: int = setting(6, "Images with the most different answers to draw.", NOT_NEGATIVE)
@@ -33,35 +46,38 @@ def main(argv: list[str]) -> None:
     parser = FlagParser(
         "inspect",
         [InspectArguments, DataArguments],
-        usage="evit inspect MODEL --dataset DATA -o OUT [--keep-rates 0.7 0.5] [--flag value ...]",
+        usage="evit inspect MODEL --dataset DATA -o OUT [--keep-rates 0.7 0.5 | --macs 0.66] [--flag value ...]",
         description="How often each place of the patch grid survives each reorganization layer, also by class; how "
-        "much kept patches overlap between keep rates and with what the dense model attends to; how often answers "
-        "agree with the dense model's, and the images on which they differ most. OUT gets inspection.json, "
-        "survival.png, survival_by_class.png, overlap.png, agreement.png and most_different.png. MODEL is a model "
+        "much kept patches overlap between keep rates, or shares of operations, and with what the dense model attends "
+        "to; how often answers agree with the dense model's, and the images on which they differ most. OUT gets "
+        "inspection.json, survival.png, survival_by_class.png, overlap.png, agreement.png and most_different.png. MODEL is a model "
         "folder, a run folder or a Hub id.",
         leave_out=lambda field: field.metadata.get("only_for_training", False) or field.name == "streaming",
     )
     parser.add_argument("model", help="Model folder, run folder or Hub id of an image classifier.")
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="Folder for the report and its figures.")
     (arguments, data), rest, _ = parser.parse(argv)
-    arguments.keep_rates = sorted(set(arguments.keep_rates) - {1.0}, key=arguments.keep_rates.index)
-    if not arguments.keep_rates:
+    keep_rates = [rate for rate in dict.fromkeys(kept_of(arguments)) if float(rate) < 1]
+    if not keep_rates:
         raise ValueError("`--keep-rates` must name a keep rate below 1, to be compared with the dense model.")
     if Path(rest.output).is_file():
         raise ValueError(f"`-o` is a file, `{rest.output}`: name a folder.")
     from ..learning.sources import resolve_model
 
     with screen(arguments.quiet, arguments.json):
-        show_result(None, inspect_data(resolve_model(rest.model), Path(rest.output), arguments, data))
+        show_result(None, inspect_data(resolve_model(rest.model), Path(rest.output), keep_rates, arguments, data))
 
 
-def inspect_data(model: str, folder: Path, arguments: InspectArguments, data: DataArguments) -> dict[str, Any]:
+def inspect_data(
+    model: str, folder: Path, keep_rates: list[Any], arguments: InspectArguments, data: DataArguments
+) -> dict[str, Any]:
     """Look at what a model keeps of a data set, and write the report and its figures.
 
     Args:
         model: folder or Hub id of an image classifier.
         folder: for the files.
-        arguments: keep rates and the like.
+        keep_rates: below 1, or shares of operations; the first is drawn by class.
+        arguments: batches and the like.
         data: images of the evaluation split.
 
     Returns: what inspection.json holds.
@@ -97,7 +113,7 @@ def inspect_data(model: str, folder: Path, arguments: InspectArguments, data: Da
     )
     batches = bar(loader, unit="batch")
     found = inspection.inspect_model(
-        network, batches, arguments.keep_rates, splits.label_names, splits.multi_label, knows_classes
+        network, batches, keep_rates, splits.label_names, splits.multi_label, knows_classes
     )
     labels = [str(network.config.id2label[i]) for i in range(network.config.num_labels)]
     report = {"model": model, "dataset": data.dataset, **found.as_json(labels, arguments.num_pictures)}
@@ -109,15 +125,16 @@ def inspect_data(model: str, folder: Path, arguments: InspectArguments, data: Da
     inspection_figures.draw_agreement(found, folder / "agreement.png")
     images = EvaluationImages(splits, ProcessorTransform(processor))
     different = []
-    for row in report["most_different"]:
-        picture = images.image(row["image"])
-        rate, distance = row["keep_rate"], row["distance"]
-        title = f"image {row['image']}, labelled {row['label']}: distance {distance:.2f} at keep rate {rate:g}"
-        different.append((title, visualize(network, processor, picture, [rate])))
+    for (rate, _), row in zip(found.most_different(arguments.num_pictures), report["most_different"], strict=True):
+        kept, about = budget_of(rate.keep_rate), f"image {row['image']}, labelled {row['label']}"
+        title = f"{about}: distance {row['distance']:.2f} at {in_words(rate.keep_rate)}"
+        kept = {"macs": [kept["macs"]]} if "macs" in kept else {"keep_rates": [kept["keep_rate"]]}
+        different.append((title, visualize(network, processor, images.image(row["image"]), **kept)))
     if different:
         inspection_figures.draw_most_different(different, folder / "most_different.png")
-    for rate in report["keep_rates"]:
-        accuracy = "" if rate["accuracy"] is None else f", {100 * rate['accuracy']:.1f} % right"
-        say(f"keep rate {rate['keep_rate']:g}: {100 * rate['agreement']:.1f} % answers as dense{accuracy}")
+    for rate in found.rates:
+        accuracy = found.accuracy(rate.answers)
+        right = "" if accuracy is None else f", {100 * accuracy:.1f} % right"
+        say(f"{in_words(rate.keep_rate)}: {100 * found.agreement(rate):.1f} % answers as dense{right}")
     say(f"Saved {folder / 'inspection.json'} and {4 + bool(different)} figures next to it.")
     return report

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..screen import say, show_result
-from ..settings import make_output_dir
+from ..settings import kept_of, make_output_dir
 from .arguments import BenchmarkArguments
 
 
@@ -215,10 +215,10 @@ def checked_inference(
     import torch
 
     from .timing import check_answers
-    from .variants import inference_variants, kept_in_variants, reference_logits
+    from .variants import inference_variants, reference_logits
 
     variants = inference_variants(
-        model, images, kept_in_variants(arguments), arguments.backends, baselines, folder, torch.get_num_threads()
+        model, images, kept_of(arguments), arguments.backends, baselines, folder, torch.get_num_threads()
     )
     check_answers(variants, reference_logits(model, images), tolerance)
     return variants
@@ -240,12 +240,12 @@ def checked_training_steps(
     from evit_hf.export import gives_features
 
     from .timing import MeasurementError
-    from .variants import kept_in_variants, training_variants
+    from .variants import training_variants
 
     if gives_features(model):
         raise ValueError(f"`--training` needs a classifier, and `{type(model).__name__}` has none.")
     labels = torch.randint(model.config.num_labels, (len(images),), device=images.device)
-    variants = training_variants(model, images, labels, kept_in_variants(arguments), arguments.backends, baselines)
+    variants = training_variants(model, images, labels, kept_of(arguments), arguments.backends, baselines)
     losses: dict[str, tuple[str, float]] = {}
     for variant in variants:
         loss = variant.forward().item()

@@ -15,12 +15,13 @@ from evit_hf.profiling import MacsFormula
 
 from ..learning.teachers import Oracle
 from ..screen import bar
+from ..settings import Macs, budget_of
 from .machine import device_name
 from .metrics import ClassificationCounts, MultiLabelCounts, binomial_standard_error
 from .timing import Variant, alternate
 
 
-KeepRate = float | Sequence[float] | None
+KeepRate = float | Sequence[float] | Macs | None
 # What `main_score` names, for the axis of a figure.
 SCORE_TITLES = {"top1": "top-1 accuracy, %", "micro_f1": "micro F1, %"}
 
@@ -30,7 +31,7 @@ class Measurement:
     """One set of weights at one keep rate, or at a share of the dense model's operations.
 
     Args:
-        keep_rate: a number, or one for each reorganization layer; None where `macs` says what is kept.
+        keep_rate: a number, one for each reorganization layer, or a share of operations.
         metrics: what `evaluate` returns.
         gmacs: of an image.
         images_per_second: median.
@@ -38,7 +39,6 @@ class Measurement:
         dtype: of the weights.
         batch_size: images of a batch in the measurement of speed.
         image_size: height and width, in pixels.
-        macs: share of the dense model's operations, or None.
     """
 
     keep_rate: KeepRate
@@ -49,20 +49,16 @@ class Measurement:
     dtype: str
     batch_size: int
     image_size: tuple[int, int]
-    macs: float | None = None
 
     @property
     def name(self) -> str:
         """The keep rate or share of operations in words."""
-        if self.macs is not None:
-            return f"MACs {self.macs}"
         return "dense" if self.keep_rate == 1.0 else str(self.keep_rate)
 
     def as_json(self) -> dict[str, Any]:
         """One flat object for results.json and evaluation.json."""
-        rest = {name: value for name, value in vars(self).items() if name not in ("keep_rate", "macs", "metrics")}
-        budget = {"keep_rate": self.keep_rate} if self.macs is None else {"macs": self.macs}
-        return {**budget, **self.metrics, **rest, "image_size": list(self.image_size)}
+        rest = {name: value for name, value in vars(self).items() if name not in ("keep_rate", "metrics")}
+        return {**budget_of(self.keep_rate), **self.metrics, **rest, "image_size": list(self.image_size)}
 
 
 @torch.no_grad()
@@ -72,7 +68,6 @@ def evaluate(
     loader: Iterable[dict[str, torch.Tensor]],
     keep_rate: KeepRate = None,
     oracle: Oracle | None = None,
-    macs: float | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model, each image counted once on any number of processes.
 
@@ -80,9 +75,8 @@ def evaluate(
         accelerator: adds up the counts.
         model: left in the mode it was in.
         loader: see `evaluation_loader`.
-        keep_rate: instead of the model's own.
+        keep_rate: instead of the model's own; a share of operations too.
         oracle: chooses the tokens instead of the model's own attention.
-        macs: share of the dense model's operations, instead of a keep rate.
 
     Returns: see `ClassificationCounts.summarize` and `MultiLabelCounts.summarize`.
     """
@@ -93,11 +87,15 @@ def evaluate(
     is_multi_label = network.config.problem_type == "multi_label_classification"
     counts_class = MultiLabelCounts if is_multi_label else ClassificationCounts
     counts = counts_class(network.config.num_labels, accelerator.device)
-    title = "evaluating" if keep_rate is None else f"evaluating at keep rate {keep_rate}"
+    title = (
+        "evaluating"
+        if keep_rate is None
+        else f"evaluating at {'' if isinstance(keep_rate, Macs) else 'keep rate '}{keep_rate}"
+    )
     for batch in bar(loader, desc=title, unit="batch", leave=False):
         batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
         scores = oracle(batch["pixel_values"]) if oracle is not None else None
-        logits = network(batch["pixel_values"], keep_rate=keep_rate, macs=macs, patch_scores=scores).logits
+        logits = network(batch["pixel_values"], patch_scores=scores, **budget_of(keep_rate)).logits
         counts.add(logits, batch["labels"], batch["is_counted"])
         counts.counts["num_bad_images"] += batch["is_bad"].sum()
     network.train(was_training)
@@ -110,35 +108,27 @@ def main_score(metrics: dict[str, Any]) -> tuple[str, float]:
     return name, metrics[name]
 
 
-def _budgets(keep_rates: Sequence[KeepRate], macs: Sequence[float]) -> list[tuple[KeepRate, float | None]]:
-    """Keep rate and share of operations of each measurement; at least one of them is None."""
-    return [*((rate, None) for rate in keep_rates), *((None, share) for share in macs)]
-
-
 @torch.no_grad()
 def images_per_second(
     model: nn.Module,
     pixel_values: torch.Tensor,
     keep_rates: Sequence[KeepRate],
     rounds: int = 20,
-    macs: Sequence[float] = (),
 ) -> list[float]:
     """Speed of one model at several keep rates, in images per second: medians over rounds that alternate the rates.
 
     Args:
         model: left in the mode it was in.
         pixel_values: (batch_size, num_channels, height, width), on the model's device.
-        keep_rates: what to compare.
+        keep_rates: what to compare, shares of operations too.
         rounds: measured rounds, after two that warm up.
-        macs: shares of the dense model's operations to compare as well.
 
-    Returns: one number for each keep rate, and for each share of operations after them.
+    Returns: one number for each keep rate.
     """
     was_training = model.training
     model.eval()
     variants = [
-        Variant(str(rate or share), functools.partial(model, pixel_values, keep_rate=rate, macs=share), 0, 0)
-        for rate, share in _budgets(keep_rates, macs)
+        Variant(str(rate), functools.partial(model, pixel_values, **budget_of(rate)), 0, 0) for rate in keep_rates
     ]
     seconds = alternate(variants, pixel_values.device, rounds)
     model.train(was_training)
@@ -151,7 +141,6 @@ def compare_keep_rates(
     loader: Iterable[dict[str, torch.Tensor]],
     keep_rates: Sequence[KeepRate],
     timed_model: nn.Module | None = None,
-    macs: Sequence[float] = (),
 ) -> list[Measurement]:
     """Accuracy, cost and speed of one set of weights at several keep rates.
 
@@ -159,18 +148,16 @@ def compare_keep_rates(
         accelerator: see `evaluate`.
         model: as in training.
         loader: evaluation images; its first batch is used for the timing.
-        keep_rates: what to compare, for example [1.0, 0.7].
+        keep_rates: what to compare, for example [1.0, 0.7] or [1.0, Macs(0.66)].
         timed_model: the same network by itself, which only the main process times; by default `model`.
-        macs: shares of the dense model's operations to compare as well.
 
-    Returns: a measurement for each keep rate, and for each share of operations after them.
+    Returns: a measurement for each keep rate.
     """
     network = accelerator.unwrap_model(model) if timed_model is None else timed_model
     pixel_values = next(iter(loader))["pixel_values"].to(network.device)
-    budgets = _budgets(keep_rates, macs)
-    speeds = [float("nan")] * len(budgets)
+    speeds = [float("nan")] * len(keep_rates)
     if accelerator.is_main_process:  # no other process disturbs the timing
-        speeds = images_per_second(network, pixel_values, keep_rates, macs=macs)
+        speeds = images_per_second(network, pixel_values, keep_rates)
     accelerator.wait_for_everyone()
     height, width = pixel_values.shape[-2:]
     # Only by the main process: one forward pass may be counted.
@@ -178,16 +165,15 @@ def compare_keep_rates(
     return [
         Measurement(
             keep_rate=keep_rate,
-            metrics=evaluate(accelerator, model, loader, keep_rate, macs=share),
-            gmacs=float("nan") if formula is None else formula(keep_rate, macs=share) / 1e9,
+            metrics=evaluate(accelerator, model, loader, keep_rate),
+            gmacs=float("nan") if formula is None else formula(**budget_of(keep_rate)) / 1e9,
             images_per_second=speed,
             device=device_name(network.device),
             dtype=str(network.dtype).removeprefix("torch."),
             batch_size=len(pixel_values),
             image_size=(height, width),
-            macs=share,
         )
-        for (keep_rate, share), speed in zip(budgets, speeds, strict=True)
+        for keep_rate, speed in zip(keep_rates, speeds, strict=True)
     ]
 
 

@@ -13,7 +13,11 @@ from evit_hf.profiling import MacsFormula
 from evit_hf.token_maps import trace_tokens
 from evit_hf.visualization import class_scores
 
+from ..settings import Macs, budget_of
 from .metrics import binomial_standard_error
+
+
+KeepRate = float | Macs
 
 
 @dataclass
@@ -21,7 +25,7 @@ class KeptAtRate:
     """Sums over images at one keep rate.
 
     Args:
-        keep_rate: in (0, 1].
+        keep_rate: below 1, or a share of operations.
         kept: (num_stages, num_classes, num_patches), images of each class in which a patch is kept.
         kept_in_all: (num_stages, num_patches), the same for all images, each counted once.
         num_kept: (num_stages,), patches kept.
@@ -32,7 +36,7 @@ class KeptAtRate:
         scores: of the answers.
     """
 
-    keep_rate: float
+    keep_rate: KeepRate
     kept: torch.Tensor
     kept_in_all: torch.Tensor
     num_kept: torch.Tensor
@@ -48,7 +52,7 @@ class Inspection:
 
     Args:
         label_names: classes of the data.
-        layers: reorganization layers.
+        layers: that give up tokens.
         grid: rows and columns of patches.
         rates: what was summed up at each keep rate.
         dense: answers of the dense model: class numbers, or rows of zeros and ones, with their scores.
@@ -70,8 +74,8 @@ class Inspection:
     labels: list[Any]
     places: list[int]
     num_bad_images: int
-    overlaps: dict[tuple[float, float], torch.Tensor]
-    gmacs: dict[float, float]
+    overlaps: dict[tuple[KeepRate, KeepRate], torch.Tensor]
+    gmacs: dict[KeepRate, float]
     knows_classes: bool
 
     @property
@@ -108,7 +112,11 @@ class Inspection:
         Returns: the keep rate, and the image as its position among those looked at.
         """
         found = sorted(
-            ((distance, -rate.keep_rate, i, rate) for rate in self.rates for i, distance in enumerate(rate.distances)),
+            (
+                (distance, -float(rate.keep_rate), i, rate)
+                for rate in self.rates
+                for i, distance in enumerate(rate.distances)
+            ),
             key=lambda row: (-row[0], row[1], row[2]),
         )
         chosen: dict[int, KeptAtRate] = {}
@@ -133,7 +141,7 @@ class Inspection:
             "keep_rates": [self._rate_as_json(rate) for rate in self.rates],
             "overlap_between_keep_rates": [
                 {
-                    "keep_rates": list(pair),
+                    "macs" if isinstance(pair[0], Macs) else "keep_rates": [float(rate) for rate in pair],
                     "layer": layer,
                     "intersection_over_union": rounded(sums[i, 0] / self.num_images),
                     "share_of_the_lower_rate": rounded(sums[i, 1] / self.num_images),
@@ -144,7 +152,7 @@ class Inspection:
             "most_different": [
                 {
                     "image": self.places[i],
-                    "keep_rate": rate.keep_rate,
+                    **budget_of(rate.keep_rate),
                     "distance": rounded(rate.distances[i]),
                     "label": named(self.labels[i], self.label_names),
                     "dense_answer": named(self.dense[i], model_labels),
@@ -167,7 +175,7 @@ class Inspection:
             }
         num_patches = self.grid[0] * self.grid[1]
         return {
-            "keep_rate": rate.keep_rate,
+            **budget_of(rate.keep_rate),
             "gmacs": self.gmacs[rate.keep_rate],
             "agreement": agreement,
             "agreement_standard_error": binomial_standard_error(agreement, self.num_images),
@@ -226,7 +234,7 @@ def answer_distance(dense: torch.Tensor, other: torch.Tensor, is_multi_label: bo
 def inspect_model(
     model: nn.Module,
     batches: Iterable[dict[str, torch.Tensor]],
-    keep_rates: Sequence[float],
+    keep_rates: Sequence[KeepRate],
     label_names: list[str],
     is_multi_label: bool,
     knows_classes: bool,
@@ -236,7 +244,7 @@ def inspect_model(
     Args:
         model: an EViT, or a model that `reorganize` was called on, on its device and in evaluation mode.
         batches: {"pixel_values", "labels", "is_counted"}, see `evaluation_loader`.
-        keep_rates: in (0, 1), without the dense model's 1.0.
+        keep_rates: below 1, or shares of operations, without the dense model's 1.0.
         label_names: classes of the data.
         is_multi_label: whether labels are rows of zeros and ones.
         knows_classes: whether labels are in the model's numbers.
@@ -245,6 +253,7 @@ def inspect_model(
     """
     found: Inspection | None = None
     device, place = next(model.parameters()).device, 0
+    dense_rate = Macs(1.0) if isinstance(keep_rates[0], Macs) else 1.0  # with the same layers
     for batch in batches:
         counted = batch["is_counted"].bool()
         places = [place + i for i in counted.nonzero().flatten().tolist()]
@@ -252,7 +261,7 @@ def inspect_model(
         if not places:
             continue
         pixel_values, labels = batch["pixel_values"][counted].to(device), batch["labels"][counted]
-        dense = trace_tokens(model, pixel_values, 1.0)
+        dense = trace_tokens(model, pixel_values, **budget_of(dense_rate))
         if found is None:
             layers, grid = [stage.layer for stage in dense.stages], dense.grid
             size = tuple(pixel_values.shape[-2:])
@@ -269,7 +278,7 @@ def inspect_model(
 
 def _nothing_yet(
     model: nn.Module,
-    keep_rates: Sequence[float],
+    keep_rates: Sequence[KeepRate],
     label_names: list[str],
     layers: list[int],
     grid: tuple[int, int],
@@ -289,7 +298,7 @@ def _nothing_yet(
     ]
     pairs = [(a, b) for i, a in enumerate(keep_rates) for b in keep_rates[i + 1 :]]
     overlaps = {pair: torch.zeros(len(layers), 2) for pair in pairs}
-    gmacs = {rate: formula(rate) / 1e9 for rate in (1.0, *keep_rates)}
+    gmacs = {rate: formula(**budget_of(rate)) / 1e9 for rate in (1.0, *keep_rates)}
     return Inspection(label_names, layers, grid, zeros, [], [], [], [], 0, overlaps, gmacs, knows_classes)
 
 
@@ -307,9 +316,9 @@ def _add(
         classes = nn.functional.one_hot(labels, len(found.label_names))
     dense_scores = class_scores(model, dense.output.logits).cpu()
     attention = [dense.attention(i).flatten(1).cpu() for i in stages]
-    kept: dict[float, list[torch.Tensor]] = {}
+    kept: dict[KeepRate, list[torch.Tensor]] = {}
     for rate in found.rates:
-        trace = trace_tokens(model, pixel_values, rate.keep_rate)
+        trace = trace_tokens(model, pixel_values, **budget_of(rate.keep_rate))
         masks = kept[rate.keep_rate] = [trace.kept(i).flatten(1).cpu() for i in stages]
         scores = class_scores(model, trace.output.logits).cpu()
         for i in stages:

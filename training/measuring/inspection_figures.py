@@ -8,8 +8,9 @@ import torch
 from matplotlib.figure import Figure
 
 from evit_hf.drawing import GAP, below, beside, captioned, percent, text_line, with_margin
-from evit_hf.visualization import PANEL, Visualization
+from evit_hf.visualization import PANEL, Visualization, shown_stages
 
+from ..settings import Macs, in_words
 from .inspection import Inspection
 from .metrics import binomial_standard_error
 
@@ -18,15 +19,16 @@ MAX_CLASSES = 20  # in the figure of survival by class
 
 
 def draw_survival(found: Inspection, path: Path) -> None:
-    """Draw how often each patch of the grid is kept: a row for each keep rate, a column for each layer."""
-    rows, columns = len(found.rates), len(found.layers)
+    """Draw how often each patch of the grid is kept: a row for each keep rate, a column for each layer drawn."""
+    stages = shown_stages(len(found.layers))
+    rows, columns = len(found.rates), len(stages)
     figure = Figure(figsize=(2.6 * columns + 1.2, 2.7 * rows + 0.7), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for row, rate in zip(axes, found.rates, strict=True):
-        for i, panel in enumerate(row):
+        for i, panel in zip(stages, row, strict=True):
             image = _show(panel, found, rate.kept_in_all[i] / found.num_images)
             kept = float(rate.num_kept[i]) / found.num_images
-            panel.set_title(f"keep rate {rate.keep_rate:g}, layer {found.layers[i]}", fontsize=12)
+            panel.set_title(f"{in_words(rate.keep_rate)}, layer {found.layers[i]}", fontsize=12)
             panel.set_xlabel(f"{kept:.0f} of {found.grid[0] * found.grid[1]} patches", fontsize=12)
     _color_bar(figure, image, axes)
     figure.set_layout_engine("constrained", hspace=0.06)
@@ -59,7 +61,7 @@ def draw_survival_by_class(found: Inspection, path: Path) -> None:
         panel.set_xlabel(f"{int(counts[number])} images", fontsize=11)
     _color_bar(figure, image, axes)
     which = "" if len(chosen) == len(numbers) else f", the {len(chosen)} of {len(numbers)} that differ most"
-    title = f"By class after layer {found.layers[-1]} at keep rate {rate.keep_rate:g}{which}"
+    title = f"By class after layer {found.layers[-1]} at {in_words(rate.keep_rate)}{which}"
     figure.suptitle(title, fontsize=14)
     figure.savefig(path, dpi=120)
 
@@ -88,10 +90,12 @@ def draw_overlap(found: Inspection, path: Path) -> None:
     for number, rate in enumerate(found.rates):
         shared = 100 * rate.shared_with_attention / found.num_images
         chance = 100 * rate.num_kept / found.num_images / (found.grid[0] * found.grid[1])
-        left.plot(places, shared, marker="o", color=f"C{number}", label=f"keep rate {rate.keep_rate:g}")
+        left.plot(places, shared, marker="o", color=f"C{number}", label=in_words(rate.keep_rate))
         left.plot(places, chance, linestyle=":", color=f"C{number}")
     left.plot([], [], color="gray", linestyle=":", label="as many by chance")
-    left.set_xticks(places, [f"layer {layer}" for layer in found.layers], fontsize=11)
+    words = [f"layer {layer}" if len(found.layers) < 6 else str(layer) for layer in found.layers]
+    left.set_xticks(places, words, fontsize=11)
+    left.set_xlabel("" if len(found.layers) < 6 else "layer", fontsize=12)
     left.set_ylim(0, 103)
     left.set_ylabel("% of kept patches", fontsize=12)
     left.set_title("Kept patches that the dense model attends to most", fontsize=12)
@@ -107,25 +111,31 @@ def draw_overlap(found: Inspection, path: Path) -> None:
         for j in range(len(rates)):
             color = "black" if shares[i, j] > 0.6 else "white"
             right.text(j, i, percent(float(shares[i, j])), ha="center", va="center", color=color, fontsize=13)
-    names = [f"{rate:g}" for rate in rates]
+    names = [f"{float(rate):g}" for rate in rates]
     right.set_xticks(range(len(rates)), names, fontsize=11)
     right.set_yticks(range(len(rates)), names, fontsize=11)
-    right.set(xlabel="keep rate", ylabel="keep rate")
+    right.set(xlabel=_axis(found), ylabel=_axis(found))
     right.set_title(f"Kept by both, of those kept by one or both (layer {found.layers[-1]})", fontsize=12)
     figure.savefig(path, dpi=120)
+
+
+def _axis(found: Inspection) -> str:
+    """What the numbers are that keep rates or shares of operations are shown by."""
+    return "share of the dense model's MACs" if isinstance(found.rates[0].keep_rate, Macs) else "keep rate"
 
 
 def draw_agreement(found: Inspection, path: Path) -> None:
     """Draw the share of answers that are those of the dense model, and of right answers, by keep rate."""
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot()
-    rates = sorted(found.rates, key=lambda rate: rate.keep_rate)
+    rates = sorted(found.rates, key=lambda rate: float(rate.keep_rate))
     shares = [found.agreement(rate) for rate in rates]
-    _with_errors(axes, [rate.keep_rate for rate in rates], shares, found.num_images, "same answer as dense")
+    places = [float(rate.keep_rate) for rate in rates]
+    _with_errors(axes, places, shares, found.num_images, "same answer as dense")
     if found.knows_classes:
         right = [found.accuracy(rate.answers) or 0.0 for rate in rates] + [found.accuracy(found.dense) or 0.0]
-        _with_errors(axes, [*(rate.keep_rate for rate in rates), 1.0], right, found.num_images, "right answer")
-    axes.set_xlabel("keep rate (1.0 is dense)", fontsize=12)
+        _with_errors(axes, [*places, 1.0], right, found.num_images, "right answer")
+    axes.set_xlabel(f"{_axis(found)} (1.0 is dense)", fontsize=12)
     axes.set_ylabel("% of images", fontsize=12)
     axes.set_title(f"{found.num_images} images; bars: binomial standard error", fontsize=12)
     axes.tick_params(labelsize=11)
@@ -154,7 +164,8 @@ def draw_most_different(seen: Sequence[tuple[str, Visualization]], path: Path) -
             for name, one in (("dense", picture.dense), ("EViT", view))
         ]
         cells = [captioned(picture.overview(), answers, PANEL)]
-        cells += [captioned(picture.kept(view, i), view.caption(i), PANEL) for i in range(len(view.trace.stages))]
+        stages = shown_stages(len(view.trace.stages))
+        cells += [captioned(picture.kept(view, i), view.caption(i), PANEL) for i in stages]
         row = beside(cells)
         rows += [text_line(title, row.width, 22), row]
     with_margin(below(rows, gap=GAP)).save(path)

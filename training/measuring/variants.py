@@ -4,7 +4,6 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from evit_hf.presets import PRESETS
 from evit_hf.profiling import MacsFormula
 
 from ..learning.models import compile_layers, load_classifier, load_model, random_classifier
-from .arguments import BenchmarkArguments
+from ..settings import budget_of
 from .timing import Variant
 
 
@@ -38,31 +37,6 @@ COMPILE_MODES = {
     "compile-max-autotune": {"mode": "max-autotune"},
 }
 BACKENDS = ("sdpa", "sdpa-mkl", "eager", "compile-layers", *COMPILE_MODES, *FORMATS, "onnx-int8")
-
-
-@dataclass(frozen=True)
-class Macs:
-    """A share of the dense model's operations, where there could be a keep rate.
-
-    Args:
-        share: in (0, 1].
-    """
-
-    share: float
-
-    def __str__(self) -> str:
-        """As a word."""
-        return f"macs-{self.share}"
-
-
-def budget_of(kept: Any) -> dict[str, Any]:
-    """A keep rate or share of operations as keywords of `reorganize` and of a forward."""
-    return {"macs": kept.share} if isinstance(kept, Macs) else {"keep_rate": kept}
-
-
-def kept_in_variants(arguments: BenchmarkArguments) -> list[Any]:
-    """Keep rates of the EViT variants, or shares of operations after the dense model."""
-    return arguments.keep_rates if arguments.macs is None else [1.0, *map(Macs, arguments.macs)]
 
 
 def build_model(
