@@ -164,7 +164,9 @@ class EViTLVForImageClassification(EViTLVPreTrainedModel):
 
         loss = None
         if labels is not None and learns_token_labels:
-            loss = token_labelling_loss(cls_logits, aux_logits, outputs.patch_index, labels, token_labels)
+            loss = token_labelling_loss(
+                cls_logits, aux_logits, outputs.patch_index, labels, token_labels, counted_by=outputs.counted_by
+            )
         elif labels is not None:
             loss = self.loss_function(labels, logits, self.config, **kwargs)
         return EViTLVImageClassifierOutput(

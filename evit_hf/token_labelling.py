@@ -3,7 +3,8 @@
 Source: "All Tokens Matter: Token Labeling for Training Better Vision Transformers" (arXiv 2104.10858) and its official
 code, https://github.com/zihangJiang/TokenLabeling. With EViT the auxiliary classifier sees the tokens that are left at
 the end; the fused token is made of many patches and takes no part, which is the EViT author's own recipe
-(https://github.com/youweiliang/evit/issues/13).
+(https://github.com/youweiliang/evit/issues/13). Where tokens are counted, every patch takes part through the token
+that counts it.
 """
 
 import math
@@ -78,6 +79,7 @@ def token_labelling_loss(
     token_targets: torch.Tensor | None = None,
     class_weight: float = 1.0,
     dense_weight: float = 1.0,
+    counted_by: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of the class token plus the mean cross-entropy of the image tokens that are left.
 
@@ -91,12 +93,18 @@ def token_labelling_loss(
             stronger classifier; None takes the class targets for every patch.
         class_weight: of the first term.
         dense_weight: of the second term.
+        counted_by: (batch_size, num_patches), which of the tokens left counts each patch, as in a model's output. The
+            second term is then the mean over all patches, each answered by the token that counts it: a token learns
+            the mean label of what it counts, with a weight in proportion to its size.
 
     Returns: scalar.
     """
     num_labels = cls_logits.shape[-1]
     if class_targets.ndim == 1:
         class_targets = nn.functional.one_hot(class_targets, num_labels).to(cls_logits.dtype)
+    if counted_by is not None:
+        aux_logits = aux_logits.gather(1, counted_by.unsqueeze(-1).expand(-1, -1, num_labels))
+        patch_index = torch.arange(counted_by.shape[1], device=counted_by.device).expand_as(counted_by)
     if token_targets is None:
         targets = class_targets.unsqueeze(1).expand_as(aux_logits)
     else:

@@ -1,10 +1,12 @@
 import pytest
 import torch
 from golden import lvvit_state_dict, lvvit_tensors
+from torch.nn.functional import cross_entropy
 
 from evit_hf import EViTLVConfig, EViTLVForImageClassification
 from evit_hf.modeling_evit_lv import EViTLVLayer
 from evit_hf.profiling import num_tokens_by_layer
+from evit_training.learning.objective import Objective
 
 
 def golden_model(**changes):
@@ -38,6 +40,24 @@ def test_auxiliary_head_sees_the_patches_that_are_left(fuse):
     ):
         best = torch.stack([aux_logits[i] for i in range(len(patches)) if patches[i] >= 0]).max(dim=0).values
         torch.testing.assert_close(logits, cls_logits + 0.5 * best)
+
+
+def test_counted_tokens_learn_the_labels_of_all_patches_that_they_count():
+    torch.manual_seed(0)
+    model, pixel_values = golden_model(macs=0.96).train(), lvvit_tensors()["pixel_values"]
+    labels, token_labels = torch.tensor([1, 3]), torch.rand(2, 64, 10).softmax(-1)
+    outputs = model(pixel_values, labels=labels, token_labels=token_labels)
+    sizes, losses = outputs.token_sizes, []
+    assert sizes.sum(1).tolist() == [64, 64]
+    for image in range(2):
+        for token, size in enumerate(sizes[image]):
+            counted = outputs.counted_by[image] == token
+            assert counted.sum() == size
+            mean_label = token_labels[image, counted].mean(0)
+            losses.append(size * cross_entropy(outputs.aux_logits[image, token], mean_label))
+    expected = cross_entropy(outputs.cls_logits, labels) + sum(losses) / 128
+    torch.testing.assert_close(outputs.loss, expected)
+    torch.testing.assert_close(Objective(model.config).label_loss(outputs, labels, None, token_labels), expected)
 
 
 def test_a_fused_token_with_high_logits_does_not_answer():

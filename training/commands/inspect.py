@@ -50,8 +50,8 @@ def main(argv: list[str]) -> None:
         description="How often each place of the patch grid survives each reorganization layer, also by class; how "
         "much kept patches overlap between keep rates, or shares of operations, and with what the dense model attends "
         "to; how often answers agree with the dense model's, and the images on which they differ most. OUT gets "
-        "inspection.json, survival.png, survival_by_class.png, overlap.png, agreement.png and most_different.png. MODEL is a model "
-        "folder, a run folder or a Hub id.",
+        "inspection.json, survival.png, survival_by_class.png, overlap.png, agreement.png and most_different.png. "
+        "MODEL is a model folder, a run folder or a Hub id.",
         leave_out=lambda field: field.metadata.get("only_for_training", False) or field.name == "streaming",
     )
     parser.add_argument("model", help="Model folder, run folder or Hub id of an image classifier.")

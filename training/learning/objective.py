@@ -115,7 +115,14 @@ class Objective:
         if outputs.get("aux_logits") is None:
             return nn.functional.cross_entropy(logits, targets)
         token_targets = mixed_tokens if token_targets is None else token_targets
-        return token_labelling_loss(logits, outputs.aux_logits.float(), outputs.patch_index, targets, token_targets)
+        return token_labelling_loss(
+            logits,
+            outputs.aux_logits.float(),
+            outputs.patch_index,
+            targets,
+            token_targets,
+            counted_by=outputs.get("counted_by"),
+        )
 
     @property
     def evaluation_oracle(self) -> Oracle | None:
