@@ -93,7 +93,9 @@ class TowerCosts(NamedTuple):
         return num_before * (self.attention + num_before * self.pair) + num_after * self.feed_forward
 
 
-def tokens_left_at_macs(macs: float, num_patches: int, layers: Sequence[int], costs: TowerCosts) -> dict[int, int]:
+def tokens_left_at_macs(
+    macs: float, num_patches: int, layers: Sequence[int], costs: TowerCosts, min_tokens: int | None = None
+) -> dict[int, int]:
     """Image tokens after each layer when all layers give up the same number, for a share of the dense operations.
 
     If n layers give up t tokens in all, num_patches - (i + 1) * t // n are left after the i-th of them, but never
@@ -104,13 +106,14 @@ def tokens_left_at_macs(macs: float, num_patches: int, layers: Sequence[int], co
         num_patches: image tokens at the first layer's input.
         layers: zero-based layers that give up tokens, strictly increasing.
         costs: of the model.
+        min_tokens: instead of 16.
 
     Returns: image tokens after each of the layers, by layer number. ViT-B/16 at 224 pixels and 0.66 has 186 after the
         first layer, 11 fewer after each other, and 66 after the last.
 
     Raises: ValueError if 16 tokens after each of the layers still cost more.
     """
-    layers, fewest = list(layers), min(MIN_TOKENS, num_patches)
+    layers, fewest = list(layers), min(MIN_TOKENS if min_tokens is None else min_tokens, num_patches)
 
     def left(given_up: int) -> dict[int, int]:
         return {layer: max(fewest, num_patches - (i + 1) * given_up // len(layers)) for i, layer in enumerate(layers)}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_config_with
+from PIL import Image
 from training_runs import SMALL
 from transformers import ViTImageProcessor
 from vision_families import EXAMPLE, build
@@ -290,6 +291,43 @@ def test_tuned_models_are_saved_with_their_layers_and_rates(tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             main(["tune", str(run / "model"), target, *flags])
         assert sentence in capsys.readouterr().err
+
+
+def test_models_that_were_not_trained_for_it_are_tuned_from_the_recipe_without_labels(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = EViTForImageClassification(tiny_config_with(image_size=64, keep_rate=1.0, initializer_range=0.1)).eval()
+    model.save_pretrained(tmp_path / "dense")
+    processor = ViTImageProcessor(size={"height": 64, "width": 64})
+    processor.save_pretrained(tmp_path / "dense")
+    (tmp_path / "pictures").mkdir()
+    pictures = [Image.effect_noise((64, 64), 40 + 30 * i).convert("RGB") for i in range(4)]
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / "pictures" / f"{i}.png")
+    flags = ["--dataset", str(tmp_path / "pictures"), "--save", str(tmp_path / "tuned"), "--rounds", "1", "--json"]
+    main(["tune", str(tmp_path / "dense"), "0.7", *flags])
+    report = json.loads(capsys.readouterr().out)
+    others = {key: row for key, row in report.items() if isinstance(row, dict) and key != "dense"}
+    assert set(others) >= {"recipe", "from_layer_1", "paper_layers"}
+    assert report["chosen"] == min(others, key=lambda key: others[key]["loss"])
+    assert all(row["gmacs"] <= 0.7 * report["dense"]["gmacs"] for row in others.values())
+    assert (report["judge"], report["dense"]["accuracy"], report["num_images"]) == ("dense", 1.0, 4)
+
+    tuned = EViTForImageClassification.from_pretrained(tmp_path / "tuned").eval()
+    chosen = report[report["chosen"]]
+    assert (tuned.config.keep_rate, tuned.config.inattentive_tokens) == (chosen["keep_rate"], "counted")
+    pixel_values = processor(pictures, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        dense, logits = model(pixel_values, keep_rate=1.0).logits, tuned(pixel_values).logits
+    assert chosen["accuracy"] == (logits.argmax(1) == dense.argmax(1)).float().mean().item()
+    assert chosen["loss"] == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, dense.softmax(1)).item(), abs=1e-5
+    )
+    reorganize(model, macs=0.69)
+    left = [index.shape[1] for index in model(pixel_values).attentive_index]
+    rates = zip(report["recipe"]["reorganization_layers"], report["recipe"]["keep_rate"], strict=True)
+    set_rates(tuned, dict(rates))
+    recipe = [index.shape[1] for index in tuned(pixel_values).attentive_index]
+    assert all(abs(a - b) <= 2 for a, b in zip(left, recipe, strict=True))
 
 
 # Compiled training

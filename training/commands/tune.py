@@ -14,8 +14,10 @@ def main(argv: list[str]) -> None:
         "tune",
         [TuneArguments, DataArguments],
         usage="evit tune MODEL TARGET --dataset DATA [--save FOLDER] [--flag value ...]",
-        description="Find layers and keep rates with which a trained model meets a budget at the least loss on "
-        "calibration images. MODEL is a model folder, a run folder or a Hub id.",
+        description="Find layers and keep rates with which a model meets a budget. One that was not trained to lose "
+        "tokens starts from the recipe of `macs=`, and is judged by how far its answers are from those of the dense "
+        "model, on images without labels; others by their loss on labelled images. MODEL is a model folder, a run "
+        "folder or a Hub id.",
         leave_out=lambda field: field.metadata.get("only_for_training", False),
     )
     parser.add_argument("model", help="Model folder, run folder or Hub id of an image classifier.")

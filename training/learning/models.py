@@ -124,8 +124,13 @@ def keep_rates_at_macs(
     tower = tower_of(network)
     rows, columns = tower.patch_grid(image_size)
     left = tokens_left_at_macs(macs, rows * columns, layers or range(len(tower.layers)), tower.costs)
-    rates, before = {}, rows * columns
-    for layer, after in left.items():
+    return keep_rates_of(left, rows * columns)
+
+
+def keep_rates_of(tokens_left: dict[int, int], num_patches: int) -> dict[int, float]:
+    """Keep rates that leave these numbers of image tokens where none is fused, by layer number."""
+    rates, before = {}, num_patches
+    for layer, after in tokens_left.items():
         # Half a token of room for rounding, since the number of tokens is rounded up.
         rates[layer] = 1.0 if after == before else (after - 0.5) / before
         before = after

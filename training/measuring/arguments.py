@@ -87,6 +87,11 @@ class BenchmarkArguments:
 class TuneArguments:
     """How to search, and where to write what was found."""
 
+    judge: Literal["dense", "labels"] | None = setting(
+        None,
+        "What settings are judged by: the dense model's answers, which needs no labels, or the labels. By default "
+        "dense for a model that was not trained to lose tokens, labels for others. With dense, tokens are counted.",
+    )
     images: int = setting(256, "Calibration images from the evaluation split.", AT_LEAST_ONE)
     batch_size: int = setting(1, "Images of a batch whose time is measured.", AT_LEAST_ONE)
     device: str | None = setting(None, "cpu, cuda, mps ...; by default the best there is.")

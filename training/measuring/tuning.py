@@ -1,14 +1,17 @@
 """Layers and keep rates for a budget, without retraining: `evit tune MODEL TARGET --dataset DATA`.
 
-A greedy search. All layers but the first and the last may reorganize; it starts from the dense model and, step by
-step, lowers the keep rate of the layer where an operation saved costs least on the calibration images, until the
-target is met. One rate for the layers that the paper takes is measured too, and the better of the two wins.
+Judged by labels it is a greedy search. All layers but the first and the last may reorganize; it starts from the dense
+model and, step by step, lowers the keep rate of the layer where an operation saved costs least on the calibration
+images, until the target is met. One rate for the layers that the paper takes is measured too, and the better wins.
+
+Judged by the dense model it starts from the recipe for models that were not trained to lose tokens (see `recipes`),
+and compares it with its neighbours. What is left open there makes little difference, so it takes a minute, not hours.
 """
 
 import copy
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +23,16 @@ from evit_hf.checkpoint_files import set_modes_by_umask
 from evit_hf.configuration_evit import default_reorganization_layers
 from evit_hf.profiling import MacsFormula
 from evit_hf.reorganization import reorganize
+from evit_hf.token_reorganization import tokens_left_at_macs
 from evit_hf.towers import tower_of
 
 from ..arguments import DataArguments
+from ..data.augmentation import ProcessorTransform
+from ..data.folders import picture_files, pictures_below
+from ..data.images import decoded
 from ..data.loaders import batches
 from ..data.splits import load_evaluation_split, with_classes_of
-from ..learning.models import load_classifier, load_processor
+from ..learning.models import keep_rates_of, load_classifier, load_processor, was_reorganized
 from ..screen import say, show_result
 from ..settings import make_output_dir
 from .arguments import Target, TuneArguments, parse_target
@@ -46,8 +53,8 @@ class Candidate:
         keep_rate: one for each of them.
         gmacs: of an image.
         ms: for a batch.
-        loss: mean cross-entropy on the calibration images.
-        accuracy: share of right answers on them.
+        loss: mean cross-entropy on the calibration images, with the labels or with the dense model's probabilities.
+        accuracy: share of right answers on them, or of answers that are the dense model's.
     """
 
     reorganization_layers: list[int]
@@ -65,9 +72,10 @@ def tune(name: str, target: str, arguments: TuneArguments, data: DataArguments) 
         name: folder or Hub id of a trained classifier.
         target: see `parse_target`.
         arguments: see `TuneArguments`.
-        data: calibration images with labels, from the evaluation split.
+        data: calibration images from the evaluation split, with labels if these are to judge.
 
-    Returns: {"target", "num_images", "dense", "tuned", "paper_layers", "chosen"}; candidates as dictionaries.
+    Returns: {"target", "judge", "num_images", "inattentive_tokens", candidates by name, "chosen"}; candidates, "dense"
+        among them, as dictionaries.
 
     Raises: ValueError for a target that cannot be read or reached.
     """
@@ -79,19 +87,24 @@ def tune(name: str, target: str, arguments: TuneArguments, data: DataArguments) 
     model = load_classifier(name).eval().to(device)
     if model.config.problem_type == "multi_label_classification":
         raise ValueError("`evit tune` weighs layers by cross-entropy, and this model can give several labels.")
-    splits = with_classes_of(model, load_evaluation_split(data))
+    judge = arguments.judge or ("dense" if is_untrained(model, name) else "labels")
     processor = load_processor(name)
-    calibration = [
-        (images.to(device), labels.to(device))
-        for images, labels in batches(splits, "evaluation", processor, arguments.images)
-    ]
+    if judge == "dense":
+        reorganize(model, 1.0, inattentive_tokens="counted")
+        calibration = answered_by(model, unlabelled(data, processor, arguments.images), device)
+    else:
+        splits = with_classes_of(model, load_evaluation_split(data))
+        calibration = [
+            (images.to(device), labels.to(device))
+            for images, labels in batches(splits, "evaluation", processor, arguments.images)
+        ]
 
     def milliseconds(settings: Sequence[dict[int, float]]) -> list[float]:
         images = calibration[0][0]
         images = images.repeat(-(-arguments.batch_size // len(images)), 1, 1, 1)[: arguments.batch_size]
         return measured_milliseconds(model, images, settings, device, arguments.rounds, arguments.clock)
 
-    cost, settings = search(model, calibration, goal, target, milliseconds)
+    cost, settings = search(model, calibration, goal, target, milliseconds, judge)
     candidates, lines = {}, []
     for (key, rates), ms in zip(settings.items(), milliseconds(list(settings.values())), strict=True):
         loss, accuracy = loss_and_accuracy(model, calibration, rates)
@@ -99,11 +112,14 @@ def tune(name: str, target: str, arguments: TuneArguments, data: DataArguments) 
         candidates[key] = Candidate(layers, [rates[layer] for layer in layers], cost(rates) / 1e9, ms, loss, accuracy)
         lines.append(
             f"{key}: layers {layers}, keep rates {candidates[key].keep_rate}, {candidates[key].gmacs:.3f} GMACs, "
-            f"{ms:.1f} ms for {arguments.batch_size} images, loss {loss:.4f}, accuracy {100 * accuracy:.2f} %"
+            f"{ms:.1f} ms for {arguments.batch_size} images, loss {loss:.4f}, "
+            f"{100 * accuracy:.2f} % {'answers as dense' if judge == 'dense' else 'right'}"
         )
     chosen = choose(candidates, goal)
     num_images = sum(len(labels) for _, labels in calibration)
-    report = {"target": target, "num_images": num_images, **{key: asdict(one) for key, one in candidates.items()}}
+    report: dict[str, Any] = {"target": target, "judge": judge, "num_images": num_images}
+    report["inattentive_tokens"] = tower_of(model).config.inattentive_tokens
+    report |= {key: asdict(one) for key, one in candidates.items()}
     report["chosen"] = chosen
     show_result("\n".join([*lines, f"Chosen: {chosen}"]), report)
     save(report, arguments, model, settings[chosen], processor)
@@ -116,31 +132,108 @@ def search(
     goal: Target,
     target: str,
     milliseconds: Callable[[Sequence[dict[int, float]]], list[float]],
+    judge: str = "labels",
 ) -> tuple[Callable[[dict[int, float]], float], dict[str, dict[int, float]]]:
     """Find what meets the target.
 
-    Returns: operations of a setting as a function, and settings by name: "dense", "tuned", and "paper_layers" where
-        one rate in the paper's layers meets the target.
+    Returns: operations of a setting as a function, and settings by name: "dense", then what `recipes` returns or
+        "tuned", and "paper_layers" where one rate in the paper's layers meets the target.
     """
     cost, budget = cost_and_budget(model, tuple(calibration[0][0].shape[-2:]), goal, milliseconds)
     say(f"Target {target}: at most {budget / 1e9:.3f} GMACs of {cost({}) / 1e9:.3f}.")
-    tuned = greedy(model, calibration, cost, budget, say)
+    if judge == "dense":
+        found = recipes(model, tuple(calibration[0][0].shape[-2:]), cost, budget)
+    else:
+        found = {"tuned": greedy(model, calibration, cost, budget, say)}
     paper = uniform(model, cost, budget)
-    return cost, {"dense": {}, "tuned": tuned, **({"paper_layers": paper} if paper else {})}
+    return cost, {"dense": {}, **found, **({"paper_layers": paper} if paper else {})}
+
+
+def is_untrained(model: PreTrainedModel, name: str) -> bool:
+    """Whether a model was not trained to lose tokens: it has no keep rate of its own, or a share of operations."""
+    config = tower_of(model).config
+    return not was_reorganized(name) or config.macs is not None or config.keep_rate == 1.0
+
+
+def unlabelled(data: DataArguments, processor: BaseImageProcessor, limit: int) -> Iterator[torch.Tensor]:
+    """Images as a model sees them, 32 at a time, of data with or without labels.
+
+    Args:
+        data: a folder with pictures in it, of which some from all over it are taken, or a data set with labels, which
+            are not looked at.
+        processor: of the model.
+        limit: images at most.
+    """
+    words = [Path(word) for word in data.dataset]
+    if not all(word.is_dir() and has_loose_pictures(word) for word in words):
+        for images, _ in batches(load_evaluation_split(data), "evaluation", processor, limit):
+            yield images
+        return
+    files = list(picture_files(data.dataset).items())
+    files = files[:: -(-len(files) // limit)]
+    transform = ProcessorTransform(processor)
+    for start in range(0, len(files), 32):
+        pictures = [decoded({"bytes": None, "path": path}, f"`{name}`") for name, path in files[start : start + 32]]
+        yield torch.stack([torch.as_tensor(transform(picture)) for picture in pictures])
+
+
+def has_loose_pictures(folder: Path) -> bool:
+    """Whether pictures are right in a folder, rather than in class folders."""
+    return any(len(inside) == 1 for inside in pictures_below(folder)[0])
+
+
+@torch.no_grad()
+def answered_by(model: PreTrainedModel, images: Iterable[torch.Tensor], device: torch.device) -> list[Any]:
+    """Batches with the probabilities that the dense model gives the classes, in the place of labels."""
+    moved = (batch.to(device) for batch in images)
+    return [(batch, model(batch, keep_rate=1.0).logits.float().softmax(-1)) for batch in moved]
+
+
+def recipes(
+    model: PreTrainedModel, image_size: tuple[int, int], cost: Callable[[dict[int, float]], float], budget: float
+) -> dict[str, dict[int, float]]:
+    """The recipe of `macs=` and its neighbours at a budget, as keep rates by layer of a model with counted tokens.
+
+    The recipe gives up the same number of tokens in every layer down to 16. Its neighbours begin later, take every
+    second layer, or keep more. Those out of reach are left out.
+
+    Raises: ValueError if the recipe is out of reach.
+    """
+    tower = tower_of(model)
+    rows, columns = tower.patch_grid(image_size)
+    layers, num_patches = range(len(tower.layers)), rows * columns
+    # Operations outside of the layers cannot be saved.
+    dense = tower.costs.macs(num_patches, {})
+    share = (budget - cost({}) + dense) / dense
+    found = {"recipe": keep_rates_of(tokens_left_at_macs(share, num_patches, layers, tower.costs), num_patches)}
+    for name, some, min_tokens in (
+        ("from_layer_1", layers[1:], None),
+        ("from_layer_2", layers[2:], None),
+        ("every_second_layer", layers[::2], None),
+        ("at_least_32_tokens", layers, 32),
+    ):
+        try:
+            left = tokens_left_at_macs(share, num_patches, some, tower.costs, min_tokens)
+        except ValueError:
+            continue
+        found[name] = keep_rates_of(left, num_patches)
+    return found
 
 
 def choose(candidates: dict[str, Candidate], goal: Target) -> str:
-    """Name of the candidate with the least loss, the dense model left out.
+    """Name of the candidate with the least loss that meets the target, the dense model left out.
 
-    Raises: ValueError if it misses a target in milliseconds by more than 5 %.
+    Raises: ValueError if all miss a target in milliseconds by more than 5 %.
     """
-    chosen = min((key for key in candidates if key != "dense"), key=lambda key: candidates[key].loss)
-    if goal.kind == "ms" and candidates[chosen].ms > 1.05 * goal.amount:
+    others = {key: one for key, one in candidates.items() if key != "dense"}
+    met = {key: one for key, one in others.items() if goal.kind != "ms" or one.ms <= 1.05 * goal.amount}
+    if not met:
+        fastest = min(one.ms for one in others.values())
         raise ValueError(
-            f"The target of {goal.amount} ms was missed: {candidates[chosen].ms:.1f} ms. Times do not follow "
-            "operations that far on this device: try larger batches, or a target in GMACs."
+            f"The target of {goal.amount} ms was missed: {fastest:.1f} ms. Times do not follow operations that far on "
+            "this device: try larger batches, or a target in GMACs."
         )
-    return chosen
+    return min(met, key=lambda key: met[key].loss)
 
 
 def save(
@@ -259,7 +352,10 @@ def uniform(
 
 
 def set_rates(model: PreTrainedModel, rates: dict[int, float]) -> None:
-    """Give a model layers and their keep rates, in the place of a share of operations if it has one; {} is dense."""
+    """Give a model layers and their keep rates; {} is dense.
+
+    A share of operations gives way to them, and what becomes of the inattentive tokens goes with it.
+    """
     if rates:
         layers = sorted(rates)
         reorganize(model, [rates[layer] for layer in layers], reorganization_layers=layers)
@@ -269,13 +365,19 @@ def set_rates(model: PreTrainedModel, rates: dict[int, float]) -> None:
 
 @torch.no_grad()
 def loss_and_accuracy(model: PreTrainedModel, calibration: list[Any], rates: dict[int, float]) -> tuple[float, float]:
-    """Mean cross-entropy and share of right answers on the calibration images."""
+    """Mean cross-entropy and share of right answers on the calibration images.
+
+    Args:
+        model: to be measured; it gets the keep rates.
+        calibration: images, and class numbers or, (batch_size, num_labels), probabilities.
+        rates: keep rates by layer.
+    """
     set_rates(model, rates)
     loss = right = total = 0.0
     for images, labels in calibration:
         logits = model(images).logits.float()
         loss += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-        right += (logits.argmax(-1) == labels).sum().item()
+        right += (logits.argmax(-1) == (labels if labels.ndim == 1 else labels.argmax(-1))).sum().item()
         total += len(labels)
     return loss / total, right / total
 
