@@ -7,6 +7,7 @@ import shutil
 import socket
 import unicodedata
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -728,3 +729,123 @@ def test_a_url_of_a_data_file_is_refused_before_it_is_asked_for(files, tmp_path)
         server.settimeout(0)
         with pytest.raises(BlockingIOError):  # nobody has connected
             server.accept()
+
+
+# What else people have on their disks
+
+
+@pytest.mark.parametrize("names", [("a|b", "a"), ("[a]", "[b]"), ("0 1", "1 0"), ("[1, 0]", "[0, 1]")])
+def test_names_of_class_folders_are_names_whatever_they_look_like(names, tmp_path):
+    for split in ("train", "test"):
+        for label in names:
+            put(tmp_path / split / label, 2)
+    assert used(load(tmp_path)) == dict.fromkeys(names, 4)
+    assert set(load_evaluation_split(DataArguments(dataset=[str(tmp_path)])).label_names) == set(names)
+    shutil.make_archive(tmp_path.with_suffix(""), "zip", tmp_path)
+    assert used(load(tmp_path.with_suffix(".zip"))) == dict.fromkeys(names, 4)
+
+
+@pytest.mark.parametrize(
+    "names", [("cat", "cat "), tuple(unicodedata.normalize(x, "Kätzchen") for x in ("NFC", "NFD"))]
+)
+def test_folders_that_are_one_class_are_named(names, tmp_path):
+    for label in (*names, "dog"):
+        put(tmp_path / label, 4)
+    splits = load(tmp_path)
+    assert used(splits) == {names[0]: 8, "dog": 4}
+    assert f"are one class: {sorted(names)}." in describe_splits(splits)
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [("trainA", "testA"), ("Trainingsdaten", "Testdaten"), ("1_training", "2_testing"), ("gallery", "query")],
+)
+def test_folders_that_begin_with_words_of_splits_are_not_pooled(folders, tmp_path):
+    for split in folders:
+        for label in ("cat", "dog"):
+            put(tmp_path / split / label, 2)
+    with pytest.raises(ValueError, match="`--eval-split`") if folders[0] != "1_training" else nullcontext():
+        assert sizes(load(tmp_path)) == (4, 4)
+    assert sizes(load(tmp_path, train_split=folders[0], eval_split=folders[1])) == (4, 4)
+
+
+@pytest.mark.parametrize("where", ["data/cat/caf\udce9.png", "data/caf\udce9/1.png", "caf\udce9/cat/1.png"])
+def test_names_that_are_not_utf8_are_named(where, tmp_path):
+    for label in ("cat", "dog"):
+        put(tmp_path / "data" / label, 2)
+    put((tmp_path / where).parent, 1)
+    (tmp_path / where).parent.joinpath("0.png").rename(tmp_path / where)
+    with pytest.raises(ValueError, match=r"caf\\xe9.*` is not UTF-8: rename it"):
+        load(tmp_path / where.split("/")[0])
+
+
+def test_links_pipes_and_folders_of_systems_are_left_out_and_said(tmp_path):
+    for label in ("cat", "dog", "@eaDir", "$RECYCLE.BIN"):
+        put(tmp_path / label, 4)
+    (tmp_path / "fox").symlink_to("/nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "cat" / "pipe")
+    splits = load(tmp_path)
+    assert used(splits) == {"cat": 4, "dog": 4}
+    for text in ("8 files in hidden folders", "links that lead nowhere (fox)", "(loop)", "1 without suffix"):
+        assert text in describe_splits(splits)
+    os.mkfifo(tmp_path / "cat" / "9.png")
+    with pytest.raises(BadImageError, match=r"9.png\) is not a file"):
+        check_images(load(tmp_path), -1)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    for label in ("cat", "dog", "fox"):
+        put(tmp_path / label, 2)
+    original = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("fox"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ValueError, match="fox` cannot be listed: Permission denied"):
+        load(tmp_path)
+
+
+def test_what_a_folder_without_classes_holds_is_said(tmp_path):
+    put(tmp_path / "pictures", 4)
+    (tmp_path / "pictures" / "labels.xlsx").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"but 4 pictures; 1 \.xlsx: put"):
+        load(tmp_path / "pictures")
+    put(tmp_path / "kaggle" / "train", 4)
+    write(tmp_path / "kaggle" / "train.csv", [(i, "ab"[i % 2]) for i in range(4)], "id,breed")
+    with pytest.raises(ValueError, match=r"`train.csv` is not used, .*`--label-column`"):
+        load(tmp_path / "kaggle")
+    put(tmp_path / "one" / "cat", 4)
+    shutil.make_archive(tmp_path / "one", "zip", tmp_path / "one")
+    with pytest.raises(ValueError, match=rf"`--dataset {tmp_path}/one.zip` has one class folder"):
+        load(tmp_path / "one.zip")
+
+
+def test_csv_files_of_excel(tmp_path, pictures):
+    rows = "\r\n".join(";".join(row) + ";;" for row in pictures)
+    (tmp_path / "a.csv").write_text(f"sep=;\r\nfile_name;label;;\r\n{rows}\r\n;;;\r\n", encoding="utf-8-sig")
+    assert used(load(tmp_path / "a.csv")) == {"cat": 8, "dog": 8}
+    write(tmp_path / "a.csv", [(row[0], "") for row in pictures])
+    with pytest.raises(ValueError, match="has 16 images without a label"):
+        load(tmp_path / "a.csv")
+
+
+def test_a_column_that_nobody_needs_may_hold_anything(tmp_path, pictures):
+    rows = [{"file_name": x, "label": y, "note": i if i % 2 else "x"} for i, (x, y) in enumerate(pictures)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    splits = load(tmp_path)
+    assert used(splits) == {"cat": 8, "dog": 8}
+    assert "Column `note`" in describe_splits(splits)
+
+
+def test_labels_that_may_be_meant_otherwise_are_told(tmp_path, pictures):
+    rows = [(name, '"cat, dog"' if i == 3 else label) for i, (name, label) in enumerate(pictures)]
+    assert "`cat, dog` is read as a class of its own: write `cat|dog`" in describe_splits(
+        load(write(tmp_path / "a.csv", rows))
+    )
+    rows = [(name, int(label == "cat"), int(label == "dog"), i % 2) for i, (name, label) in enumerate(pictures)]
+    splits = load(write(tmp_path / "a.csv", rows, "file_name,cat,dog,is_crowd"))
+    assert "zeros and ones, which are read as labels: cat, dog, is_crowd." in describe_splits(splits)

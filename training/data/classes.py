@@ -29,6 +29,7 @@ def numbered(
     split: str,
     names: list[str] | None = None,
     several: bool | None = None,
+    is_plain: bool = False,
 ) -> tuple[datasets.Dataset, list[str], bool]:
     """The data with class numbers as labels, the names of the classes, and whether an image can have several.
 
@@ -38,10 +39,11 @@ def numbered(
         split: name of the data for messages.
         names: classes that numbers must follow: those of a second split are matched by name, not by position.
         several: what the other split is.
+        is_plain: whether text is the name of one class, whatever it looks like.
 
     Raises: ValueError naming the labels that cannot be used.
     """
-    labels = flattened_labels(dataset, column, split, several)
+    labels = flattened_labels(dataset, column, split, several, is_plain)
     if labels.names is None:
         _check_values(labels, column, split)
         values = sorted({value for row in labels.rows for value in row})
@@ -65,7 +67,9 @@ def _merged(labels: Labels) -> Labels:
     return Labels([[number_of[x] for x in row] for row in labels.rows], labels.several, names)
 
 
-def flattened_labels(dataset: datasets.Dataset, column: str, split: str, several: bool | None) -> Labels:
+def flattened_labels(
+    dataset: datasets.Dataset, column: str, split: str, several: bool | None, is_plain: bool = False
+) -> Labels:
     """Labels as lists, with the names of their classes where the data tells them.
 
     Args:
@@ -73,6 +77,7 @@ def flattened_labels(dataset: datasets.Dataset, column: str, split: str, several
         column: of the labels.
         split: for messages.
         several: whether another split has several labels for an image; None if there is none.
+        is_plain: whether text is the name of one class, whatever it looks like.
     """
     feature = dataset.features[column]
     inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) else None)
@@ -89,7 +94,7 @@ def flattened_labels(dataset: datasets.Dataset, column: str, split: str, several
             f"Column `{column}` of the {split} split has {len(missing)} images without a label, the first is number "
             f"{missing[0]}: remove them."
         )
-    if inner is None and values and all(isinstance(x, str) for x in values):
+    if inner is None and not is_plain and values and all(isinstance(x, str) for x in values):
         values = _parsed(values, several)
     is_list = inner is not None or any(isinstance(x, list) for x in values)
     if is_list:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .names import class_name, is_part, split_of, split_siblings
+from .names import class_name, is_part, may_be_splits, split_of, split_siblings
 
 
 Parts = tuple[str, ...]  # a path below the data set's folder
@@ -23,6 +23,8 @@ _SIDECARS = {
     *(".py", ".ipynb", ".npy", ".npz", ".mat", ".pkl", ".pt", ".pth", ".parquet", ".arrow", ".db", ".zip", ".tar"),
     *(".gz", ".mp4", ".avi", ".mov", ".mkv", ".wav", ".mp3", ".doc", ".docx", ".xls", ".xlsx", ".h5", ".svg"),
 }
+# Folders that systems make, next to those that begin with a dot.
+_OF_SYSTEMS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 _PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
 
 
@@ -30,12 +32,14 @@ _PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-
 class PictureFolder:
     """Pictures of a folder by split, as (path, class), and the number of files that were left out by reason.
 
-    `class_level` says at which level below the folder the class folders are; 0 is right inside it.
+    `class_level` says at which level below the folder the class folders are; 0 is right inside it. `notes` are
+    sentences for the user.
     """
 
     splits: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
     class_level: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
 def picture_suffixes() -> set[str]:
@@ -51,12 +55,15 @@ def list_pictures(root: Path) -> tuple[list[Parts], list[Parts], Counter[str]]:
         root: folder.
 
     Returns: pictures, unreadable files, and the number of files that were left out by reason.
+
+    Raises: ValueError for a folder that cannot be listed, or a name that is not UTF-8.
     """
+    check_is_utf8(root)
     suffixes = picture_suffixes()
     pictures: list[Parts] = []
     unreadable: list[Parts] = []
     left_out: Counter[str] = Counter()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=_refuse_to_go_on):
         real = os.path.realpath(folder) + os.sep
         hidden = [name for name in folders if _is_hidden(name)]
         for name in hidden:
@@ -73,7 +80,10 @@ def list_pictures(root: Path) -> tuple[list[Parts], list[Parts], Counter[str]]:
             if name.startswith(".") or name in ("Thumbs.db", "desktop.ini"):
                 left_out["hidden files"] += 1
             elif suffix in suffixes or (suffix not in _SIDECARS and _opens(os.path.join(folder, name))):
+                check_is_utf8(root.joinpath(*inside, name))
                 pictures.append((*inside, name))
+            elif os.path.islink(os.path.join(folder, name)) and not os.path.exists(os.path.join(folder, name)):
+                left_out[f"links that lead nowhere ({'/'.join((*inside, name))})"] += 1
             else:
                 if suffix not in _SIDECARS:
                     unreadable.append((*inside, name))
@@ -83,10 +93,28 @@ def list_pictures(root: Path) -> tuple[list[Parts], list[Parts], Counter[str]]:
 
 
 def _is_hidden(folder: str) -> bool:
-    return folder.startswith(".") or folder == "__MACOSX"
+    return folder.startswith(".") or folder in _OF_SYSTEMS
+
+
+def check_is_utf8(path: str | Path) -> None:
+    """Raise ValueError for a path that is not UTF-8: neither Arrow nor JSON can hold it."""
+    name = os.fsencode(path)
+    try:
+        name.decode()
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"The name `{name.decode(errors='backslashreplace')}` is not UTF-8: rename it, or all names of a folder "
+            "with `convmv -r -f latin1 -t utf8 --notest FOLDER`."
+        ) from None
+
+
+def _refuse_to_go_on(error: OSError) -> None:
+    raise ValueError(f"The folder `{error.filename}` cannot be listed: {error.strerror}.") from None
 
 
 def _opens(path: str) -> bool:
+    if not os.path.isfile(path):  # a named pipe would never answer
+        return False
     try:
         with Image.open(path):
             return True
@@ -123,6 +151,14 @@ def read_picture_folder(root: Path, named_splits: Collection[str] = ()) -> Pictu
             f"`{root}` has classes without a picture that can be read, {names}: {reasons(left_out)}. Convert the "
             "files, install what reads them, or remove the folders."
         )
+    spellings: dict[str, set[str]] = {}
+    for name in sorted({name for classes in by_split.values() for name in classes}):
+        spellings.setdefault(class_name(name), set()).add(name)
+    found.notes += [
+        f"Folders whose names differ only in blanks or in their Unicode form are one class: {sorted(names)}."
+        for names in spellings.values()
+        if len(names) > 1
+    ]
     empty = _folders_without_pictures(root, pictures, found.class_level)
     if empty:
         found.left_out[f"folders without pictures ({', '.join(empty[:5])})"] += len(empty)
@@ -181,7 +217,11 @@ def _by_split(
             "that of a split. Remove or rename it, or name it with `--train-split` or `--eval-split`. If all are "
             "classes, put them into a folder `train`."
         )
-    if any(is_part(top) and top in nested for top in others) or split_siblings(tops):
+    if (
+        any(is_part(top) and top in nested for top in others)
+        or split_siblings(tops)
+        or (nested and may_be_splits(tops))
+    ):
         raise ValueError(
             f"`{where}` has {_listed(tops)}: these names may mean parts of the data. Say with `--train-split` and "
             "`--eval-split` which is which, or put the class folders into folders `train` and `test`."

@@ -94,6 +94,8 @@ def decoded(value: dict[str, Any], place: str, roots: Sequence[str] | None = Non
             return as_rgb(Image.open(BytesIO(value["bytes"])))
         if os.path.isfile(path):
             return as_rgb(Image.open(path))
+        if os.path.exists(path):  # a named pipe would never answer
+            raise BadImageError(f"{place} ({path}) is not a file.")
         return as_rgb(datasets.Image().decode_example(value))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if getattr(error, "errno", None) in OF_THE_MACHINE:

@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -14,7 +14,15 @@ _WORDS = {
 SPLIT_OF_WORD = {word: split for split, words in _WORDS.items() for word in words}
 _FILLERS = ("set", "dataset", "data", "images", "image", "imgs", "img", "pictures", "picture", "split", "folder")
 # Folders of these names, with class folders inside, are parts of a data set and never classes.
-_PART = re.compile(r"(k?fold|cv|split|part|subset|hold[-_ ]?out|batch)s?[-_ ]?\d*", re.IGNORECASE)
+_PART = re.compile(
+    r"((k?fold|cv|split|part|subset|hold[-_ ]?out|held[-_ ]?out|batch)s?|gallery|query|probe|(un)?seen|(un)?labell?ed)"
+    r"[-_ ]?\d*",
+    re.IGNORECASE,
+)
+# `trainA`, `Trainingsdaten`, `entrenamiento`: how words for splits begin, here and in some other languages.
+_STEM = re.compile(
+    r"\W*\d*\W*(train|trein|trn|test|tst|valid|eval|entra[iî]n|entren|appren|prueba|treino|训练|测试)", re.IGNORECASE
+)
 
 
 def _words(name: str) -> list[str]:
@@ -48,6 +56,11 @@ def split_in(name: str) -> str | None:
 def is_part(name: str) -> bool:
     """Whether a name is that of a part of a data set without saying which: `fold1`, `holdout`."""
     return _PART.fullmatch(name.strip()) is not None
+
+
+def may_be_splits(names: Collection[str]) -> bool:
+    """Whether all of several names begin as words for splits do: `trainA` and `testA`."""
+    return len(names) > 1 and all(_STEM.match(name) or is_part(name) for name in names)
 
 
 def split_siblings(names: Iterable[str]) -> list[str]:

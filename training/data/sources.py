@@ -8,7 +8,7 @@ import re
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ import pyarrow.compute
 import yaml
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from .folders import list_pictures, read_picture_folder
+from .folders import check_is_utf8, list_pictures, read_picture_folder, reasons
 from .images import DatasetLike, OutsideFileError, is_inside
 from .names import split_in, split_of
 from .tables import FILE_TYPES, by_split, file_type, labels_of_text, read_table, reason_of
@@ -37,13 +37,15 @@ CACHES = (str(datasets.config.HF_DATASETS_CACHE), HF_HUB_CACHE)
 class Source:
     """Splits as they were found, with images undecoded, and what the user should know about them.
 
-    `roots` are the folders, and the address of the Hub, that files named by the data may lie in.
+    `roots` are the folders, and the address of the Hub, that files named by the data may lie in. `has_class_folders`
+    says that labels are names of folders, whatever they look like.
     """
 
     splits: dict[str, DatasetLike]
     roots: tuple[str, ...] = ()
     left_out: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+    has_class_folders: bool = False
 
     def find(self, name: str) -> str | None:
         """Name in `splits` of a split that the user may call by a usual word, such as `val` for validation."""
@@ -59,6 +61,8 @@ class Source:
 def load_source(arguments: "DataArguments") -> Source:
     """All splits of a folder, files, a packaged data set, or a Hub id, in that order."""
     sources = [os.path.expanduser(source) for source in arguments.dataset]
+    for source in sources:
+        check_is_utf8(source)
     files = [
         file
         for source in sources
@@ -170,9 +174,9 @@ def _load_folder(folder: Path, arguments: "DataArguments") -> Source:
     named = {name for name in (arguments.train_split, arguments.eval_split) if name not in (None, "train")}
     try:
         found = None if is_metadata else read_picture_folder(root, named)
-    except ValueError:
+    except ValueError as error:
         if not tables:
-            raise
+            raise ValueError(f"{error}{_tables_not_used(found_labels)}") from None
         found = None
     classes = {label for files in found.splits.values() for _, label in files} if found else set()
     if tables and len(classes) < 2:
@@ -190,15 +194,29 @@ def _load_folder(folder: Path, arguments: "DataArguments") -> Source:
                 f"labels, {sorted(labels[different])[:5]}: name that file with `--dataset`, or move it away."
             )
         splits = {name: _listed(files) for name, files in found.splits.items()}
-        return Source(splits, (str(root),), found.left_out)
+        return Source(splits, (str(root),), found.left_out, found.notes, has_class_folders=True)
     archives = sorted(path for path in root.iterdir() if _is_archive(path))
     if archives:
         return _load_archives(archives, arguments)
     if any(path.suffix in (".tar", ".gz", ".tgz") for path in root.iterdir()):
         return _load_with_datasets(str(folder), arguments, (str(root),))
+    pictures, _, left_out = list_pictures(root)
+    left_out["pictures"] += len(pictures)
     raise ValueError(
-        f"`--dataset {folder}` has no class folders with pictures and no table of pictures and labels: put the "
-        "pictures of each class into a folder of their own, or write a CSV file with the columns file_name and label."
+        f"`--dataset {folder}` has no class folders with pictures and no table of pictures and labels, but "
+        f"{reasons(+left_out)}: put the pictures of each class into a folder of their own, or write a CSV file with "
+        f"the columns file_name and label.{_tables_not_used(found_labels)}"
+    )
+
+
+def _tables_not_used(labels: Mapping[Path, object]) -> str:
+    """A sentence about tables without columns of pictures and labels, empty if there are none."""
+    names = [path.name for path, some in labels.items() if some is None]
+    if not names:
+        return ""
+    return (
+        f" `{names[0]}` is not used, as no columns of it are known to hold pictures and labels: give the file itself "
+        "as `--dataset`, and name them with `--image-column` and `--label-column`."
     )
 
 
@@ -258,7 +276,11 @@ def _load_archives(archives: list[Path], arguments: "DataArguments") -> Source:
     """Zip files of pictures in class folders: one for each split, or one with all of them."""
     source = Source({})
     for archive in archives:
-        part = _load_folder(_extracted(archive), arguments)
+        extracted = _extracted(archive)
+        try:
+            part = _load_folder(extracted, arguments)
+        except ValueError as error:
+            raise type(error)(str(error).replace(str(extracted), str(archive))) from None
         split = split_in(archive.stem)
         if split is None and len(archives) > 1:
             raise ValueError(f"`{archive}` does not tell its split: put train, validation or test into its name.")
@@ -270,6 +292,7 @@ def _load_archives(archives: list[Path], arguments: "DataArguments") -> Source:
         source.roots += part.roots
         source.left_out += part.left_out
         source.notes += part.notes
+        source.has_class_folders |= part.has_class_folders
     return source
 
 
@@ -310,7 +333,12 @@ def _load_files(files: list[tuple[str, str]], arguments: "DataArguments") -> Sou
     parts: dict[str, list[DatasetLike]] = {}
     for file, name in files:
         table = read_table(
-            file, arguments.image_column, arguments.allow_outside_files, arguments.streaming, source.notes
+            file,
+            arguments.image_column,
+            arguments.label_column,
+            arguments.allow_outside_files,
+            arguments.streaming,
+            source.notes,
         )
         told = name if name in named else split_in(name)
         splits = by_split(table, file, told, named, arguments.label_column)

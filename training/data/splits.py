@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ def load_splits(arguments: "DataArguments", seed: int) -> ImageSplits:
     """
     source = load_source(arguments)
     train, evaluation = _chosen(source, arguments)
-    train, evaluation, image_column, label_column = _with_columns(train, evaluation, arguments)
+    train, evaluation, image_column, label_column = _with_columns(train, evaluation, arguments, source.notes)
     columns = {"image_column": image_column, "label_column": label_column}
     if isinstance(train, datasets.IterableDataset):
         return _streamed(train, evaluation, arguments, columns, source)
@@ -51,16 +52,20 @@ def load_splits(arguments: "DataArguments", seed: int) -> ImageSplits:
     unused = sorted({*train.column_names} - {image_column, label_column, ""})
     if unused:
         source.notes.append(f"Columns that are not used: {', '.join(unused[:10])}.")
+    is_plain = source.has_class_folders
     is_declared = isinstance(train.features[label_column], datasets.ClassLabel)
-    train, names, multi_label = numbered(train, label_column, "train")
+    train, names, multi_label = numbered(train, label_column, "train", is_plain=is_plain)
+    if not (multi_label or is_plain):
+        source.notes += _combined(names)
     if len(names) < 2 and not multi_label:
         raise ValueError(f"The data has one class, {names}: two are needed.")
     if evaluation is None:
         train, evaluation = held_out(train, label_column, arguments.eval_fraction, len(names), seed)
     else:
         if arguments.allow_missing_classes:
-            names = _all_names(names, numbered(evaluation, label_column, "evaluation", several=multi_label)[1])
-        evaluation, *_ = numbered(evaluation, label_column, "evaluation", names, multi_label)
+            others = numbered(evaluation, label_column, "evaluation", several=multi_label, is_plain=is_plain)[1]
+            names = _all_names(names, others)
+        evaluation, *_ = numbered(evaluation, label_column, "evaluation", names, multi_label, is_plain)
         if not (is_declared or multi_label or arguments.allow_missing_classes):
             _refuse_missing_classes(evaluation, label_column, names)
     if arguments.balanced_sampling and multi_label:
@@ -87,11 +92,11 @@ def load_splits(arguments: "DataArguments", seed: int) -> ImageSplits:
 
 
 def _with_columns(
-    train: DatasetLike, evaluation: DatasetLike | None, arguments: "DataArguments"
+    train: DatasetLike, evaluation: DatasetLike | None, arguments: "DataArguments", notes: list[str]
 ) -> tuple[DatasetLike, DatasetLike | None, str, str]:
     """Both splits with undecoded pictures and one column of labels, and the names of these columns."""
     image_column, train = image_column_of(train, arguments.image_column)
-    train, label_column, hot = _label_column(train, arguments.label_column, image_column)
+    train, label_column, hot = _label_column(train, arguments.label_column, image_column, notes)
     if evaluation is not None:
         if hot and set(hot) <= set(evaluation.column_names):
             several = not isinstance(train.features[label_column], datasets.ClassLabel)
@@ -130,11 +135,11 @@ def load_evaluation_split(arguments: "DataArguments") -> ImageSplits:
     if name is None:
         raise ValueError(f"`--eval-split` is `{wanted}`, but the data has {sorted(source.splits)}.")
     image_column, dataset = image_column_of(source.splits[name], arguments.image_column)
-    dataset, label_column, _ = _label_column(dataset, arguments.label_column, image_column)
+    dataset, label_column, _ = _label_column(dataset, arguments.label_column, image_column, source.notes)
     columns = {"image_column": image_column, "label_column": label_column}
     if isinstance(dataset, datasets.IterableDataset):
         return _streamed(dataset, dataset, arguments, columns, source)
-    dataset, names, multi_label = numbered(dataset, label_column, name)
+    dataset, names, multi_label = numbered(dataset, label_column, name, is_plain=source.has_class_folders)
     dataset = _limited(dataset, arguments.max_eval_samples, seed=0)
     if arguments.streaming:
         dataset = dataset.to_iterable_dataset(num_shards=min(len(dataset), 64))
@@ -148,6 +153,16 @@ def load_evaluation_split(arguments: "DataArguments") -> ImageSplits:
         roots=roots,
         notes=_notes(source),
     )
+
+
+def _combined(names: list[str]) -> list[str]:
+    """Sentences about classes such as `cat, dog` whose parts are classes too."""
+    parts = {name: {part for part in re.split(r"[\s,;/+&]+", name) if part} for name in names}
+    return [
+        f"`{name}` is read as a class of its own: write `{'|'.join(sorted(some))}` if an image has these labels."
+        for name, some in parts.items()
+        if len(some) > 1 and some <= set(names)
+    ][:5]
 
 
 def _all_names(names: list[str], others: list[str]) -> list[str]:
@@ -318,14 +333,20 @@ def image_column_of(dataset: DatasetLike, name: str | None) -> tuple[str, Datase
     return name, dataset.cast_column(name, datasets.Image(decode=False))
 
 
-def _label_column(dataset: DatasetLike, name: str | None, image_column: str) -> tuple[DatasetLike, str, list[str]]:
-    """The data, its column of labels, and the columns of zeros and ones of which that was made, if it was."""
+def _label_column(
+    dataset: DatasetLike, name: str | None, image_column: str, notes: list[str]
+) -> tuple[DatasetLike, str, list[str]]:
+    """The data, its column of labels, and the columns of zeros and ones of which that was made, if it was.
+
+    `notes` gets a line for such columns.
+    """
     guess = usual_column(dataset.column_names, LABEL_COLUMNS)
     if (name or guess) in dataset.column_names:
         return dataset, name or guess or "", []
     if name is None and isinstance(dataset, datasets.Dataset):
         hot = hot_columns(dataset, [image_column])
         if hot:
+            notes.append(f"Columns of zeros and ones, which are read as labels: {', '.join(hot)}.")
             return with_hot_columns(dataset, hot, "label"), "label", hot
     problem = f"`--label-column` is `{name}`" if name else "No column of labels was found"
     hint = f", perhaps `{guess}`" if guess else ""

@@ -39,12 +39,20 @@ def file_type(file: str | Path) -> str | None:
     return FILE_TYPES.get(Path(file).suffix.lower())
 
 
-def read_table(file: str, image_column: str | None, allow_outside: bool, streaming: bool, notes: list[str]) -> Any:
+def read_table(
+    file: str,
+    image_column: str | None,
+    label_column: str | None,
+    allow_outside: bool,
+    streaming: bool,
+    notes: list[str],
+) -> Any:
     """Read one data file.
 
     Args:
         file: path.
         image_column: with pictures, or their paths, which are relative to the file's folder.
+        label_column: setting of that name.
         allow_outside: whether paths may lead out of that folder, and be URLs.
         streaming: whether pictures inside the file are read while they are used.
         notes: gets a line for each thing that was found out and not said.
@@ -67,11 +75,15 @@ def read_table(file: str, image_column: str | None, allow_outside: bool, streami
         if kind == "csv":
             columns = {x: values if x == name else _numbers(values) for x, values in columns.items()}
         columns[name] = resolved(columns[name], file, name, allow_outside)
-        for column, values in columns.items():
+        label = label_column or usual_column(columns, LABEL_COLUMNS)
+        for column, values in list(columns.items()):
             try:
                 pyarrow.array(values)
             except (pyarrow.ArrowException, TypeError, OverflowError) as error:
-                raise ValueError(f"Column `{column}` of `{file}` holds values of several kinds: {error}") from None
+                if column == label or label is None:
+                    raise ValueError(f"Column `{column}` of `{file}` holds values of several kinds: {error}") from None
+                notes.append(f"Column `{column}` of `{file}` holds values of several kinds, and is not used.")
+                del columns[column]
         return datasets.Dataset.from_dict(columns).cast_column(name, datasets.Image(decode=False))
     return _with_images(_load_binary(file, kind, streaming), file, kind, image_column, allow_outside, streaming)
 
@@ -154,11 +166,19 @@ def _with_paths(table: datasets.Dataset, paths: list[str], name: str) -> dataset
 
 
 def _read_csv(file: str, notes: list[str]) -> dict[str, list[str]]:
-    """Columns of a CSV file as text, with its own separator and encoding: no value is taken for a missing one."""
+    """Columns of a CSV file as text, with its own separator and encoding: no value is taken for a missing one.
+
+    A first line like `sep=;`, which Excel writes, and columns without any text are left out.
+    """
     text = _decoded(file, notes)
+    told = re.match(r"sep=(.)\r?\n", text)
+    text = text[told.end() :] if told else text
     header = text.split("\n", 1)[0].rstrip("\r")
-    separator = max(",;\t|", key=header.count)
+    separator = told.group(1) if told else max(",;\t|", key=header.count)
     rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator) if any(map(str.strip, row))]
+    num_columns = max((i for row in rows for i, value in enumerate(row, 1) if value.strip()), default=0)
+    if rows and len(rows[0]) > num_columns:
+        rows = [row[:num_columns] if len(row) == len(rows[0]) else row for row in rows]
     names = [name.strip() for name in rows[0]] if rows else []
     if len(set(names)) < len(names):
         raise ValueError(f"`{file}` has several columns of one name: {names}.")
