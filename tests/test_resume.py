@@ -1,14 +1,20 @@
 """No work is lost: runs that are killed, stopped and damaged end bit for bit as if nothing had happened."""
 
+import errno
+import fcntl
 import json
 import os
 import random
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from training_runs import RANDOM, SMALL, ForkedRun, fork_ranks, read_log, run, state_hash
+
+from evit_training.loop.checkpoints import Progress
+from evit_training.loop.interruption import Interruption, lock, unlock
 
 
 WORKERS = ["--num_workers", "1"]
@@ -100,7 +106,7 @@ def test_a_kill_during_evaluation_repeats_no_line_of_the_log(uninterrupted, tmp_
 )
 def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(number, status, uninterrupted, tmp_path):
     output_dir = tmp_path / "run"
-    stopped = ForkedRun([*SMALL, *RANDOM, *WORKERS], output_dir)
+    stopped = ForkedRun([*SMALL, *RANDOM, *WORKERS], output_dir, before=lambda: signal.signal(number, signal.SIG_DFL))
     stopped.wait_for_step(output_dir, 8)
     os.killpg(stopped.pid, number)  # to the loading process as well, as a terminal or a scheduler does
     assert stopped.wait() == status, stopped.text()
@@ -109,6 +115,34 @@ def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(number, status, uni
     assert newest_step(output_dir) == max(logged_steps(output_dir)[0])
     run([*SMALL, *RANDOM, "--resume", "auto"], output_dir)
     assert state_hash(output_dir) == state_hash(uninterrupted)
+
+
+def test_a_run_of_nohup_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption(SimpleNamespace(num_processes=1), Progress(), num_steps=1) as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interruption.agreed()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert interruption.agreed()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("code", ["ENOSYS", "EOPNOTSUPP", "ENOLCK"])
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_a_file_is_the_lock_where_a_file_system_has_none(code, tmp_path, monkeypatch):
+    def flock(*arguments):
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    held = lock(tmp_path / "run")
+    with pytest.raises(ValueError, match="Another run is writing to"):
+        lock(tmp_path / "run")
+    unlock(held)
+    unlock(lock(tmp_path / "run"))
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_a_second_signal_ends_the_run_at_once(tmp_path):

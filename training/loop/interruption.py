@@ -1,5 +1,6 @@
 """Signals, lost launchers and locks: how a run ends before its end, and what keeps two runs apart."""
 
+import errno
 import os
 import signal
 import threading
@@ -16,6 +17,9 @@ from .checkpoints import Progress
 # SIGUSR1 is what Slurm's `--signal` sends, SIGHUP what a closed terminal does.
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
 
+# What file systems without locks answer.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+
 
 class TrainingInterruptedError(Exception):
     """One of SIGNALS came; the run ends with 128 + the signal's number."""
@@ -28,8 +32,9 @@ class TrainingInterruptedError(Exception):
 class Interruption:
     """Remember what ends a run before its end until the optimizer step is done, and all processes agree on it.
 
-    That is the first of SIGNALS (the second one ends the process at once), and a failure to load images. A run whose
-    launcher died (`accelerate launch` does not forward signals) is interrupted too: nobody could stop it.
+    That is the first of SIGNALS (the second one ends the process at once), and a failure to load images. SIGHUP means
+    nothing to a run that was started with `nohup`. A run whose launcher died (`accelerate launch` does not forward
+    signals) is interrupted too: nobody could stop it.
 
     Args:
         accelerator: connects the processes.
@@ -51,8 +56,9 @@ class Interruption:
         """Start to listen."""
         if threading.current_thread() is threading.main_thread():  # Python allows no other to listen
             for name in SIGNALS:
-                if hasattr(signal, name):
-                    number = getattr(signal, name)
+                number = getattr(signal, name, None)
+                is_nohup = name == "SIGHUP" and number and signal.getsignal(number) == signal.SIG_IGN
+                if number and not is_nohup:
                     self.before[number] = signal.signal(number, self._remember)
         return self
 
@@ -101,17 +107,26 @@ def lock(output_dir: Path) -> filelock.BaseFileLock:
 
     Raises: ValueError if another run holds the lock, or the folder cannot be made or written.
     """
-    held: filelock.BaseFileLock = filelock.FileLock(output_dir / ".lock")
+    path = output_dir / ".lock"
+    held: filelock.BaseFileLock = filelock.FileLock(path)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
+        was_there = path.exists()
         try:
             held.acquire(blocking=False)
-        except NotImplementedError:  # older versions of filelock leave the choice to their caller
-            held = filelock.SoftFileLock(output_dir / ".lock")
+        except filelock.Timeout:
+            raise
+        except (OSError, NotImplementedError) as error:  # older versions of filelock leave the choice to their caller
+            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+                raise
+            if not was_there:
+                path.unlink(missing_ok=True)  # it is of this attempt
+            held = filelock.SoftFileLock(path)
             held.acquire(blocking=False)
     except filelock.Timeout:
         raise ValueError(
             f"Another run is writing to `--output-dir {output_dir}`: wait for it, or choose a different folder."
+            + (f" If it was killed, delete {path}." if isinstance(held, filelock.SoftFileLock) else "")
         ) from None
     except OSError as error:
         raise ValueError(f"`--output-dir {output_dir}` cannot be written: {error}.") from None
