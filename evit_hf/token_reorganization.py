@@ -332,8 +332,8 @@ def rearrange_tokens(hidden_states: torch.Tensor, choice: TokenChoice, num_prefi
 def averaged_tokens(attentive: torch.Tensor, inattentive: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
     """Kept tokens, each half of itself and half of the mean of what it counts, at its own length.
 
-    The mean is weighted by size and the token itself takes part in it; a token that counts nothing new stays as it is,
-    up to rounding. Averages are shorter than what they are averages of, which the layers after it did not learn:
+    The mean is weighted by size and the token itself takes part in it; a token that counts nothing new stays as it is.
+    Averages are shorter than what they are averages of, which the layers after it did not learn:
     hence the length.
 
     Args:
@@ -346,9 +346,10 @@ def averaged_tokens(attentive: torch.Tensor, inattentive: torch.Tensor, shares: 
     Source: ToMe (arXiv 2210.09461) takes the mean itself; ToFu (arXiv 2312.01026) keeps the length.
     """
     with torch.autocast(attentive.device.type, enabled=False):
-        shares = (AVERAGED_SHARE * shares).to(attentive.dtype)
-        own = 1 - shares.sum(dim=2, keepdim=True)
-        mixed = torch.baddbmm(attentive * own, shares, inattentive)
+        shares = AVERAGED_SHARE * shares
+        # The length is set below, so that a token's own share can be 1 and the others' in proportion to it.
+        shares = shares / (1 - shares.sum(dim=2, keepdim=True))
+        mixed = torch.baddbmm(attentive, shares.to(attentive.dtype), inattentive)
         before = attentive.norm(dim=2, keepdim=True, dtype=_at_least_float32_dtype(attentive))
         after = mixed.norm(dim=2, keepdim=True, dtype=_at_least_float32_dtype(attentive))
         return mixed * (before / after.clamp(min=1e-12)).to(mixed.dtype)

@@ -21,6 +21,7 @@ from evit_hf.export import ExportError, check_parity, example_code, export_model
 from evit_hf.pixels import processed_pixels, robust_keep_rates
 from evit_training.cli import main
 from evit_training.data.images import decoded
+from evit_training.measuring.variants import quantized_copy
 
 
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -76,18 +77,25 @@ def test_counted_models_are_exported_at_their_share_of_operations(engine, tmp_pa
     assert (record["macs"], record["inattentive_tokens"]) == (0.66, "counted")
     assert record["largest_difference"] < 1e-5
     images = torch.randn(5, 3, 64, 64)
-    torch.testing.assert_close(load_exported(tmp_path)(images), model(images).logits.detach(), rtol=1e-4, atol=1e-4)
+    expected = model(images).logits.detach()
+    torch.testing.assert_close(load_exported(tmp_path)(images), expected, rtol=1e-4, atol=1e-4)
+    if engine == "onnx":
+        in_8_bits = load_exported(quantized_copy(tmp_path))(images)
+        assert not torch.allclose(in_8_bits, expected, atol=1e-4)
+        assert torch.nn.functional.cosine_similarity(in_8_bits, expected).min() > 0.9
 
 
 @pytest.mark.slow  # compiles C++
-@pytest.mark.parametrize("keep_rate_is_input", [False, True])
+@pytest.mark.parametrize("keep_rate_is_input", [False, True], ids=["counted", "keep_rate_is_input"])
 def test_ahead_of_time_compiled_models_answer_as_the_model_whatever_the_memory_layout(
     keep_rate_is_input, traced_once, tmp_path
 ):
     traced_once.clear()
-    model = tiny("evit")
+    model = tiny("evit", image_size=32 if keep_rate_is_input else 64)
+    if not keep_rate_is_input:
+        model.set_macs(0.66)
     export_model(model, tmp_path, "aoti", keep_rate_is_input)
-    images = torch.randn(3, 3, 32, 32).to(memory_format=torch.channels_last)
+    images = torch.randn(3, 3, model.config.image_size, model.config.image_size).to(memory_format=torch.channels_last)
     answer = load_exported(tmp_path)(images, 0.5 if keep_rate_is_input else None)
     expected = model(images, keep_rate=0.5 if keep_rate_is_input else None).logits.detach()
     torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-4)

@@ -3,9 +3,10 @@
 python docs/benchmarks/families.py --rounds 15
 
 Each model is timed as Transformers has it (dense), after `reorganize` at keep rates 1.0, 0.7 and 0.5, and with
-`--macs` at shares of its operations: with counted tokens, and with as many tokens merged as ToMe does. All take turns
-in a new random order each round. Efficiency is the speed-up divided by what the operations promise: 1 where time
-follows operations.
+`--macs` at shares of its operations: with counted tokens, and with as many tokens dropped, and merged as ToMe does.
+All take turns in a new random order each round. Below the table is the time with counted tokens over that with dropped
+ones, round by round. Efficiency is the speed-up divided by what the operations promise: 1 where time follows
+operations.
 """
 
 import argparse
@@ -98,7 +99,7 @@ def compare(
         rounds: to measure.
         clock: "wall" or "cpu".
         keep_rates: of the paper's way, tokens fused.
-        shares: of the operations, tokens counted, and as many merged.
+        shares: of the operations, tokens counted, and as many dropped, and merged.
         **fields: see `build`.
 
     Returns: one dictionary for each variant, the dense one first.
@@ -111,9 +112,14 @@ def compare(
         variants.append(Variant(f"`reorganize`, {keep_rate}", runner(model, images), 0, 0, keep_rate))
     for share in shares:
         model = reorganize(copy.deepcopy(dense), macs=share)
-        for way in (f"`reorganize`, macs={share}", f"ToMe, macs={share}"):
+        dropping = reorganize(copy.deepcopy(dense), macs=share, inattentive_tokens="dropped")
+        for way, run in (
+            (f"`reorganize`, macs={share}", runner(model, images)),
+            (f"dropped, macs={share}", runner(dropping, images)),
+            (f"ToMe, macs={share}", runner(model, images, merges=True)),
+        ):
             macs.append(num_macs(model, image_size=images.shape[-1], macs=share))
-            variants.append(Variant(way, runner(model, images, merges=way.startswith("ToMe")), 0, 0))
+            variants.append(Variant(way, run, 0, 0))
     whole = num_macs(model, image_size=images.shape[-1], keep_rate=1.0)
     seconds = alternate(variants, images.device, rounds, clock_name=clock)
     rows = []
@@ -132,6 +138,9 @@ def compare(
                 "efficiency": speed_up * operations / whole,
             }
         )
+        if variant.name.startswith("dropped"):
+            pairs = zip(seconds[len(rows) - 2], times, strict=True)
+            rows[-1]["counted_over_dropped"] = quartiles([counted / dropped for counted, dropped in pairs])
     return rows
 
 
@@ -151,13 +160,24 @@ def table(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def costs_of_counting(rows: list[dict[str, Any]]) -> str:
+    """A sentence for each share of operations: the time with counted tokens over that with dropped ones."""
+    return "\n".join(
+        f"{row['model']}, {row['variant']}: counted takes {ratio:.3f} ({low:.3f}–{high:.3f}) times as long."
+        for row in rows
+        for low, ratio, high in [row.get("counted_over_dropped", (0, 0, 0))]
+        if ratio
+    )
+
+
 def main() -> None:
     """Time the models of a command line and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "names", nargs="*", default=TIMED_BY_DEFAULT, help=f"of {', '.join(MODELS)}; by default the first four"
     )
-    parser.add_argument("--macs", type=float, nargs="*", default=[], help="shares of the operations, beside ToMe")
+    parser.add_argument("--keep-rates", type=float, nargs="*", default=KEEP_RATES, help="of the paper's way")
+    parser.add_argument("--macs", type=float, nargs="*", default=[], help="shares of the operations")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
@@ -174,9 +194,13 @@ def main() -> None:
         f"{arguments.clock} clock, {arguments.rounds} rounds, tokens fused\n\n{HEADER}"
     )
     images = torch.randn(arguments.batch_size, 3, 224, 224).to(device)
+    costs = []
     for name in arguments.names:
-        rows = compare(name, images, arguments.rounds, arguments.clock, shares=arguments.macs)
+        rows = compare(name, images, arguments.rounds, arguments.clock, arguments.keep_rates, arguments.macs)
         print(table(rows), flush=True)  # noqa: T201
+        costs.append(costs_of_counting(rows))
+    if arguments.macs:
+        print("", *costs, sep="\n")  # noqa: T201
 
 
 if __name__ == "__main__":
