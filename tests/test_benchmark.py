@@ -134,6 +134,18 @@ def test_models_without_a_dense_twin_elsewhere_say_so(saved, capsys):
 # The command
 
 
+def test_benchmark_prints_json_of_shares_of_operations(tmp_path, capsys):
+    EViTForImageClassification(tiny_config_with(num_hidden_layers=2, image_size=64)).save_pretrained(tmp_path)
+    flags = ["--macs", "0.8", "--batch-sizes", "1", "--rounds", "1", "--baselines", "none", "--json"]
+    main(["benchmark", str(tmp_path), *flags])
+    captured = capsys.readouterr()
+    (setting,) = json.loads(captured.out)["settings"]
+    dense, counted = setting["rows"]
+    assert (dense["name"], counted["name"]) == ("EViT 1.0 sdpa", "EViT macs=0.8 sdpa")
+    assert counted["gmacs"] < 0.85 * dense["gmacs"]
+    assert "batch 1" in captured.err
+
+
 @pytest.mark.usefixtures("traced_once")
 def test_benchmark_writes_table_json_and_plot(tmp_path, capsys):
     saved = str(tmp_path / "model")

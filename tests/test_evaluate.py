@@ -55,7 +55,7 @@ def test_a_model_is_measured_at_each_keep_rate_with_its_own_classes(model_folder
     assert Image.open(model_folder / "evaluation.png").size == (900, 600)
 
 
-def test_a_vit_of_transformers_can_be_measured_into_another_folder(tmp_path):
+def test_a_vit_of_transformers_can_be_measured_into_another_folder(tmp_path, capsys):
     config = ViTConfig(
         hidden_size=32,
         num_hidden_layers=4,
@@ -68,7 +68,10 @@ def test_a_vit_of_transformers_can_be_measured_into_another_folder(tmp_path):
     ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
     data = write_parquet(tmp_path / "train.parquet", [0, 1, 1], ["a", "b"])
-    evaluate(tmp_path / "vit", "--dataset", data, "--keep_rates", "0.5", "--output_dir", tmp_path / "out")
+    evaluate(tmp_path / "vit", "--dataset", data, "--keep_rates", "0.5", "--output_dir", tmp_path / "out", "--json")
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert "Saved " in captured.err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"evaluation.json", "evaluation.png"}
     assert not (tmp_path / "vit" / "evaluation.json").exists()
 

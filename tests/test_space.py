@@ -68,6 +68,12 @@ def test_a_space_can_name_a_model_of_the_hub_instead(tmp_path, capsys):
     main(["space", "org/name", str(tmp_path / "space")])
     assert json.loads((tmp_path / "space" / "space.json").read_text())["model"] == "org/name"
     assert yaml.safe_load((tmp_path / "space" / "README.md").read_text().split("---")[1])["models"] == ["org/name"]
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.PNG")
+    main(["space", "org/name", str(tmp_path / "clicked"), "--examples", str(tmp_path / "a.PNG")])
+    assert [path.name for path in (tmp_path / "clicked" / "examples").iterdir()] == ["00.png"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["space", "org/name", str(tmp_path / "more"), "--examples", str(tmp_path / "gone.png")])
+    assert "`--examples`: " in capsys.readouterr().err
     for model, dest, sentence in (
         ("org/name", tmp_path / "space", "exists already"),
         ("not/a/name", tmp_path / "new", "must be a model folder, a run folder or a Hub id"),

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
         [SpaceArguments],
         usage="evit space MODEL DEST [--title TITLE] [--examples PICTURE ...]",
         description="Write a Gradio demo of a model as a Space of the Hugging Face Hub: upload a picture, move the "
-        "keep rate, see the answer beside the dense model's, the kept patches and the attention of each layer, GMACs "
+        "keep rate, see the answer next to the dense model's, the kept patches and the attention of each layer, GMACs "
         "and latency.",
     )
     parser.add_argument("model", help="Model folder or run folder, which is bundled, or Hub id, which is loaded.")

@@ -1,4 +1,4 @@
-"""Families without training: DINOv2-B, DINOv3-B and CLIP-L/14 by keep rate and by share of operations, beside ToMe.
+"""Families without training: DINOv2-B, DINOv3-B and CLIP-L/14 by keep rate and by share of operations, against ToMe.
 
 Counted tokens add the logarithm of their sizes to the logits. Three ways to do that are timed, with attention without
 sizes for comparison: as a mask (this package), as one more channel of queries and keys, with which the fastest kernels
