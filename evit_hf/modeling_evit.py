@@ -144,10 +144,10 @@ class AttentiveIndexOutput(ModelOutput):
             filled = [nn.functional.pad(index, (0, most - index.shape[1]), value=NO_TOKEN) for index in value]
             as_tensor, by_layer = torch.stack(filled, dim=1) if filled else None, value
         object.__setattr__(self, name, by_layer)
-        if as_tensor is None:  # a model that reorganizes nothing
-            OrderedDict.pop(self, name, None)
-        else:
+        if as_tensor is not None:
             OrderedDict.__setitem__(self, name, as_tensor)
+        elif name in self:  # a model that reorganizes nothing; `pop` of Python 3.10 would call `self.__delitem__`
+            OrderedDict.__delitem__(self, name)
 
 
 @dataclass
@@ -468,8 +468,8 @@ class EViTLayer(ViTLayer):
             asked = {"score_tokens": True, "token_mask": token_mask}
         if chooses and counts:
             asked["compare_tokens"] = True
-        if takes_short_cuts:
-            asked |= {"num_queries": num_queries, "projects": not projects_late, "takes_short_cuts": True}
+        if takes_short_cuts:  # PyTorch 2.7 cannot compile `|=` between dictionaries
+            asked.update(num_queries=num_queries, projects=not projects_late, takes_short_cuts=True)
         branch, _, *scored = self.attention(self.layernorm_before(hidden_states), attention_mask, **asked, **kwargs)
         attention, keys = scored if scored else (None, None)
         residual = hidden_states if num_queries is None else hidden_states[:, :num_queries]
@@ -669,7 +669,7 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
         backbone = self.vit
         if pixel_values is None or self._records(kwargs) or backbone.plain_road_wanted(pixel_values, itself=True):
             return backbone(pixel_values, **kwargs)
-        kwargs |= {"prefix_tokens_only": prefix_tokens_only, "takes_short_cuts": True}
+        kwargs.update(prefix_tokens_only=prefix_tokens_only, takes_short_cuts=True)
         num_images, chunk_size = pixel_values.shape[0], self._images_in_cache(pixel_values, kwargs)
         if num_images <= chunk_size:
             return backbone(pixel_values, **kwargs)
@@ -968,7 +968,7 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
             if prefix_tokens_only and takes_short_cuts and layer is self.layers[-1]:
                 asked["num_queries"] = self.last_layer_queries(mask)
             if i in layers_to_score:
-                asked |= {"score_tokens": True, "token_mask": token_mask}
+                asked.update(score_tokens=True, token_mask=token_mask)
             if takes_short_cuts:
                 asked["takes_short_cuts"] = True
             outputs = layer(hidden_states, mask, **asked, **kwargs)

@@ -470,10 +470,9 @@ def test_sizes_that_are_the_default_are_checked_as_such(tmp_path):
 def test_command_converts_a_timm_folder(tmp_path, capsys):
     from evit_training.commands.convert import main
 
-    vit = timm.create_model(
-        "vit_tiny_patch16_224", img_size=(64, 32), patch_size=8, embed_dim=64, depth=2, num_heads=4
-    )
-    save_for_hf(vit, tmp_path / "timm", safe_serialization=True)
+    settings = {"img_size": (64, 32), "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4}
+    vit = timm.create_model("vit_tiny_patch16_224", **settings)
+    save_for_hf(vit, tmp_path / "timm", model_args=settings, safe_serialization=True)
     main([str(tmp_path / "timm"), str(tmp_path / "evit"), "--image-size", "32", "48", "--keep-rate", "0.7"])
     out = capsys.readouterr().out
     assert "timm: timm\n" in out

@@ -247,7 +247,7 @@ def test_the_oldest_versions_that_are_tested_are_the_bounds():
     settings.read(ROOT / "setup.cfg")
     extras = settings["options.extras_require"]
     text = settings["options"]["install_requires"] + "".join(
-        extras.get(name, raw=True) for name in ("train", "export")
+        extras.get(name, raw=True) for name in ("train", "export", "works-with")
     )
     bounds = dict(re.findall(r"^([\w-]+)(?:\[.*\])? *>= *([\d.]+)", text, re.MULTILINE))
     bounds["gradio"] = re.search(r"gradio >= ([\d.]+)", extras.get("all", raw=True))[1]

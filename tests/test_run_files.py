@@ -7,6 +7,7 @@ import errno
 import itertools
 import json
 import os
+import pathlib
 import re
 from types import SimpleNamespace
 
@@ -152,6 +153,8 @@ def test_what_cannot_be_written_leaves_what_was_there(code, function, tmp_path, 
 
     for name in ("rename", "replace") if function == "rename" else (function,):
         monkeypatch.setattr(os, name, fail)
+        if hasattr(pathlib, "_normal_accessor"):  # paths of Python 3.10 keep the functions of `os` and `io` there
+            monkeypatch.setattr(pathlib._normal_accessor, name, fail, raising=False)
     for write in (
         lambda: replace_durably(tmp_path / "log", b"new"),
         lambda: write_checkpoint(tmp_path, Progress(step=2), {}, {}),
@@ -170,13 +173,15 @@ def test_what_cannot_be_written_leaves_what_was_there(code, function, tmp_path, 
 
 
 FAIL_TO_WRITE = """
-import builtins, io
+import builtins, io, pathlib
 original = io.open
 def fail(file, mode="r", *args, **keywords):
     if {name!r} in str(file) and set(mode) & set("wax+"):
         raise OSError({number}, os.strerror({number}), str(file))
     return original(file, mode, *args, **keywords)
 io.open = builtins.open = fail
+if hasattr(pathlib, "_normal_accessor"):
+    pathlib._normal_accessor.open = fail
 """
 # File: the status of a run that cannot write it, and what its last line says.
 UNWRITABLE = {

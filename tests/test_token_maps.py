@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import tiny_config_with
 from torch import nn
-from vision_families import CASES, LAYERS, build, inputs
+from vision_families import CASES, HAS_DINOV2, LAYERS, build, inputs
 
 from evit_hf import EViTForImageClassification, EViTLVConfig, EViTLVForImageClassification, EViTModel, reorganize
 from evit_hf.token_maps import ReshapeTransform, attention_rollout, tokens_on_grid, trace_tokens
@@ -282,6 +282,6 @@ def test_pytorch_grad_cam_draws_kept_patches_in_their_places(images):
             assert torch.allclose(by_patch[image] / by_patch[image].max(), wanted / wanted.max(), atol=0.01)
         assert by_patch[gone].mean() < 0.5 * by_patch[~gone].mean()
     family = reorganize(build("dinov2"), keep_rate=0.6, reorganization_layers=LAYERS)
-    target = tower_of(family).layers[3].norm1
+    target = tower_of(family).layers[3].get_submodule("norm1" if HAS_DINOV2 else "layernorm_before")
     with EigenCAM(Logits(family), [target], reshape_transform=ReshapeTransform(family)) as cam:
         assert cam(input_tensor=inputs("dinov2")["pixel_values"], targets=None).shape == (2, 48, 48)
