@@ -11,6 +11,7 @@ from transformers import BertConfig, ViTImageProcessor
 from evit_hf import EViTForImageClassification
 from evit_training.cli import main
 from evit_training.commands import errors
+from evit_training.data.augmentation import load_processor
 from evit_training.learning.sources import resolve_model
 from evit_training.settings import FlagParser
 
@@ -169,6 +170,17 @@ def test_a_model_without_processor_is_refused_by_what_needs_one(tmp_path, capsys
     EViTForImageClassification(tiny_config_with()).save_pretrained(tmp_path / "model")
     assert "no readable preprocessor_config.json" in one_line(capsys, ["export", tmp_path / "model", tmp_path / "out"])
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[1]", b"7", b"\xff\xfe\x00", b'{"image_processor_type": [], "size": "x"}'],
+    ids=["list", "7", "bytes", "kinds"],
+)
+def test_a_damaged_processor_is_refused_with_its_name(content, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match="no readable preprocessor_config.json"):
+        load_processor(str(tmp_path))
 
 
 @pytest.mark.parametrize(

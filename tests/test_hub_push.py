@@ -139,6 +139,17 @@ def test_nothing_secret_is_pushed(tmp_path, model_folder):
         export_folder(tmp_path / "home", tmp_path / "other")
 
 
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    "change", [lambda x: x[: len(x) // 2], lambda x: b"", lambda x: b"[1]"], ids=["half", "empty", "list"]
+)
+def test_a_damaged_model_is_not_pushed(name, change, tmp_path, model_folder):
+    path = model_folder / name
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=f"is damaged: {name} .*train it again"):
+        export_folder(model_folder, tmp_path / "export")
+
+
 def test_local_paths_stay_local(model_folder, tmp_path):
     settings = {
         "dataset": ["/home/alice/ward-7", "*.csv"],

@@ -91,9 +91,10 @@ def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments
 
     Raises: ValueError if the model does not know the classes of the data, or for keep rates out of range.
     """
+    from ..data.augmentation import load_processor
     from ..data.loaders import evaluation_loader
     from ..data.splits import describe_splits, load_evaluation_split, with_classes_of
-    from ..learning.models import load_classifier, load_processor
+    from ..learning.models import load_classifier
     from ..measuring.evaluation import compare_keep_rates, comparison_table, draw_tradeoff
     from ..measuring.machine import accelerator_on, check_launcher
 

@@ -93,8 +93,8 @@ def export(name: str, dest: Path, arguments: ExportArguments, data: DataArgument
     from evit_hf import EViTPreTrainedModel, reorganize
     from evit_hf.export import complete_folder, export_model, write_record
 
-    from ..data.augmentation import image_processor, output_size
-    from ..learning.models import load_model, load_processor
+    from ..data.augmentation import image_processor, load_processor, output_size
+    from ..learning.models import load_model
 
     if arguments.int8 != "no" and (arguments.format != "onnx" or data is None):
         raise ValueError("`--int8` needs `--format onnx`, and `--dataset` to measure what it does to the accuracy.")

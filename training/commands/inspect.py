@@ -86,11 +86,11 @@ def inspect_data(
     """
     from evit_hf.visualization import visualize
 
-    from ..data.augmentation import ProcessorTransform
+    from ..data.augmentation import ProcessorTransform, load_processor
     from ..data.images import EvaluationImages
     from ..data.loaders import evaluation_loader
     from ..data.splits import describe_splits, load_evaluation_split, with_classes_of
-    from ..learning.models import load_classifier, load_processor
+    from ..learning.models import load_classifier
     from ..measuring import inspection, inspection_figures
     from ..measuring.machine import accelerator_on
 

@@ -154,8 +154,9 @@ def seer(model: str, arguments: VisualizeArguments) -> Any:
     """Load a model, and return what visualizes a picture with it by name and path."""
     from evit_hf.visualization import visualize
 
+    from ..data.augmentation import load_processor
     from ..data.images import decoded
-    from ..learning.models import load_classifier, load_processor
+    from ..learning.models import load_classifier
     from ..measuring.machine import best_device
 
     device = best_device(arguments.device)

@@ -30,7 +30,7 @@ def image_processor(model: str | None, image_size: int) -> BaseImageProcessor:
         as DeiT does, and resizes to a square below that.
     """
     if model is not None:
-        processor = plain_processor(AutoImageProcessor.from_pretrained(model))
+        processor = load_processor(model)
         if output_size(processor) == (image_size, image_size):
             return processor
         style = {name: getattr(processor, name) for name in ("image_mean", "image_std", "resample")}
@@ -46,6 +46,21 @@ def image_processor(model: str | None, image_size: int) -> BaseImageProcessor:
     return ViTImageProcessor(
         size={"shortest_edge": round(image_size * 8 / 7)}, do_center_crop=True, crop_size=square, **style
     )
+
+
+def load_processor(name_or_path: str) -> BaseImageProcessor:
+    """Load the image processor of a model.
+
+    Raises: ValueError if it has none, or a damaged one.
+    """
+    try:
+        return plain_processor(AutoImageProcessor.from_pretrained(name_or_path))
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+        reason = "" if isinstance(error, OSError) else f" ({type(error).__name__}: {error})"
+        raise ValueError(
+            f"`{name_or_path}` has no readable preprocessor_config.json{reason}, which says how images are resized "
+            "and normalized: copy it from the model that it was made of."
+        ) from error
 
 
 def plain_processor(processor: BaseImageProcessor) -> BaseImageProcessor:

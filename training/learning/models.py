@@ -9,9 +9,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageClassification,
-    BaseImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -35,7 +33,7 @@ from evit_hf.token_reorganization import tokens_left_at_macs
 from evit_hf.towers import example_inputs, tower_of
 
 from ..arguments import ModelArguments, TrainArguments
-from ..data.augmentation import output_size, plain_processor
+from ..data.augmentation import load_processor, output_size
 from ..data.images import ImageSplits
 from ..data.names import class_numbers
 
@@ -353,20 +351,6 @@ def was_reorganized(name_or_path: str) -> bool:
     """Whether the config.json of a model has a keep rate, in the part of a model of several parts that sees images."""
     config, _ = PreTrainedConfig.get_config_dict(name_or_path)
     return any("keep_rate" in part for part in (config, *config.values()) if isinstance(part, dict))
-
-
-def load_processor(name_or_path: str) -> BaseImageProcessor:
-    """Load the image processor of a model.
-
-    Raises: ValueError if it has none.
-    """
-    try:
-        return plain_processor(AutoImageProcessor.from_pretrained(name_or_path))
-    except OSError as error:
-        raise ValueError(
-            f"`{name_or_path}` has no readable preprocessor_config.json, which says how images are resized and "
-            "normalized: copy it from the model that it was made of."
-        ) from error
 
 
 def random_classifier(config: EViTConfig) -> EViTPreTrainedModel:

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torchvision.transforms.v2 import functional as F
-from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
+from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
 from evit_hf import EViTPreTrainedModel
 from evit_hf.profiling import MacsFormula
 from evit_hf.towers import reorganizes, tower_of
 
-from ..data.augmentation import output_size, plain_processor
+from ..data.augmentation import load_processor, output_size
 from ..data.names import class_numbers, has_no_names
 
 
@@ -196,7 +196,7 @@ def build_teacher(
         model.gradient_checkpointing_disable()
         return Teacher(model, own, own, None, list(range(len(label_names))), tower_of(student).patch_size)
     model = AutoModelForImageClassification.from_pretrained(arguments.teacher)
-    its_processor = plain_processor(AutoImageProcessor.from_pretrained(arguments.teacher))
+    its_processor = load_processor(arguments.teacher)
     id2label = model.config.id2label
     numbers, unknown = class_numbers(label_names, id2label)
     if has_no_names(id2label) and len(id2label) == len(label_names):

@@ -27,12 +27,12 @@ from evit_hf.token_reorganization import tokens_left_at_macs
 from evit_hf.towers import tower_of
 
 from ..arguments import DataArguments
-from ..data.augmentation import ProcessorTransform
+from ..data.augmentation import ProcessorTransform, load_processor
 from ..data.folders import picture_files, pictures_below
 from ..data.images import decoded
 from ..data.loaders import batches
 from ..data.splits import load_evaluation_split, with_classes_of
-from ..learning.models import keep_rates_of, load_classifier, load_processor, was_reorganized
+from ..learning.models import keep_rates_of, load_classifier, was_reorganized
 from ..screen import say, show_result
 from ..settings import make_output_dir
 from .arguments import Target, TuneArguments, parse_target

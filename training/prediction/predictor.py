@@ -12,9 +12,9 @@ from torch import nn
 from evit_hf import reorganize
 from evit_hf.towers import tower_of
 
-from ..data.augmentation import ProcessorTransform
+from ..data.augmentation import ProcessorTransform, load_processor
 from ..data.images import BadImageError, decoded
-from ..learning.models import load_classifier, load_processor, was_reorganized
+from ..learning.models import load_classifier, was_reorganized
 from ..measuring.evaluation import images_per_second
 from ..measuring.machine import best_device
 from .inputs import Inputs

@@ -161,7 +161,7 @@ def export_folder(source: Path, destination: Path) -> list[str]:
 
     Returns: names of the files.
 
-    Raises: ValueError if there is no model with safetensors weights.
+    Raises: ValueError if there is no model with safetensors weights, or a damaged one.
     """
     shutil.rmtree(destination, ignore_errors=True)
     destination.mkdir(parents=True)
@@ -180,7 +180,26 @@ def export_folder(source: Path, destination: Path) -> list[str]:
         raise ValueError(
             f"`{source}` holds no model: it needs config.json and model.safetensors, in itself or in `model/`."
         )
+    damage = next(filter(None, map(_damage, sorted(destination.iterdir()))), None)
+    if damage is not None:
+        shutil.rmtree(destination)
+        raise ValueError(f"The model in `{source}` is damaged: {damage}. Save or train it again.")
     return names
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with the weights or the image processor of a model; None if nothing is found."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="numpy"):
+                return None
+        if path.name == "preprocessor_config.json" and not isinstance(json.loads(path.read_bytes()), dict):
+            return f"{path.name} is not an object in JSON"
+    except (ValueError, SafetensorError) as error:
+        return f"{path.name} cannot be read ({error})"
+    return None
 
 
 def remote_code(folder: Path) -> list[str]:
