@@ -782,7 +782,7 @@ def test_names_that_are_not_utf8_are_named(where, tmp_path):
 def test_links_pipes_and_folders_of_systems_are_left_out_and_said(tmp_path):
     for label in ("cat", "dog", "@eaDir", "$RECYCLE.BIN"):
         put(tmp_path / label, 4)
-    (tmp_path / "fox").symlink_to("/nowhere")
+    (tmp_path / "fox").symlink_to(tmp_path / "gone")
     (tmp_path / "loop").symlink_to("loop")
     os.mkfifo(tmp_path / "cat" / "pipe")
     splits = load(tmp_path)
@@ -849,3 +849,55 @@ def test_labels_that_may_be_meant_otherwise_are_told(tmp_path, pictures):
     rows = [(name, int(label == "cat"), int(label == "dog"), i % 2) for i, (name, label) in enumerate(pictures)]
     splits = load(write(tmp_path / "a.csv", rows, "file_name,cat,dog,is_crowd"))
     assert "zeros and ones, which are read as labels: cat, dog, is_crowd." in describe_splits(splits)
+
+
+def test_tables_that_cannot_be_read_are_refused_with_the_cause(tmp_path, pictures):
+    lines = ["file_name,label", *(f"{i}.png,{'ab'[i % 2]}" for i in range(16))]
+    for change, message in (
+        (lambda i, line: line.replace(",", ',"') if i == 3 else line, "read as CSV up to line 17: unexpected end"),
+        (lambda i, line: line + "y" * 140_000 if i == 3 else line, "read as CSV up to line 4: field larger"),
+    ):
+        (tmp_path / "a.csv").write_text("\n".join(change(i, line) for i, line in enumerate(lines)))
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / "a.csv")
+    (tmp_path / "a.jsonl").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="could not be read as JSON lines: maximum recursion"):
+        load(tmp_path / "a.jsonl")
+    rows = [{"file_name": x, "label": {"name": y}} for x, y in pictures]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match="Column `label` holds dict, not classes"):
+        load(tmp_path / "a.jsonl")
+
+
+def test_tables_that_may_tell_splits_are_not_passed_over(tmp_path):
+    for label in ("cat", "dog"):
+        put(tmp_path / label, 4)
+    rows = [(f"{label}/{i}.png", label) for label in ("cat", "dog") for i in range(4)]
+    write(tmp_path / "test.csv", rows[1::2])
+    with pytest.raises(ValueError, match="class folders, and `test.csv`, which may say what is for training"):
+        load(tmp_path)
+    write(tmp_path / "train.csv", rows)
+    splits = load(tmp_path / "train.csv", tmp_path / "test.csv")
+    assert "4 pictures are in both splits" in describe_splits(splits)
+
+
+def test_copies_of_a_data_set_are_not_its_classes(tmp_path):
+    for copy in ("raw", "processed"):
+        for split in ("train", "test"):
+            for label in ("cat", "dog"):
+                put(tmp_path / copy / split / label, 2)
+    with pytest.raises(ValueError, match="`processed`, `raw` hold split folders with folders `cat`, `dog` inside"):
+        load(tmp_path)
+    assert sizes(load(tmp_path / "raw")) == (4, 4)
+
+
+def test_archives_that_say_less_than_is_needed(tmp_path):
+    for label in ("XYZW", "dog"):
+        put(tmp_path / "data" / label, 4)
+    (tmp_path / "tar").mkdir()
+    shutil.make_archive(tmp_path / "tar" / "x", "gztar", tmp_path / "data")
+    with pytest.raises(ValueError, match="x.tar.gz` has pictures but no labels next to them"):
+        load(tmp_path / "tar")
+    shutil.make_archive(tmp_path / "x", "zip", tmp_path / "data")
+    (tmp_path / "x.zip").write_bytes((tmp_path / "x.zip").read_bytes().replace(b"XYZW", "猫犬".encode("cp932")))
+    assert "does not say how its names are written" in describe_splits(load(tmp_path / "x.zip"))

@@ -514,6 +514,14 @@ def test_a_card_that_cannot_be_merged_is_left_alone_in_words(content, reason, he
     assert "model.safetensors" in repo.commit("main").files
 
 
+def test_a_card_that_this_machine_cannot_read_is_no_fault_of_the_hub(model_folder, tmp_path):
+    export_folder(model_folder, tmp_path / "export")
+    (model_folder / "README.md").mkdir()
+    text, words = card_to_push(model_folder, tmp_path / "export", "org/x", None)
+    assert text is None
+    assert words == f"The card in {model_folder} was left as it is: Is a directory ({model_folder / 'README.md'})."
+
+
 def test_a_folder_of_another_library_is_pushed_without_a_card(model_folder, tmp_path):
     for config in ('{"model_type": "vit"}', '{"architecture": "vit_tiny_patch16_224"}', "not json"):
         (model_folder / "config.json").write_text(config)

@@ -161,13 +161,13 @@ def checked_class_labels(labels: Labels, column: str, split: str) -> Labels:
 
 def _check_values(labels: Labels, column: str, split: str) -> None:
     """Raise ValueError for labels that are not names or numbers of classes."""
-    values = {value for row in labels.rows for value in row}
-    odd = [value for value in values if not isinstance(value, (int, str, bool))]
+    odd = [value for row in labels.rows for value in row if not isinstance(value, (int, str, bool))]
     if odd:
         raise ValueError(
-            f"Column `{column}` holds {type(odd[0]).__name__}, not classes: {sorted(map(str, odd))[:5]}. Write names "
-            "or whole numbers."
+            f"Column `{column}` holds {type(odd[0]).__name__}, not classes: {sorted(set(map(str, odd)))[:5]}. Write "
+            "names or whole numbers."
         )
+    values = {value for row in labels.rows for value in row}
     if len({isinstance(value, str) for value in values}) > 1:
         raise ValueError(f"Column `{column}` of the {split} split holds both text and numbers: write one of them.")
     if -1 in values:

@@ -248,6 +248,13 @@ def _splits_in_classes(
     tops: dict[str, list[Parts]], level: int, found: PictureFolder
 ) -> dict[str, dict[str, list[Parts]]]:
     """Pictures of class folders that hold split folders: `cat/train`, `cat/test`."""
+    deep = {parts[level + 2] for files in tops.values() for parts in files if len(parts) > level + 3}
+    if len(deep) > 1 and all(len(parts) > level + 3 for files in tops.values() for parts in files):
+        tops_listed = _listed(tops)
+        raise ValueError(
+            f"{tops_listed[0].upper()}{tops_listed[1:]} hold split folders with {_listed(deep)} inside: give one of "
+            "them as `--dataset` if those are the classes, or put the pictures into the split folders."
+        )
     by_split: dict[str, dict[str, list[Parts]]] = {}
     for top, files in tops.items():
         for parts in files:

@@ -17,8 +17,9 @@ import datasets
 import pyarrow.compute
 import yaml
 from huggingface_hub.constants import HF_HUB_CACHE
+from PIL import Image
 
-from .folders import check_is_utf8, list_pictures, read_picture_folder, reasons
+from .folders import PictureFolder, check_is_utf8, list_pictures, read_picture_folder, reasons
 from .images import DatasetLike, OutsideFileError, is_inside
 from .names import split_in, split_of
 from .tables import FILE_TYPES, by_split, file_type, labels_of_text, read_table, reason_of
@@ -187,19 +188,22 @@ def _load_folder(folder: Path, arguments: "DataArguments") -> Source:
             raise ValueError(
                 f"`--dataset {folder}` has one class folder with pictures, {sorted(classes)}: two are needed."
             )
-        different = next((path for path in tables if labels[path] != classes), None)
-        if different is not None:
-            raise ValueError(
-                f"`--dataset {folder}` has class folders, {sorted(classes)[:5]}, and `{different.name}` with other "
-                f"labels, {sorted(labels[different])[:5]}: name that file with `--dataset`, or move it away."
-            )
+        _refuse_other_tables(folder, found, {path: labels[path] for path in tables})
         splits = {name: _listed(files) for name, files in found.splits.items()}
         return Source(splits, (str(root),), found.left_out, found.notes, has_class_folders=True)
     archives = sorted(path for path in root.iterdir() if _is_archive(path))
     if archives:
         return _load_archives(archives, arguments)
-    if any(path.suffix in (".tar", ".gz", ".tgz") for path in root.iterdir()):
-        return _load_with_datasets(str(folder), arguments, (str(root),))
+    tars = [path for path in root.iterdir() if path.suffix in (".tar", ".gz", ".tgz")]
+    if tars:
+        source = _load_with_datasets(str(folder), arguments, (str(root),))
+        columns = {name for split in source.splits.values() for name in split.column_names or ()}
+        if all(Image.registered_extensions().get(f".{x.lower()}") or x.startswith("__") for x in columns):
+            raise ValueError(
+                f"`{tars[0]}` has pictures but no labels next to them, as WebDataset has: extract it, and give the "
+                "folder as `--dataset`."
+            )
+        return source
     pictures, _, left_out = list_pictures(root)
     left_out["pictures"] += len(pictures)
     raise ValueError(
@@ -207,6 +211,22 @@ def _load_folder(folder: Path, arguments: "DataArguments") -> Source:
         f"{reasons(+left_out)}: put the pictures of each class into a folder of their own, or write a CSV file with "
         f"the columns file_name and label.{_tables_not_used(found_labels)}"
     )
+
+
+def _refuse_other_tables(folder: Path, found: PictureFolder, labels: Mapping[Path, set[str]]) -> None:
+    """Raise ValueError for tables next to class folders that have other labels, or may tell splits."""
+    classes = {label for files in found.splits.values() for _, label in files}
+    for path, some in labels.items():
+        if some != classes:
+            raise ValueError(
+                f"`--dataset {folder}` has class folders, {sorted(classes)[:5]}, and `{path.name}` with other labels, "
+                f"{sorted(some)[:5]}: name that file with `--dataset`, or move it away."
+            )
+        if len(found.splits) == 1 and split_in(path.stem):
+            raise ValueError(
+                f"`--dataset {folder}` has class folders, and `{path.name}`, which may say what is for training and "
+                "what for evaluation: name such files with `--dataset`, or move them away."
+            )
 
 
 def _tables_not_used(labels: Mapping[Path, object]) -> str:
@@ -277,6 +297,12 @@ def _load_archives(archives: list[Path], arguments: "DataArguments") -> Source:
     source = Source({})
     for archive in archives:
         extracted = _extracted(archive)
+        with zipfile.ZipFile(archive) as file:
+            odd = next(
+                (x.filename for x in file.infolist() if not (x.filename.isascii() or x.flag_bits & 0x800)), None
+            )
+        if odd is not None:
+            source.notes.append(f"`{archive}` does not say how its names are written; this is one of them: {odd}.")
         try:
             part = _load_folder(extracted, arguments)
         except ValueError as error:

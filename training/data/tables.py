@@ -66,9 +66,10 @@ def read_table(
         columns = _read_csv(file, notes) if kind == "csv" else _read_json(file)
         name = image_column or usual_column(columns, IMAGE_COLUMNS)
         if name not in columns:
+            hint = " The first line of a CSV file must hold the names of its columns." if kind == "csv" else ""
             raise ValueError(
-                f"`{file}` has the columns {list(columns)}: name that of the images' paths with `--image-column`. "
-                "The first line of a CSV file must hold the names of its columns."
+                f"`{file}` has the columns {list(columns)[:20]}: name that of the images' paths with "
+                f"`--image-column`.{hint}"
             )
         if not columns[name]:
             raise ValueError(f"`{file}` has no rows.")
@@ -175,7 +176,11 @@ def _read_csv(file: str, notes: list[str]) -> dict[str, list[str]]:
     text = text[told.end() :] if told else text
     header = text.split("\n", 1)[0].rstrip("\r")
     separator = told.group(1) if told else max(",;\t|", key=header.count)
-    rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator) if any(map(str.strip, row))]
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    try:
+        rows = [row for row in reader if any(map(str.strip, row))]
+    except csv.Error as error:  # such as a quote that is never closed, which would swallow rows
+        raise ValueError(f"`{file}` could not be read as CSV up to line {reader.line_num}: {error}.") from None
     num_columns = max((i for row in rows for i, value in enumerate(row, 1) if value.strip()), default=0)
     if rows and len(rows[0]) > num_columns:
         rows = [row[:num_columns] if len(row) == len(rows[0]) else row for row in rows]
@@ -218,7 +223,7 @@ def _read_json(file: str) -> dict[str, list[Any]]:
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
         rows = json.loads(text) if text.lstrip()[:1] == "[" else [json.loads(x) for x in text.split("\n") if x.strip()]
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"`--dataset {file}` could not be read as JSON lines: {error}") from None
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"`{file}` must hold one JSON object for each image, a line for each.")

@@ -354,6 +354,8 @@ def card_to_push(source: Path, export: Path, repo_id: str, there: bytes | None) 
         return here, "The card on the Hub had its own text: it stays in the repository's history."
     except ValueError as error:
         return None, f"{where} was left as it is: {error}"
+    except OSError as error:  # of this machine: what the Hub has was read before
+        return None, f"{where} was left as it is: {error.strerror} ({error.filename})."
 
 
 def read_card(content: bytes) -> str:
