@@ -876,9 +876,26 @@ def test_tables_that_may_tell_splits_are_not_passed_over(tmp_path):
     write(tmp_path / "test.csv", rows[1::2])
     with pytest.raises(ValueError, match="class folders, and `test.csv`, which may say what is for training"):
         load(tmp_path)
+    (tmp_path / "test.csv").rename(tmp_path / "test.txt")
+    write(tmp_path / "all.csv", [(*row, "train") for row in rows], "file_name,label,split")
+    with pytest.raises(ValueError, match="class folders, and `all.csv`, which may say what is for training"):
+        load(tmp_path)
+    (tmp_path / "test.txt").rename(tmp_path / "test.csv")
     write(tmp_path / "train.csv", rows)
     splits = load(tmp_path / "train.csv", tmp_path / "test.csv")
     assert "4 pictures are in both splits" in describe_splits(splits)
+
+
+def test_folders_around_the_data_and_copies_next_to_it_are_no_classes(tmp_path):
+    for split in ("train", "test"):
+        for label in ("cat", "dog"):
+            put(tmp_path / "around" / "data" / "data" / split / label, 2)
+    assert sizes(load(tmp_path / "around")) == (4, 4)
+    for label in ("cat", "dog", "pets/cat", "pets/dog"):
+        put(tmp_path / "twice" / label, 4)
+    with pytest.raises(ValueError, match="pets` has folders for all classes that lie next to it"):
+        load(tmp_path / "twice")
+    assert used(load(tmp_path / "twice" / "pets")) == {"cat": 4, "dog": 4}
 
 
 def test_copies_of_a_data_set_are_not_its_classes(tmp_path):

@@ -230,7 +230,8 @@ def _by_split(
     deeper = sorted(
         {name for top in nested for parts in tops[top] for name in parts[level + 1 : -1] if split_of(name)}
     )
-    if len(tops) == 1 and nested and (not deeper or all(split_of(name) for name in below)):
+    _refuse_copies(tops, where, level)
+    if len(tops) == 1 and nested and (not deeper or len(below) == 1 or all(split_of(name) for name in below)):
         (top,) = tops
         if len(below) > 1 or deeper:  # a folder around the data, not its only class
             return _by_split(pictures, root, named, found, (*above, top))
@@ -238,10 +239,21 @@ def _by_split(
         return _splits_in_classes(tops, level, found)
     if deeper:
         raise ValueError(
-            f"`{where}` has folders {_listed(deeper)} inside some class folders: put the splits first "
+            f"`{where}` has {_listed(deeper)} inside some class folders: put the splits first "
             "(`train/cat`, `test/cat`), or rename them."
         )
     return {"train": tops}
+
+
+def _refuse_copies(tops: dict[str, list[Parts]], where: Path, level: int) -> None:
+    """Raise ValueError for a folder that holds all the others once more, as an archive leaves it."""
+    for top, files in tops.items():
+        inside = {parts[level + 1] for parts in files if len(parts) > level + 2}
+        if len(tops) > 2 and tops.keys() - {top} <= inside:
+            raise ValueError(
+                f"`{where / top}` has folders for all classes that lie next to it: give it as `--dataset`, or move it "
+                "away."
+            )
 
 
 def _splits_in_classes(

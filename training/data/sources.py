@@ -22,7 +22,7 @@ from PIL import Image
 from .folders import PictureFolder, check_is_utf8, list_pictures, read_picture_folder, reasons
 from .images import DatasetLike, OutsideFileError, is_inside
 from .names import split_in, split_of
-from .tables import FILE_TYPES, by_split, file_type, labels_of_text, read_table, reason_of
+from .tables import FILE_TYPES, by_split, file_type, has_split_column, labels_of_text, read_table, reason_of
 
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def _refuse_other_tables(folder: Path, found: PictureFolder, labels: Mapping[Pat
                 f"`--dataset {folder}` has class folders, {sorted(classes)[:5]}, and `{path.name}` with other labels, "
                 f"{sorted(some)[:5]}: name that file with `--dataset`, or move it away."
             )
-        if len(found.splits) == 1 and split_in(path.stem):
+        if len(found.splits) == 1 and (split_in(path.stem) or has_split_column(path)):
             raise ValueError(
                 f"`--dataset {folder}` has class folders, and `{path.name}`, which may say what is for training and "
                 "what for evaluation: name such files with `--dataset`, or move them away."

@@ -107,6 +107,12 @@ def labels_of_text(file: Path, image_column: str | None, label_column: str | Non
     return hot if len(hot) > 1 else None
 
 
+def has_split_column(file: Path) -> bool:
+    """Whether a CSV or JSON-lines file has a column that is called as those are that tell the split."""
+    columns = _read_csv(str(file), []) if file_type(file) == "csv" else _read_json(str(file))
+    return usual_column(columns, SPLIT_COLUMNS) is not None
+
+
 def _load_binary(file: str, kind: str | None, streaming: bool) -> DatasetLike:
     if "::" in file:
         raise ValueError(f"`--dataset {file}`: `::` in a path would be read as a chain of URLs: rename it.")
