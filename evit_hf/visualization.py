@@ -50,6 +50,7 @@ ABOUT_ATTENTION = (
     "tokens get is shared out",
     "among their patches",
 )
+ABOUT_ATTENTION_WITHOUT_FUSED = ("Class token's attention", "to each patch that is left")
 ABOUT_WEIGHTS = (
     "Weights in the fused token",
     "of each patch, in % of their",
@@ -60,7 +61,7 @@ ABOUT_REGIONS = (
     "Who counts whom",
     "a colour for each token",
     "that is left: the patches",
-    "it counts, its own brightest",
+    "it counts; its own is clear",
 )
 MAX_COLUMNS = 4  # of a sheet; more layers are in the animation
 
@@ -197,6 +198,14 @@ class View:
         rates = [self.keep_rate] if isinstance(self.keep_rate, (int, float)) else self.keep_rate or []
         return "dense" if set(rates) == {1.0} else f"keep rate {', '.join(f'{rate:g}' for rate in rates)}"
 
+    def regions(self) -> "Image.Image | None":
+        """Who counts whom after the last layer, a pixel for each patch; None if the output does not say."""
+        counted_by = getattr(self.trace.output, "counted_by", None)
+        if counted_by is None:
+            return None
+        kept = self.trace.kept(len(self.trace.stages) - 1)[0]
+        return region_overlay(counted_by[0].view(self.trace.grid), kept)
+
     def heading(self, width: int, right: str | None = None) -> "Image.Image":
         """Keep rate and first answer, and at the right the operations or what else is given."""
         answer = f": {self.answers[0][0]} ({percent(self.answers[0][1])})" if self.answers else ""
@@ -245,11 +254,8 @@ class Visualization:
 
     def regions(self, view: View) -> "Image.Image | None":
         """Who counts whom after the last layer, in colours; None if the output does not say."""
-        counted_by = getattr(view.trace.output, "counted_by", None)
-        if counted_by is None:
-            return None
-        kept = view.trace.kept(len(view.trace.stages) - 1)[0]
-        return self._with(region_overlay(counted_by[0].view(view.trace.grid), kept))
+        regions = view.regions()
+        return None if regions is None else self._with(regions)
 
     def overview(self) -> "Image.Image":
         """The picture with a frame around the part that the model sees."""
@@ -320,8 +326,9 @@ class Visualization:
             kept = [self.kept(view, i) for i in stages]
             rows.append(row(_answers(view, self.dense), kept, [view.caption(i) for i in stages]))
             heat = [self.attention(view, i) for i in stages]
-            rows.append(row(_legend(ABOUT_ATTENTION), heat, [[self._largest(view, i)] for i in stages]))
             weights = [self.fused_weights(view, i) for i in stages]
+            about = ABOUT_ATTENTION if any(weights) else ABOUT_ATTENTION_WITHOUT_FUSED
+            rows.append(row(_legend(about), heat, [[self._largest(view, i)] for i in stages]))
             if any(weights):
                 nothing = text_line("no fused token", PANEL, color=FAINT)
                 captions = [[_largest_share(view.trace.fused_weights(i))] for i in stages]

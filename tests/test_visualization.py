@@ -18,6 +18,7 @@ from evit_hf.visualization import (
     seen_box,
     visualize,
 )
+from evit_training.measuring.html_report import _stage
 
 
 SQUARE = ViTImageProcessor(size={"height": 32, "width": 32})
@@ -202,6 +203,10 @@ def test_a_counted_model_shows_who_counts_whom_at_a_share_of_operations():
     assert seen.regions(view).size == seen.kept(view, 4).size
     assert seen.regions(seen.dense) is None or len(seen.dense.trace.output.token_sizes[0]) == 64
     assert seen.sheet().width < 6 * 272
+    *others, last = [_stage(view, i) for i in range(5)]  # of the HTML report
+    assert "weights" in last["maps"]
+    assert f"{len(kept)} tokens" in last["captions"]["weights"][0]
+    assert not any("weights" in one["maps"] for one in others)
 
 
 def test_given_up_patches_are_painted_over_where_they_are(tiny_model):

@@ -367,5 +367,5 @@ def draw(comparisons: Sequence[Comparison], device: str, path: Path) -> None:
         axes.legend(fontsize=10)
         axes.grid(alpha=0.3)
     shown = comparisons[0]
-    figure.suptitle(f"{shown.model}, {shown.what}, numbers: keep rate\n{device}", fontsize=13)
+    figure.suptitle(f"{shown.model}, {shown.what}, labels: keep rate or macs\n{device}", fontsize=13)
     figure.savefig(path, dpi=130)

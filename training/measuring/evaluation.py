@@ -224,7 +224,7 @@ def draw_tradeoff(results: Sequence[Measurement], path: Path) -> None:
     axes.set_xlabel("GMACs of an image", fontsize=12)
     axes.set_ylabel(SCORE_TITLES[name], fontsize=12)
     bars = ", bars: 1 standard error" if name == "top1" else ""
-    axes.set_title(f"{num_images} images; numbers: keep rate{bars}", fontsize=12)
+    axes.set_title(f"{num_images} images; labels: keep rate or macs{bars}", fontsize=12)
     axes.tick_params(labelsize=11)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)

@@ -130,6 +130,11 @@ def _stage(view: View, i: int) -> dict[str, Any]:
         maps["weights"] = heat_overlay(weights[0])
         largest = percent(float(weights.max() / weights.sum().clamp(min=1e-12)))
         captions["weights"] = (f"layer {layer}: largest {largest} of the weights",)
+    regions = view.regions() if i == len(view.trace.stages) - 1 else None
+    if regions is not None:
+        maps["weights"] = regions
+        num_left = view.trace.stages[i].patches_left.shape[1]
+        captions["weights"] = (f"layer {layer}: {num_left} tokens, coloured with the patches that they count",)
     return {"maps": {kind: _data_url(overlay, "PNG") for kind, overlay in maps.items()}, "captions": captions}
 
 

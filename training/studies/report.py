@@ -253,5 +253,5 @@ def draw(study: Study, rows: Sequence[Row], path: Path) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=10)
     seeds = max(len(row.scores) for row in rows)
-    figure.suptitle(f"{study.name}: mean of {seeds} seeds, bars: 1 standard error", fontsize=12)
+    figure.suptitle(f"{study.name}: mean of {seeds} seed{'s' * (seeds != 1)}, bars: 1 standard error", fontsize=12)
     figure.savefig(path, dpi=150)
