@@ -206,6 +206,16 @@ def refuse_misspelt_names(names: Iterable[str], known: Iterable[str]) -> None:
             raise TypeError(f"`{name}` is not a keyword of EViT: did you mean `{meant}`?")
 
 
+def patch_grid(image_size: int | Sequence[int], patch_size: int | Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of patches; both sizes in pixels, (height, width) or one number for both.
+
+    Models call this and not `EViTConfig.patch_grid`: PyTorch 2.7 cannot compile methods of a configuration.
+    """
+    height, width = height_and_width(image_size)
+    patch_height, patch_width = height_and_width(patch_size)
+    return height // patch_height, width // patch_width
+
+
 def default_reorganization_layers(num_hidden_layers: int) -> list[int]:
     """Layers at one, two and three quarters of the depth: [3, 6, 9] of 12, as in the paper; [4, 8, 12] of 16."""
     return sorted({num_hidden_layers * quarter // 4 for quarter in (1, 2, 3)})
@@ -595,9 +605,7 @@ class EViTConfig(ViTConfig):
         Args:
             image_size: pixels, (height, width) or one number for both, instead of the field `image_size`.
         """
-        height, width = height_and_width(self.image_size if image_size is None else image_size)
-        patch_height, patch_width = height_and_width(self.patch_size)
-        return height // patch_height, width // patch_width
+        return patch_grid(self.image_size if image_size is None else image_size, self.patch_size)
 
     @property
     def num_prefix_tokens(self) -> int:

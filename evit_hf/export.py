@@ -447,8 +447,7 @@ def _write_onnx(program: torch.export.ExportedProgram, inputs: tuple[Any, ...], 
     # PyTorch's exporter knows no stable sort. TopK of all values is one: of equals ONNX takes the first one first.
     graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
     if any(node.target is torch.ops.aten.sort.stable for graph in graphs for node in graph.nodes):
-        table = {**torch.export.default_decompositions(), torch.ops.aten.sort.stable: _sort}
-        program = program.run_decompositions(table)
+        program = program.run_decompositions({torch.ops.aten.sort.stable: _sort})
     exported = torch.onnx.export(
         program, dynamo=True, input_names=names, output_names=[output], verbose=False, optimize=True
     )

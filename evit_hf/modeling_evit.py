@@ -6,7 +6,6 @@ The classes are in the order in which data flows and take their parameters, and 
 
 import copy
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +41,7 @@ from .configuration_evit import (
     EViTConfig,
     height_and_width,
     is_whole_number,
+    patch_grid,
     python_value,
     refuse_misspelt_names,
 )
@@ -140,14 +140,14 @@ class AttentiveIndexOutput(ModelOutput):
             lengths = (value[:1] != NO_TOKEN).sum(dim=2).flatten().tolist() if len(value) else [0] * value.shape[1]
             as_tensor, by_layer = value, tuple(value[:, i, :length] for i, length in enumerate(lengths))
         else:
-            most = max((index.shape[1] for index in value), default=0)
+            most = max([0, *(index.shape[1] for index in value)])
             filled = [nn.functional.pad(index, (0, most - index.shape[1]), value=NO_TOKEN) for index in value]
             as_tensor, by_layer = torch.stack(filled, dim=1) if filled else None, value
         object.__setattr__(self, name, by_layer)
         if as_tensor is not None:
-            OrderedDict.__setitem__(self, name, as_tensor)
+            super(ModelOutput, self).__setitem__(name, as_tensor)
         elif name in self:  # a model that reorganizes nothing; `pop` of Python 3.10 would call `self.__delitem__`
-            OrderedDict.__delitem__(self, name)
+            super(ModelOutput, self).__delitem__(name)
 
 
 @dataclass
@@ -240,7 +240,8 @@ class EViTEmbeddings(ViTEmbeddings):
         Source: transformers.models.vit.modeling_vit.ViTEmbeddings, after
             https://github.com/facebookresearch/dinov2/blob/e1277af/dinov2/models/vision_transformer.py#L179-L211.
         """
-        grid, trained_grid = self.config.patch_grid((height, width)), self.config.patch_grid(self.image_size)
+        patch_size = self.config.patch_size
+        grid, trained_grid = patch_grid((height, width), patch_size), patch_grid(self.image_size, patch_size)
         if not torch.jit.is_tracing() and grid == trained_grid:
             return self.position_embeddings
         prefix_positions = self.position_embeddings[:, : self.num_prefix_tokens]
@@ -275,7 +276,7 @@ class EViTEmbeddings(ViTEmbeddings):
             )
         patches = self.patch_embeddings(pixel_values)
         if mix_box is not None:
-            patches = mix_tokens(patches, mix_box, self.config.patch_grid((height, width)))
+            patches = mix_tokens(patches, mix_box, patch_grid((height, width), self.config.patch_size))
         prefix = [self.cls_token] if self.num_prefix_tokens == 1 else [self.cls_token, self.distillation_token]
         embeddings = torch.cat([*(token.expand(batch_size, -1, -1) for token in prefix), patches], dim=1)
         if interpolate_pos_encoding:
@@ -634,7 +635,7 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
                 "for example 384."
             )
         height, width = sizes
-        rows, columns = self.config.patch_grid((height, width))
+        rows, columns = patch_grid((height, width), self.config.patch_size)
         if rows < 1 or columns < 1:
             patch_height, patch_width = height_and_width(self.config.patch_size)
             raise ValueError(
@@ -688,7 +689,7 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
         The whole batch where images are not independent: modules in training mode, keywords that belong to images.
         """
         by_image = any(kwargs.get(name) is not None for name in ("patch_scores", "attention_mask", "mix_box"))
-        rows, columns = self.config.patch_grid(pixel_values.shape[-2:])
+        rows, columns = patch_grid(pixel_values.shape[-2:], self.config.patch_size)
         limit = images_in_cache(pixel_values, rows * columns, self.config.intermediate_size)
         if by_image or (limit < pixel_values.shape[0] and any(module.training for module in self.modules())):
             return pixel_values.shape[0]
@@ -845,6 +846,7 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
         self.pooler = ViTPooler(config) if add_pooling_layer else None
         # Keep rate in training while a schedule is on its way to `config.keep_rate`; evaluation never sees it.
         self.training_keep_rate: float | list[float] | None = None
+        self.costs = config.costs  # here, because PyTorch 2.7 cannot compile this property of a configuration
         self.post_init()
 
     def token_plan(self, keep_rate: float | Sequence[float] | None = None, macs: float | None = None) -> TokenPlan:
@@ -919,7 +921,8 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
         Raises: ValueError for missing images, an empty batch, images of the wrong size, a keep rate out of range,
             operations out of reach, scores or a mask of the wrong shape. TypeError for a misspelt keyword.
         """
-        refuse_misspelt_names(kwargs.keys() - TransformersKwargs.__annotations__.keys(), FORWARD_KEYWORDS)
+        unclaimed = [name for name in kwargs if name not in TransformersKwargs.__annotations__]
+        refuse_misspelt_names(unclaimed, FORWARD_KEYWORDS)
         if kwargs.pop("bool_masked_pos", None) is not None:
             raise ValueError("`bool_masked_pos` is for masked image modeling, which needs all patches: take a ViT.")
         if pixel_values is None:
@@ -943,7 +946,7 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
         batch_size, num_patches = hidden_states.shape[0], hidden_states.shape[1] - num_prefix_tokens
         if not interpolate_pos_encoding:  # a plain number while tracing too
             num_patches = self.embeddings.patch_embeddings.num_patches
-        plan = plan.for_images(num_patches, self.config.costs)
+        plan = plan.for_images(num_patches, self.costs)
         patch_scores = self._scores_by_layer(patch_scores, plan.layers, batch_size, num_patches)
         token_mask = self._checked_token_mask(attention_mask, batch_size, num_patches)
         mask = self._attention_mask(hidden_states, token_mask)

@@ -788,6 +788,10 @@ def _start(
     """Before the outermost model's forward: what is asked for goes into the keywords, which reach every layer."""
     kwargs, family = dict(kwargs), FAMILIES[owner.config.model_type]
     if "tokens" not in kwargs:
+        refuse_misspelt_names(
+            [name for name in kwargs if name not in names and name not in TransformersKwargs.__annotations__],
+            ("keep_rate", "macs", "patch_scores", "output_class_attention"),
+        )
         kwargs["tokens"] = tokens_of_a_pass(
             owner,
             kwargs.pop("keep_rate", None),
@@ -797,12 +801,8 @@ def _start(
             num_scoring_tokens=family.num_class_tokens(owner),
             output_class_attention=kwargs.pop("output_class_attention", False),
         )
-        refuse_misspelt_names(
-            kwargs.keys() - TransformersKwargs.__annotations__.keys(),
-            ("keep_rate", "macs", "patch_scores", "output_class_attention"),
-        )
     config, is_vision = owner.config, getattr(module, "config", None) is owner.config
-    if config._attn_implementation not in WITH_CLASS_ROW.values():
+    if config._attn_implementation not in tuple(WITH_CLASS_ROW.values()):
         raise ValueError(
             f"`attn_implementation` was set to {config._attn_implementation!r}, which does not tell what the class "
             "token looks at: set 'sdpa' or 'eager' and call `reorganize(model)` again."

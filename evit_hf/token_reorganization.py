@@ -404,7 +404,7 @@ def mean_keys(key: torch.Tensor, num_prefix_tokens: int = 1) -> torch.Tensor:
     Source: ToMe (arXiv 2210.09461) compares the same.
     """
     with torch.no_grad(), torch.autocast(key.device.type, enabled=False):
-        keys = key[:, :, num_prefix_tokens:].mean(dim=1, dtype=_at_least_float32_dtype(key))
+        keys = key[:, :, num_prefix_tokens:].to(_at_least_float32_dtype(key)).mean(dim=1)
         return torch.nn.functional.normalize(keys, dim=-1)
 
 
