@@ -111,8 +111,8 @@ def tune(name: str, target: str, arguments: TuneArguments, data: DataArguments) 
         layers = sorted(rates)
         candidates[key] = Candidate(layers, [rates[layer] for layer in layers], cost(rates) / 1e9, ms, loss, accuracy)
         lines.append(
-            f"{key}: layers {layers}, keep rates {candidates[key].keep_rate}, {candidates[key].gmacs:.3f} GMACs, "
-            f"{ms:.1f} ms for {arguments.batch_size} images, loss {loss:.4f}, "
+            f"{key}: layers {layers}, keep rates {[round(rates[layer], 3) for layer in layers]}, "
+            f"{candidates[key].gmacs:.3f} GMACs, {ms:.1f} ms for {arguments.batch_size} images, loss {loss:.4f}, "
             f"{100 * accuracy:.2f} % {'answers as dense' if judge == 'dense' else 'right'}"
         )
     chosen = choose(candidates, goal)
