@@ -807,7 +807,7 @@ def _start(
             f"`attn_implementation` was set to {config._attn_implementation!r}, which does not tell what the class "
             "token looks at: set 'sdpa' or 'eager' and call `reorganize(model)` again."
         )
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = {**dict(zip(names[: len(args)], args, strict=True)), **kwargs}
     if is_vision and (given.get("attention_mask") is not None and module.main_input_name != "input_ids"):
         raise ValueError("`attention_mask` cannot follow reorganized tokens yet: leave it out.")
     wants_maps = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
