@@ -362,6 +362,8 @@ class EViTConfig(ViTConfig):
             self.inattentive_tokens = renamed_settings({**vars(self), **old})["inattentive_tokens"]
         refuse_misspelt_names(kwargs, OWN_FIELDS)
         self._check_what_transformers_reads(kwargs)
+        if kwargs.get("quantization_config") is None:  # null in config.json, which Transformers 5.9 takes for a method
+            kwargs.pop("quantization_config", None)
         for name, value in budget_defaults(vars(self), self.num_hidden_layers).items():
             setattr(self, name, value)
         try:

@@ -142,3 +142,7 @@ def test_2500_damaged_configurations(kind, num_mutations, tmp_path):
 def test_sizes_that_no_vit_has_are_refused_before_anything_is_built(bad, sentence):
     with pytest.raises(Exception, match=sentence):
         EViTConfig(**bad)
+
+
+def test_quantization_by_null_is_none():
+    assert not hasattr(EViTConfig(quantization_config=None), "quantization_config")
