@@ -69,6 +69,15 @@ def test_a_killed_run_resumes_bit_for_bit_and_its_model_loads_everywhere(case, t
     assert torch.equal(trusted(pixels).logits, expected.logits)
 
 
+def test_stochastic_depth_is_the_checkpoints_unless_a_rate_is_given(tmp_path):
+    folder = str(save_family("beit", tmp_path))
+    own = load_classifier(folder).config.drop_path_rate
+    assert own > 0
+    assert parse_train_arguments(["digits", "--model", folder]).model.drop_path_rate is None
+    for rate in (0.0, 0.3):
+        assert load_classifier(folder, drop_path_rate=rate).config.drop_path_rate == rate
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["dinov2", "clip-classifier", "beit", "vit-msn"])
 def test_other_families_train(case, tmp_path):

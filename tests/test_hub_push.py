@@ -522,6 +522,20 @@ def test_a_card_that_this_machine_cannot_read_is_no_fault_of_the_hub(model_folde
     assert words == f"The card in {model_folder} was left as it is: Is a directory ({model_folder / 'README.md'})."
 
 
+def test_a_fault_in_writing_the_card_is_not_taken_for_the_hubs(here, model_folder, tmp_path):
+    export_folder(model_folder, tmp_path / "export")
+    asked = []
+
+    def card(there):
+        asked.append(there)
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="^a bug$") as failed:
+        HubRepo("org/bug").push(tmp_path / "export", card=card)
+    assert not isinstance(failed.value, PushError)
+    assert len(asked) == 1
+
+
 def test_a_folder_of_another_library_is_pushed_without_a_card(model_folder, tmp_path):
     for config in ('{"model_type": "vit"}', '{"architecture": "vit_tiny_patch16_224"}', "not json"):
         (model_folder / "config.json").write_text(config)

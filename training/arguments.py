@@ -178,9 +178,9 @@ class ModelArguments:
         "Positions are interpolated.",
         AT_LEAST_ONE,
     )
-    drop_path_rate: float = setting(
-        0.0,
-        "Stochastic depth rate of the last layer; the paper has 0.1.",
+    drop_path_rate: float | None = setting(
+        None,
+        "Stochastic depth rate of the last layer; the paper has 0.1. By default the checkpoint's, 0 from scratch.",
         BELOW_ONE,
     )
     patch_size: int = setting(16, "Pixels, from scratch.", AT_LEAST_ONE)

@@ -96,7 +96,7 @@ def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments
     from ..data.splits import describe_splits, load_evaluation_split, with_classes_of
     from ..learning.models import load_classifier
     from ..measuring.evaluation import compare_keep_rates, comparison_table, draw_tradeoff
-    from ..measuring.machine import accelerator_on, check_launcher
+    from ..measuring.machine import accelerator_on, check_launcher, end_training
 
     check_launcher(arguments.mixed_precision)
     make_output_dir(arguments.output_dir)
@@ -117,6 +117,7 @@ def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments
     with closing(loader):
         if arguments.compare:
             compare(accelerator, network, loader, arguments, folder, about)
+            end_training(accelerator)
             return []
         results = compare_keep_rates(accelerator, prepared, loader, kept_of(arguments))
     report = {**about, "label_names": splits.label_names, "results": [result.as_json() for result in results]}
@@ -125,7 +126,7 @@ def evaluate_model(model: str, arguments: EvaluateArguments, data: DataArguments
         (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
         draw_tradeoff(results, folder / "evaluation.png")
         say(f"Saved {folder / 'evaluation.json'} and {folder / 'evaluation.png'}.")
-    accelerator.end_training()
+    end_training(accelerator)
     return results
 
 

@@ -53,7 +53,7 @@ def build_model(arguments: TrainArguments, splits: ImageSplits) -> PreTrainedMod
         "problem_type": "multi_label_classification" if splits.multi_label else "single_label_classification",
         "keep_rate": arguments.keep_rate,
         "inattentive_tokens": model.inattentive_tokens,
-        "drop_path_rate": model.drop_path_rate,
+        **({"drop_path_rate": model.drop_path_rate} if model.drop_path_rate is not None else {}),
         **({"reorganization_layers": model.reorganization_layers} if model.reorganization_layers is not None else {}),
     }
     if model.model is not None:
@@ -268,7 +268,7 @@ def _load_family(
     keep_rate: float | list[float] | None = None,
     reorganization_layers: list[int] | None = None,
     inattentive_tokens: str | None = None,
-    drop_path_rate: float = 0.0,
+    drop_path_rate: float | None = None,
     id2label: dict[int, str] | None = None,
     image_size: int | None = None,
     **fields: Any,
@@ -282,7 +282,7 @@ def _load_family(
             f"`{name_or_path}` cannot be an image classifier: Transformers has none for models of type "
             f"'{config.model_type}'."
         )
-    if drop_path_rate:
+    if drop_path_rate is not None:
         _set_drop_path_rate(config, drop_path_rate)
     model, info = model_class.from_pretrained(
         name_or_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True
@@ -311,7 +311,7 @@ def _set_drop_path_rate(config: PreTrainedConfig, rate: float) -> None:
         config.model_args = {**(config.model_args or {}), "drop_path_rate": rate}
     elif hasattr(config, "drop_path_rate"):
         config.drop_path_rate = rate
-    else:
+    elif rate:
         raise ValueError(
             f"`--drop-path-rate`: models of type '{config.model_type}' have no stochastic depth, leave it out."
         )

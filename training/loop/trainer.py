@@ -34,7 +34,7 @@ from ..measuring.evaluation import (
     evaluate,
     main_score,
 )
-from ..measuring.machine import device_name, memory_gib
+from ..measuring.machine import device_name, end_training, memory_gib
 from ..screen import say, show_result
 from ..sharing.card import render_run_card
 from ..sharing.datasets import hub_id_of, licence_of
@@ -87,7 +87,7 @@ def train(arguments: TrainArguments) -> list[dict[str, Any]]:
             if resume_from is not None:
                 resume(state, resume_from, arguments, parts.num_steps)
             results = run_training(parts, state, is_resumed=resume_from is not None)
-    accelerator.end_training()
+    end_training(accelerator)
     return results
 
 

@@ -47,6 +47,18 @@ def accelerator_on(name: str | None = None, **options: Any) -> "Accelerator":
     return Accelerator(cpu=device.type == "cpu", **options)
 
 
+def end_training(accelerator: "Accelerator") -> None:
+    """End trackers and the process group, as Accelerate does; a group of CPUs ends with its processes.
+
+    To destroy a gloo group makes every tenth run on PyTorch 2.7 hang for ever.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    else:
+        accelerator.end_training()
+
+
 def device_name(device: torch.device) -> str:
     """Name of the device for a report, with the number of threads on a CPU."""
     if device.type == "cuda":

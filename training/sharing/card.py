@@ -281,12 +281,12 @@ def family_of(model_type: str) -> str | None:
 
 
 def _empty_model(folder: Path) -> "PreTrainedModel":
-    """The classifier of a folder without its weights, on the meta device.
+    """The classifier of a folder without its weights, which are on the meta device.
 
     Raises: ValueError if the folder holds none that reorganizes.
     """
-    import torch
     import transformers
+    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForImageClassification
 
     from evit_hf import EViTConfig, reorganize
@@ -296,7 +296,7 @@ def _empty_model(folder: Path) -> "PreTrainedModel":
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # of many kinds, for a model of a different library or a damaged file
         raise ValueError(f"config.json is not that of an EViT: {' '.join(str(error).split())[:200]}") from None
-    with torch.device("meta"):
+    with init_empty_weights():  # what a model computes when it is made needs a device with numbers
         if isinstance(config, EViTConfig):
             return AutoModelForImageClassification.from_config(config)
         model_class = getattr(transformers, (config.architectures or [""])[0], None)

@@ -62,6 +62,10 @@ class FinalPushError(PushError):
     """The run is done and saved, but its last push failed."""
 
 
+class _CardFailedError(Exception):
+    """The card could not be written, for a reason of this machine."""
+
+
 class CardUnreadableError(RuntimeError):
     """What came as the card is not what the Hub stores."""
 
@@ -375,7 +379,10 @@ class HubRepo:
             parent = None
             if card is not None:
                 there, parent = self._card(api)
-                text = card(there)
+                try:
+                    text = card(there)
+                except Exception as error:  # none of the Hub's
+                    raise _CardFailedError from error
                 (folder / CARD).unlink(missing_ok=True)
                 if text is not None:
                     (folder / CARD).write_bytes(text.encode())
@@ -441,6 +448,8 @@ class HubRepo:
                 self._patience.num_requests.clear()
             try:
                 return action()
+            except _CardFailedError as failed:
+                raise (failed.__cause__ or failed) from None
             except Exception as error:
                 is_final, reason, wait = diagnosis(error)
                 is_final = is_final or (self._patience is not None and self._patience.has_repeated(error))
