@@ -43,7 +43,8 @@ def script(monkeypatch):
 def test_a_script_measures_all_its_sections(name, sections, script, monkeypatch, tmp_path):
     module = script(name)
     if name == "counted" and not HAS_DINOV2:
-        monkeypatch.setattr(module, "SETTINGS", [("BEiT-B/16", module.SETTINGS[0][1]), *module.SETTINGS[1:]])
+        monkeypatch.setattr(module, "SETTINGS", module.SETTINGS[1:])
+        sections -= 1
     assert module.main(["--dry-run", "--output-dir", str(tmp_path)]) == 0
     report = json.loads((tmp_path / f"{name}.json").read_text())
     assert [section["data"] is not None for section in report["sections"]] == [True] * sections
