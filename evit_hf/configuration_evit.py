@@ -206,13 +206,20 @@ def refuse_misspelt_names(names: Iterable[str], known: Iterable[str]) -> None:
             raise TypeError(f"`{name}` is not a keyword of EViT: did you mean `{meant}`?")
 
 
-def patch_grid(image_size: int | Sequence[int], patch_size: int | Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of patches; both sizes in pixels, (height, width) or one number for both.
+def patch_grid(config: "EViTConfig", image_size: int | Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of patches of an image, see `EViTConfig.patch_grid`.
 
-    Models call this and not `EViTConfig.patch_grid`: PyTorch 2.7 cannot compile methods of a configuration.
+    Models call this and not the method: PyTorch 2.7 cannot compile methods of a configuration.
     """
-    height, width = height_and_width(image_size)
-    patch_height, patch_width = height_and_width(patch_size)
+    (height, width), stride = height_and_width(image_size), config.stem_stride
+    patch_height, patch_width = height_and_width(config.patch_size)
+    if stride > 1:
+        height, width, patch_height, patch_width = (
+            -(-height // stride),
+            -(-width // stride),
+            patch_height // stride,
+            patch_width // stride,
+        )
     return height // patch_height, width // patch_width
 
 
@@ -329,6 +336,8 @@ class EViTConfig(ViTConfig):
     model_type = "evit"
     # Whose config.json becomes one of ours when it is read.
     source_model_types: ClassVar[tuple[str, ...]] = ("vit", "deit")
+    # By which a stem reduces the image, rounding up, before the patches are cut.
+    stem_stride: ClassVar[int] = 1
     # What transformers.Trainer leaves out of its predictions: metrics need only the logits.
     keys_to_ignore_at_inference = [
         "attentive_index",
@@ -604,10 +613,12 @@ class EViTConfig(ViTConfig):
     def patch_grid(self, image_size: int | Sequence[int] | None = None) -> tuple[int, int]:
         """Rows and columns of patches of an image.
 
+        With the stem of LV-ViT an image that is one pixel short of a whole number of patches still has that number.
+
         Args:
             image_size: pixels, (height, width) or one number for both, instead of the field `image_size`.
         """
-        return patch_grid(self.image_size if image_size is None else image_size, self.patch_size)
+        return patch_grid(self, self.image_size if image_size is None else image_size)
 
     @property
     def num_prefix_tokens(self) -> int:

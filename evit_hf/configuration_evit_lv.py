@@ -1,6 +1,5 @@
 """EViT on LV-ViT: its configuration."""
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -31,6 +30,7 @@ class EViTLVConfig(EViTConfig):
 
     model_type = "evit_lv"
     source_model_types: ClassVar[tuple[str, ...]] = ()
+    stem_stride: ClassVar[int] = 2
 
     hidden_size: int = 384
     num_hidden_layers: int = 16
@@ -66,18 +66,6 @@ class EViTLVConfig(EViTConfig):
                 "before the patches are cut."
             )
         super()._check_geometry()
-
-    def patch_grid(self, image_size: int | Sequence[int] | None = None) -> tuple[int, int]:
-        """Rows and columns of patches of an image: the stem halves it, rounding up, before the patches are cut.
-
-        An image that is one pixel short of a whole number of patches still has that number.
-
-        Args:
-            image_size: pixels, (height, width) or one number for both, instead of the field `image_size`.
-        """
-        height, width = height_and_width(self.image_size if image_size is None else image_size)
-        patch = height_and_width(self.patch_size)[0] // 2
-        return -(-height // 2) // patch, -(-width // 2) // patch
 
     @property
     def costs(self) -> TowerCosts:

@@ -240,8 +240,7 @@ class EViTEmbeddings(ViTEmbeddings):
         Source: transformers.models.vit.modeling_vit.ViTEmbeddings, after
             https://github.com/facebookresearch/dinov2/blob/e1277af/dinov2/models/vision_transformer.py#L179-L211.
         """
-        patch_size = self.config.patch_size
-        grid, trained_grid = patch_grid((height, width), patch_size), patch_grid(self.image_size, patch_size)
+        grid, trained_grid = patch_grid(self.config, (height, width)), patch_grid(self.config, self.image_size)
         if not torch.jit.is_tracing() and grid == trained_grid:
             return self.position_embeddings
         prefix_positions = self.position_embeddings[:, : self.num_prefix_tokens]
@@ -276,7 +275,7 @@ class EViTEmbeddings(ViTEmbeddings):
             )
         patches = self.patch_embeddings(pixel_values)
         if mix_box is not None:
-            patches = mix_tokens(patches, mix_box, patch_grid((height, width), self.config.patch_size))
+            patches = mix_tokens(patches, mix_box, patch_grid(self.config, (height, width)))
         prefix = [self.cls_token] if self.num_prefix_tokens == 1 else [self.cls_token, self.distillation_token]
         embeddings = torch.cat([*(token.expand(batch_size, -1, -1) for token in prefix), patches], dim=1)
         if interpolate_pos_encoding:
@@ -635,7 +634,7 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
                 "for example 384."
             )
         height, width = sizes
-        rows, columns = patch_grid((height, width), self.config.patch_size)
+        rows, columns = patch_grid(self.config, (height, width))
         if rows < 1 or columns < 1:
             patch_height, patch_width = height_and_width(self.config.patch_size)
             raise ValueError(
@@ -689,7 +688,7 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
         The whole batch where images are not independent: modules in training mode, keywords that belong to images.
         """
         by_image = any(kwargs.get(name) is not None for name in ("patch_scores", "attention_mask", "mix_box"))
-        rows, columns = patch_grid(pixel_values.shape[-2:], self.config.patch_size)
+        rows, columns = patch_grid(self.config, pixel_values.shape[-2:])
         limit = images_in_cache(pixel_values, rows * columns, self.config.intermediate_size)
         if by_image or (limit < pixel_values.shape[0] and any(module.training for module in self.modules())):
             return pixel_values.shape[0]
