@@ -214,12 +214,8 @@ def patch_grid(config: "EViTConfig", image_size: int | Sequence[int]) -> tuple[i
     (height, width), stride = height_and_width(image_size), config.stem_stride
     patch_height, patch_width = height_and_width(config.patch_size)
     if stride > 1:
-        height, width, patch_height, patch_width = (
-            -(-height // stride),
-            -(-width // stride),
-            patch_height // stride,
-            patch_width // stride,
-        )
+        height, width = -(-height // stride), -(-width // stride)
+        patch_height, patch_width = patch_height // stride, patch_width // stride
     return height // patch_height, width // patch_width
 
 

@@ -131,9 +131,9 @@ def budget_of(keep_rate: Any) -> dict[str, Any]:
     return {"macs": keep_rate.share} if isinstance(keep_rate, Macs) else {"keep_rate": keep_rate}
 
 
-def in_words(keep_rate: Any) -> str:
-    """A keep rate or share of operations for titles and notes."""
-    return str(keep_rate) if isinstance(keep_rate, Macs) else f"keep rate {keep_rate:g}"
+def budget_in_words(keep_rate: Any) -> str:
+    """A keep rate, one for each layer, or a share of operations for titles and notes."""
+    return str(keep_rate) if isinstance(keep_rate, Macs) else f"keep rate {keep_rate}"
 
 
 def budget(arguments: Any) -> dict[str, Any]:

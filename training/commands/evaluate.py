@@ -160,7 +160,7 @@ def compare(
         tuple(batch[name][batch["is_counted"].bool()].to(accelerator.device) for name in ("pixel_values", "labels"))
         for batch in loader
     )
-    found = compare_ways(model, batches, arguments.macs or DEFAULT_MACS, autocast=accelerator.autocast)
+    found = compare_ways(model, batches, arguments.macs or DEFAULT_MACS, autocast=accelerator.autocast).in_numbers()
     report = {**about, "mixed_precision": arguments.mixed_precision, **found.as_json()}
     show_result(found.table(), report)
     if arguments.output_dir or folder.is_dir():

@@ -14,8 +14,8 @@ from ..settings import (
     KEEP_RATE,
     NOT_NEGATIVE,
     FlagParser,
+    budget_in_words,
     budget_of,
-    in_words,
     json_setting,
     kept_of,
     macs_list_setting,
@@ -127,7 +127,7 @@ def inspect_data(
     different = []
     for (rate, _), row in zip(found.most_different(arguments.num_pictures), report["most_different"], strict=True):
         kept, about = budget_of(rate.keep_rate), f"image {row['image']}, labelled {row['label']}"
-        title = f"{about}: distance {row['distance']:.2f} at {in_words(rate.keep_rate)}"
+        title = f"{about}: distance {row['distance']:.2f} at {budget_in_words(rate.keep_rate)}"
         kept = {"macs": [kept["macs"]]} if "macs" in kept else {"keep_rates": [kept["keep_rate"]]}
         different.append((title, visualize(network, processor, images.image(row["image"]), **kept)))
     if different:
@@ -135,6 +135,6 @@ def inspect_data(
     for rate in found.rates:
         accuracy = found.accuracy(rate.answers)
         right = "" if accuracy is None else f", {100 * accuracy:.1f} % right"
-        say(f"{in_words(rate.keep_rate)}: {100 * found.agreement(rate):.1f} % answers as dense{right}")
+        say(f"{budget_in_words(rate.keep_rate)}: {100 * found.agreement(rate):.1f} % answers as dense{right}")
     say(f"Saved {folder / 'inspection.json'} and {4 + bool(different)} figures next to it.")
     return report

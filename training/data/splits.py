@@ -49,10 +49,8 @@ def load_splits(arguments: "DataArguments", seed: int) -> ImageSplits:
     if files and max(files.values()) > 1:
         double = sum(count > 1 for count in files.values())
         source.notes.append(f"{double} pictures are in several rows of the training split; each row counts.")
-    others = (
-        set() if evaluation is None else {path for path, size in files_of(evaluation, image_column) if size is None}
-    )
-    in_both = len(others & files.keys())
+    evaluated = [] if evaluation is None else files_of(evaluation, image_column)
+    in_both = len({path for path, size in evaluated if size is None} & files.keys())
     if in_both:
         source.notes.append(f"{in_both} pictures are in both splits, so that accuracies say little.")
     columns_of_both = {*train.column_names, *(evaluation.column_names if evaluation is not None else ())}

@@ -305,6 +305,40 @@ class Answers:
     gmacs: dict[Any, float]
     left_out: dict[Any, str]
 
+    def in_numbers(self) -> Comparisons:
+        """The ways compared with the dense model and with ToMe."""
+        logits, features = self.outputs["dense"]
+        dense_answers, mean = logits.argmax(dim=1), features.mean(dim=0)
+        per_image = {}
+        for key, (logits, found) in self.outputs.items():
+            guess = logits.argmax(dim=1)
+            cosine = nn.functional.cosine_similarity(found - mean, features - mean, dim=1)
+            per_image[key] = ((guess == self.labels).double(), (guess == dense_answers).double(), cosine)
+        dense_right = per_image.pop("dense")[0]
+        rows = []
+        for key, (right, agrees, cosine) in per_image.items():
+            tome = per_image.get((key[0], REFERENCE))
+            rows.append(
+                Comparison(
+                    way=key[1],
+                    macs=key[0],
+                    gmacs=self.gmacs[key],
+                    top1=right.mean().item(),
+                    top1_minus_dense=mean_and_error(right - dense_right),
+                    agreement=mean_and_error(agrees),
+                    agreement_minus_tome=None if tome is None else mean_and_error(agrees - tome[1]),
+                    cosine=mean_and_error(cosine),
+                    cosine_minus_tome=None if tome is None else mean_and_error(cosine - tome[2]),
+                )
+            )
+        return Comparisons(
+            num_images=len(self.labels),
+            dense_top1=dense_right.mean().item(),
+            dense_gmacs=self.gmacs["dense"],
+            rows=rows,
+            left_out=list(self.left_out.values()),
+        )
+
 
 @torch.no_grad()
 def compare_ways(
@@ -313,8 +347,8 @@ def compare_ways(
     macs: Iterable[float] = DEFAULT_MACS,
     ways: dict[str, Way] | None = None,
     autocast: Any = None,
-) -> Comparisons:
-    """Compare ways to give up tokens on images.
+) -> Answers:
+    """Run the dense model, and each way to give up tokens at each budget, on the same images.
 
     Args:
         model: a classifier that reorganizes, in evaluation mode on its device; afterwards it has other settings.
@@ -325,18 +359,6 @@ def compare_ways(
 
     Raises: ValueError if there are no images, or no way can run.
     """
-    return in_numbers(answers_of(model, batches, macs, ways, autocast))
-
-
-@torch.no_grad()
-def answers_of(
-    model: PreTrainedModel,
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    macs: Iterable[float] = DEFAULT_MACS,
-    ways: dict[str, Way] | None = None,
-    autocast: Any = None,
-) -> Answers:
-    """Run the dense model and each way at each budget on the same images; see `compare_ways`."""
     ways, autocast = all_ways() if ways is None else ways, autocast or contextlib.nullcontext
     if hasattr(tower_of(model).owner, "patch_embed"):  # timm's attention returns no map
         ways = {name: way for name, way in ways.items() if not way.needs_map}
@@ -376,41 +398,6 @@ def answers_of(
         raise ValueError("There is no image to compare on.")
     joined = {key: _joined(batches) for key, batches in outputs.items() if key not in left_out}
     return Answers(torch.cat(labels), joined, gmacs, left_out)
-
-
-def in_numbers(answers: Answers) -> Comparisons:
-    """Compare what the ways answered with the dense model's answers and with ToMe's."""
-    logits, features = answers.outputs["dense"]
-    dense_answers, mean = logits.argmax(dim=1), features.mean(dim=0)
-    per_image = {}
-    for key, (logits, found) in answers.outputs.items():
-        guess = logits.argmax(dim=1)
-        cosine = nn.functional.cosine_similarity(found - mean, features - mean, dim=1)
-        per_image[key] = ((guess == answers.labels).double(), (guess == dense_answers).double(), cosine)
-    dense_right = per_image.pop("dense")[0]
-    rows = []
-    for key, (right, agrees, cosine) in per_image.items():
-        tome = per_image.get((key[0], REFERENCE))
-        rows.append(
-            Comparison(
-                way=key[1],
-                macs=key[0],
-                gmacs=answers.gmacs[key],
-                top1=right.mean().item(),
-                top1_minus_dense=mean_and_error(right - dense_right),
-                agreement=mean_and_error(agrees),
-                agreement_minus_tome=None if tome is None else mean_and_error(agrees - tome[1]),
-                cosine=mean_and_error(cosine),
-                cosine_minus_tome=None if tome is None else mean_and_error(cosine - tome[2]),
-            )
-        )
-    return Comparisons(
-        num_images=len(answers.labels),
-        dense_top1=dense_right.mean().item(),
-        dense_gmacs=answers.gmacs["dense"],
-        rows=rows,
-        left_out=list(answers.left_out.values()),
-    )
 
 
 def _settings(model: PreTrainedModel, way: Way, macs: float, formula: MacsFormula) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from evit_hf.profiling import MacsFormula
 
 from ..learning.teachers import Oracle
 from ..screen import bar
-from ..settings import Macs, budget_of
+from ..settings import Macs, budget_in_words, budget_of
 from .machine import device_name
 from .metrics import ClassificationCounts, MultiLabelCounts, binomial_standard_error
 from .timing import Variant, alternate
@@ -87,11 +87,7 @@ def evaluate(
     is_multi_label = network.config.problem_type == "multi_label_classification"
     counts_class = MultiLabelCounts if is_multi_label else ClassificationCounts
     counts = counts_class(network.config.num_labels, accelerator.device)
-    title = (
-        "evaluating"
-        if keep_rate is None
-        else f"evaluating at {'' if isinstance(keep_rate, Macs) else 'keep rate '}{keep_rate}"
-    )
+    title = "evaluating" if keep_rate is None else f"evaluating at {budget_in_words(keep_rate)}"
     for batch in bar(loader, desc=title, unit="batch", leave=False):
         batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
         scores = oracle(batch["pixel_values"]) if oracle is not None else None

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from evit_hf.drawing import GAP, below, beside, captioned, percent, text_line, with_margin
 from evit_hf.visualization import PANEL, Visualization, shown_stages
 
-from ..settings import Macs, in_words
+from ..settings import Macs, budget_in_words
 from .inspection import Inspection
 from .metrics import binomial_standard_error
 
@@ -28,7 +28,7 @@ def draw_survival(found: Inspection, path: Path) -> None:
         for i, panel in zip(stages, row, strict=True):
             image = _show(panel, found, rate.kept_in_all[i] / found.num_images)
             kept = float(rate.num_kept[i]) / found.num_images
-            panel.set_title(f"{in_words(rate.keep_rate)}, layer {found.layers[i]}", fontsize=12)
+            panel.set_title(f"{budget_in_words(rate.keep_rate)}, layer {found.layers[i]}", fontsize=12)
             panel.set_xlabel(f"{kept:.0f} of {found.grid[0] * found.grid[1]} patches", fontsize=12)
     _color_bar(figure, image, axes)
     figure.set_layout_engine("constrained", hspace=0.06)
@@ -61,7 +61,7 @@ def draw_survival_by_class(found: Inspection, path: Path) -> None:
         panel.set_xlabel(f"{int(counts[number])} images", fontsize=11)
     _color_bar(figure, image, axes)
     which = "" if len(chosen) == len(numbers) else f", the {len(chosen)} of {len(numbers)} that differ most"
-    title = f"By class after layer {found.layers[-1]} at {in_words(rate.keep_rate)}{which}"
+    title = f"By class after layer {found.layers[-1]} at {budget_in_words(rate.keep_rate)}{which}"
     figure.suptitle(title, fontsize=14)
     figure.savefig(path, dpi=120)
 
@@ -90,7 +90,7 @@ def draw_overlap(found: Inspection, path: Path) -> None:
     for number, rate in enumerate(found.rates):
         shared = 100 * rate.shared_with_attention / found.num_images
         chance = 100 * rate.num_kept / found.num_images / (found.grid[0] * found.grid[1])
-        left.plot(places, shared, marker="o", color=f"C{number}", label=in_words(rate.keep_rate))
+        left.plot(places, shared, marker="o", color=f"C{number}", label=budget_in_words(rate.keep_rate))
         left.plot(places, chance, linestyle=":", color=f"C{number}")
     left.plot([], [], color="gray", linestyle=":", label="as many by chance")
     words = [f"layer {layer}" if len(found.layers) < 6 else str(layer) for layer in found.layers]
