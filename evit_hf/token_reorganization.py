@@ -266,13 +266,16 @@ class CountedTokens(NamedTuple):
             for a kept one, as position among the kept tokens.
         token_sizes: (batch_size, num_attentive), float32: how many patches each kept token now counts, itself
             included.
-        shares: (batch_size, num_attentive, num_inattentive), share of each given-up token in the mean of its kept
-            one; 0 for all others.
+        counting: (batch_size, num_counting), the kept tokens that count given-up ones, as positions among the kept
+            tokens; filled up with others, since there are as many as could be.
+        shares: (batch_size, num_counting, num_inattentive), share of each given-up token in the mean of its kept one;
+            0 for all others.
     """
 
     inattentive_rows: torch.Tensor
     counted_by: torch.Tensor
     token_sizes: torch.Tensor
+    counting: torch.Tensor
     shares: torch.Tensor
 
 
@@ -323,7 +326,10 @@ def rearrange_tokens(hidden_states: torch.Tensor, choice: TokenChoice, num_prefi
     attentive = rows_of(hidden_states, choice.rows)
     if choice.counted is not None:
         inattentive = rows_of(hidden_states, choice.counted.inattentive_rows)
-        attentive = averaged_tokens(attentive, inattentive, choice.counted.shares)
+        # Few tokens count others: only they change, in the copy that was just made.
+        rows = attentive_rows(choice.counted.counting, attentive.shape[1], 0)
+        averaged = averaged_tokens(rows_of(attentive, rows), inattentive, choice.counted.shares)
+        attentive = attentive.flatten(0, 1).index_copy_(0, rows.flatten(), averaged.flatten(0, 1)).view_as(attentive)
     if choice.weights is None:
         return torch.cat((prefix, attentive), dim=1)
     return torch.cat((prefix, attentive, fused_token(tokens, choice.weights)), dim=1)
@@ -337,11 +343,11 @@ def averaged_tokens(attentive: torch.Tensor, inattentive: torch.Tensor, shares: 
     hence the length.
 
     Args:
-        attentive: (batch_size, num_attentive, hidden_size).
+        attentive: (batch_size, num_counting, hidden_size), the kept tokens that count others.
         inattentive: (batch_size, num_inattentive, hidden_size).
-        shares: (batch_size, num_attentive, num_inattentive), see `CountedTokens`.
+        shares: (batch_size, num_counting, num_inattentive), see `CountedTokens`.
 
-    Returns: (batch_size, num_attentive, hidden_size). Gradients flow through the tokens.
+    Returns: (batch_size, num_counting, hidden_size). Gradients flow through the tokens.
 
     Source: ToMe (arXiv 2210.09461) takes the mean itself; ToFu (arXiv 2312.01026) keeps the length.
     """
@@ -454,18 +460,36 @@ def _counted_choice(
             keys = rows_of(keys, attentive_rows(by_score, num_image_tokens, 0))
         # 2. Each token that is given up finds the kept one it resembles most.
         alike = keys[:, num_attentive:] @ keys[:, :num_attentive].transpose(1, 2)
-        nearest = alike.argmax(dim=2)
-        kept = torch.arange(num_attentive, device=order.device)
-        is_counted = nearest.unsqueeze(1) == kept.unsqueeze(1)
-        # 3. Sizes add up.
-        sizes = torch.ones_like(keys[:, :, 0]) if token_sizes is None else token_sizes.gather(1, order)
-        added = is_counted * sizes[:, num_attentive:].unsqueeze(1)
-        sizes = sizes[:, :num_attentive] + added.sum(dim=2)
-        counted_by = torch.cat((kept.expand(order.shape[0], -1), nearest), dim=1)
-        counted_by = torch.empty_like(order).scatter(1, order, counted_by)
-        rows = attentive_rows(order, num_prefix_tokens + num_image_tokens, num_prefix_tokens)
-        shares = added / sizes.unsqueeze(2).clamp(min=1)  # 0 only where a mask hides all that a token counts
-        counted = CountedTokens(rows[:, num_attentive:], counted_by, sizes, shares)
+        sizes = torch.ones_like(keys[:, :, 0]) if token_sizes is None else token_sizes
+        return counted_choice(order, alike.argmax(dim=2), sizes, num_prefix_tokens)
+
+
+def counted_choice(
+    order: torch.Tensor, nearest: torch.Tensor, token_sizes: torch.Tensor, num_prefix_tokens: int = 1
+) -> TokenChoice:
+    """What follows from the order of the tokens and from who counts whom.
+
+    Args:
+        order: (batch_size, num_image_tokens), all positions among the image tokens, those that are kept first.
+        nearest: (batch_size, num_inattentive), the kept token that counts each of the others, by position in `order`.
+        token_sizes: (batch_size, num_image_tokens), patches that each token counts so far.
+        num_prefix_tokens: tokens before the image tokens, class token included.
+    """
+    num_image_tokens, num_inattentive = order.shape[1], nearest.shape[1]
+    num_attentive = num_image_tokens - num_inattentive
+    kept = torch.arange(num_attentive, device=order.device)
+    counted_by = torch.cat((kept.expand(order.shape[0], -1), nearest), dim=1)
+    counted_by = torch.empty_like(order).scatter(1, order, counted_by)
+    sizes = token_sizes.gather(1, order)
+    added = (nearest.unsqueeze(1) == kept.unsqueeze(1)) * sizes[:, num_attentive:].unsqueeze(1)
+    total = added.sum(dim=2)
+    sizes = sizes[:, :num_attentive] + total
+    counting = total.topk(min(num_attentive, num_inattentive), dim=1).indices
+    added = rows_of(added, attentive_rows(counting, num_attentive, 0))
+    # A size is 0 only where a mask hides all that a token counts.
+    shares = added / sizes.gather(1, counting).unsqueeze(2).clamp(min=1)
+    rows = attentive_rows(order, num_prefix_tokens + num_image_tokens, num_prefix_tokens)
+    counted = CountedTokens(rows[:, num_attentive:], counted_by, sizes, counting, shares)
     return TokenChoice(order[:, :num_attentive], rows[:, :num_attentive], None, counted)
 
 
@@ -691,6 +715,7 @@ __all__ = [
     "choose_tokens",
     "class_token_attention",
     "class_token_probabilities",
+    "counted_choice",
     "follow_patches",
     "follow_tokens",
     "fused_token",

@@ -15,7 +15,7 @@ import pytest
 import torch
 from real_processes import run_code
 
-from evit_hf import EViTConfig, EViTForImageClassification
+from evit_hf import EViTConfig, EViTForImageClassification, tokens_left
 
 
 DATA = Path(__file__).parent / "data"
@@ -61,6 +61,18 @@ def tiny_model(tiny_config):
 @pytest.fixture
 def images():
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def leave_at_least(monkeypatch):
+    """A function that sets how few tokens a share of operations may leave; what was found with others is forgotten."""
+
+    def leave_at_least(num_tokens):
+        monkeypatch.setattr("evit_hf.token_reorganization.MIN_TOKENS", num_tokens)
+        tokens_left._remembered.cache_clear()
+
+    yield leave_at_least
+    tokens_left._remembered.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from test_data import write_parquet
 from test_evaluate import evaluate, fresh_accelerate  # noqa: F401
 from transformers import ViTImageProcessor
 
-from evit_hf import EViTForImageClassification, reorganize
+from evit_hf import EViTForImageClassification, reorganize, token_reorganization
 from evit_hf.token_reorganization import mean_keys
 from evit_training.measuring.comparisons import all_ways, compare_ways, in_place, merged_pairs, merged_tokens
 
@@ -33,10 +33,8 @@ def test_tome_merges_the_most_similar_pairs_of_a_loop_over_tokens():
     )
     mean = mean_keys(keys)
     choice = merged_pairs(torch.rand(2, 8), 5, keys=mean, token_sizes=sizes)
-    rows = choice.counted.inattentive_rows - torch.tensor([[1], [10]])
-    left = tokens.gather(1, choice.attentive_index.unsqueeze(2).expand(-1, -1, 6))
-    given_up = tokens.gather(1, (rows % 9).unsqueeze(2).expand(-1, -1, 6))
-    found = merged_tokens(left, given_up, choice.counted.shares)
+    with in_place({"averaged_tokens": merged_tokens}):
+        found = token_reorganization.rearrange_tokens(torch.cat((tokens[:, :1], tokens), dim=1), choice)[:, 1:]
     for image in range(2):
         pairs = [max((float(mean[image, i] @ mean[image, j]), i, j) for j in range(1, 8, 2)) for i in range(0, 8, 2)]
         groups = {i: [i] for i in range(8)}

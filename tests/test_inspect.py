@@ -124,8 +124,8 @@ def test_numbers_equal_a_loop_over_images(model, tmp_path, capsys):
     assert len({row["image"] for row in report["most_different"]}) == 2
 
 
-def test_shares_of_operations_are_inspected_in_every_layer(model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("evit_hf.token_reorganization.MIN_TOKENS", 4)
+def test_shares_of_operations_are_inspected_in_every_layer(model, tmp_path, capsys, leave_at_least):
+    leave_at_least(4)
     data = write_data(tmp_path / "test.parquet", [0, 1, 0], ["c", "b"])
     inspect(model, "--dataset", data, "-o", tmp_path / "out", "--macs", 0.8, 0.7, "--num-pictures", 1)
     assert "macs=0.8: " in capsys.readouterr().out

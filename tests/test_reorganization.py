@@ -55,8 +55,8 @@ def test_keep_rate_one_is_bit_equal(case, implementation):
 @pytest.mark.parametrize("inattentive", ["fused", "dropped", "counted"])
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_equals_a_loop_over_tokens(case, inattentive, monkeypatch):
-    monkeypatch.setattr("evit_hf.token_reorganization.MIN_TOKENS", 6)  # ViViT's 18 tokens can be given up too
+def test_equals_a_loop_over_tokens(case, inattentive, leave_at_least):
+    leave_at_least(6)  # ViViT's 18 tokens can be given up too
     dense = build(case)
     budget = {"macs": 0.7} if inattentive == "counted" else {"keep_rate": 0.7, "reorganization_layers": LAYERS}
     model = reorganize(copy.deepcopy(dense), **budget, inattentive_tokens=inattentive)

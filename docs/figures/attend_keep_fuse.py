@@ -14,17 +14,19 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-import onnx
 import torch
 from matplotlib import pyplot as plt
-from onnx import numpy_helper
 from PIL import Image
 from sklearn.datasets import load_sample_image
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionModel
 
 from evit_hf import EViTConfig
 from evit_hf.profiling import num_macs
 from evit_hf.token_reorganization import class_token_attention, num_attentive_tokens, reorganize_tokens
+
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from clip import clip_image_tower  # noqa: E402
 
 
 mpl.use("Agg")
@@ -32,30 +34,6 @@ mpl.use("Agg")
 KEEP_RATE, LAYERS, PATCH = 0.7, (3, 6, 9), 16
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
-
-
-def clip_image_tower(path: str) -> CLIPVisionModel:
-    """CLIP ViT-B/16's image tower in float32, its int8 matrices multiplied out."""
-    graph = onnx.load(path).graph
-    values = {value.name: torch.from_numpy(numpy_helper.to_array(value).copy()) for value in graph.initializer}
-    weights = {name: value for name, value in values.items() if name.startswith("vision_model.")}
-    for node in graph.node:
-        if node.op_type == "MatMulInteger" and "/layers." in node.name:
-            matrix, zero_point = values[node.input[1]].float(), values[node.input[3]].float()
-            scale = values[node.input[1].replace("_quantized", "_scale")]
-            name = node.name.removesuffix("/MatMul_quant").strip("/").replace("/", ".")
-            weights[f"{name}.weight"] = ((matrix - zero_point) * scale).T.contiguous()
-    config = CLIPVisionConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=PATCH
-    )
-    model = CLIPVisionModel(config).eval()
-    model.set_attn_implementation("eager")  # fused kernels do not return the attention map
-    wanted = set(model.state_dict())
-    prefix = "vision_model." if any(name.startswith("vision_model.") for name in wanted) else ""
-    model.load_state_dict(
-        {prefix + name.removeprefix("vision_model."): value for name, value in weights.items()}, strict=True
-    )
-    return model
 
 
 @torch.no_grad()
@@ -153,7 +131,9 @@ def main() -> None:
     left = (photograph.width - side) // 2
     square = photograph.crop((left, 0, left + side, side)).resize((224, 224), Image.Resampling.BICUBIC)
     image = torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255
-    draw(image, reorganized_layers(clip_image_tower(sys.argv[1]), image), Path(sys.argv[2]))
+    model = clip_image_tower(sys.argv[1])
+    model.set_attn_implementation("eager")  # fused kernels do not return the attention map
+    draw(image, reorganized_layers(model, image), Path(sys.argv[2]))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from evit_hf import modeling_evit, reorganization, reorganize, token_reorganization
 from evit_hf.configuration_evit import default_reorganization_layers
 from evit_hf.profiling import MacsFormula
-from evit_hf.token_reorganization import CountedTokens, TokenChoice, attentive_rows
+from evit_hf.token_reorganization import TokenChoice
 from evit_hf.towers import tower_of
 
 from ..learning.models import heads_of
@@ -132,16 +132,8 @@ def merged_pairs(
     merged, single = ranked[:, :num_merged], ranked[:, num_merged:].sort(dim=1).values
     order = torch.cat((first[single], second.expand(batch_size, -1), first[merged]), dim=1)
     into = single.shape[1] + partner.gather(1, merged)  # position among the kept tokens
-    kept = torch.arange(num_attentive, device=device)
-    is_counted = into.unsqueeze(1) == kept.unsqueeze(1)
-    sizes = torch.ones_like(keys[:, :, 0]) if token_sizes is None else token_sizes.gather(1, order)
-    added = is_counted * sizes[:, num_attentive:].unsqueeze(1)
-    sizes = sizes[:, :num_attentive] + added.sum(dim=2)
-    counted_by = torch.cat((kept.expand(batch_size, -1), into), dim=1)
-    counted_by = torch.empty_like(order).scatter(1, order, counted_by)
-    rows = attentive_rows(order, num_prefix_tokens + num_tokens, num_prefix_tokens)
-    counted = CountedTokens(rows[:, num_attentive:], counted_by, sizes, added / sizes.unsqueeze(2).clamp(min=1))
-    return TokenChoice(order[:, :num_attentive], rows[:, :num_attentive], None, counted)
+    sizes = torch.ones_like(keys[:, :, 0]) if token_sizes is None else token_sizes
+    return token_reorganization.counted_choice(order, into, sizes, num_prefix_tokens)
 
 
 def merged_tokens(attentive: torch.Tensor, inattentive: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
