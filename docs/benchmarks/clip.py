@@ -26,7 +26,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from transformers import (
-    CLIPImageProcessor,
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
     TimmWrapperConfig,
@@ -100,11 +100,12 @@ def classifier(onnx_file: str, parquet: str, folder: str, images_per_class: int)
     names = dict(enumerate(classes))
     config = TimmWrapperConfig(
         architecture="vit_base_patch16_clip_quickgelu_224",
+        model_args={"dynamic_img_size": True},
         id2label=names,
         label2id={name: number for number, name in names.items()},
     )
     model = TimmWrapperForImageClassification(config).eval()
-    network, processor = model.timm_model, CLIPImageProcessor(size={"shortest_edge": 224}, crop_size=224)
+    network, processor = model.timm_model, CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size=224)
     head = {f"head.{name}": value for name, value in network.head.state_dict().items()}
     network.load_state_dict(head | timm_weights(clip_image_tower(onnx_file)))
     features = []
