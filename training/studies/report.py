@@ -41,7 +41,7 @@ class Row:
         gmacs: of an image.
         images_per_second: median of alternating rounds, all settings in one process; None if it was not measured, as
             for models that are not kept.
-        train_seconds: mean of the runs; those that ran next to others took longer.
+        train_seconds: median of the runs; those that ran next to others took longer.
     """
 
     setting: str
@@ -87,7 +87,7 @@ def summarize(study: Study, runs: Sequence[Run], speeds: dict[str, float] | None
                 difference_error=None if is_baseline else standard_error(pairs),
                 gmacs=next(iter(by_seed.values()))["gmacs"],
                 images_per_second=(speeds or {}).get(name),
-                train_seconds=statistics.fmean(one["seconds"] for one in by_seed.values()),
+                train_seconds=statistics.median(one["seconds"] for one in by_seed.values()),
             )
         )
     return rows
@@ -154,11 +154,14 @@ def as_markdown(study: Study, rows: Sequence[Row], batch_size: int | None, comma
             f"{'' if row.difference is None else _with_error(row.difference, row.difference_error, '+')} | "
             f"{row.gmacs:.4f} | {speed} | {row.train_seconds:.0f} |"
         )
-    notes = "After ± is one standard error over seeds; the differences are taken within seeds."
-    if batch_size is not None:
+    notes = (
+        "After ± is one standard error over seeds; the differences are taken within seeds. Training: median seconds "
+        "of a run, longer where others ran next to it."
+    )
+    if any(row.images_per_second is not None for row in rows):
         notes += (
-            f" Speed: {device_name(best_device())}, float32, batch {batch_size}, medians of 11 "
-            "alternating rounds in one process. Training: seconds of a run, longer where others ran next to it."
+            f" Speed: {device_name(best_device())}, float32, batch {batch_size}, medians of 11 alternating rounds in "
+            "one process."
         )
     lines += ["", notes, ""]
     verdicts = decide(study, rows)
