@@ -233,28 +233,45 @@ def as_json(study: Study, rows: Sequence[Row], batch_size: int | None) -> dict[s
 
 
 def draw(study: Study, rows: Sequence[Row], path: Path) -> None:
-    """Draw the score over operations and over measured time, with one standard error over seeds."""
+    """Draw differences to the baseline, and the score over operations and over measured time.
+
+    Bars are one standard error over seeds. The first panel names the settings; colors and markers are those of all.
+    """
     from matplotlib.figure import Figure
 
-    timed = any(row.images_per_second is not None for row in rows)
-    figure = Figure(figsize=(11 if timed else 6, 4.5), layout="constrained")
-    panels = figure.subplots(1, 1 + timed, squeeze=False, sharey=True)[0]
     xs = [("GMACs of an image", [row.gmacs for row in rows])]
-    if timed:
-        seconds = [1 / (row.images_per_second or math.nan) for row in rows]
-        xs.append(("milliseconds of an image, measured", [1000 * one for one in seconds]))
+    if any(row.images_per_second is not None for row in rows):
+        xs.append(("milliseconds of an image, measured", [1000 / (row.images_per_second or math.nan) for row in rows]))
+    figure = Figure(figsize=(5 + 4 * len(xs), max(4.5, 1.5 + 0.28 * len(rows))), layout="constrained")
+    names, *panels = figure.subplots(1, 1 + len(xs))
     looks = [{"color": f"C{number % 10}", "marker": "os^D"[number // 10 % 4]} for number in range(len(rows))]
-    for panel, (label, values) in zip(panels, xs, strict=True):
-        for row, x, look in zip(rows, values, looks, strict=True):
-            panel.errorbar(x, row.mean, row.standard_error, capsize=4, label=row.setting, **look)
+    for number, (row, look) in enumerate(zip(rows, looks, strict=True)):
+        difference = 0.0 if row.setting == study.baseline else row.difference
+        if difference is not None:
+            names.errorbar(difference, number, xerr=row.difference_error, capsize=3, **look)
+        for panel, (_, values) in zip(panels, xs, strict=True):
+            panel.errorbar(_beside(values, number), row.mean, row.standard_error, capsize=3, elinewidth=0.8, **look)
+    names.axvline(0, color="0.6", linewidth=0.8, zorder=0)
+    names.set_yticks(range(len(rows)), [row.setting for row in rows])
+    names.invert_yaxis()
+    names.set_xlabel(f"points less {study.baseline}, same seed", fontsize=12)
+    for panel, (label, _) in zip(panels, xs, strict=True):
+        panel.sharey(panels[0])
         panel.set_xlabel(label, fontsize=12)
+        panel.set_ylabel(SCORE_TITLES[rows[0].metric], fontsize=12)
+        panel.locator_params(axis="x", nbins=5)
+    for panel in (names, *panels):
         panel.tick_params(labelsize=11)
         panel.grid(alpha=0.3)
-        panel.margins(x=0.08, y=0.15)
-        panel.locator_params(axis="x", nbins=5)
-    panels[0].set_ylabel(SCORE_TITLES[rows[0].metric], fontsize=12)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=10)
+        panel.margins(x=0.08)
     seeds = max(len(row.scores) for row in rows)
     figure.suptitle(f"{study.name}: mean of {seeds} seed{'s' * (seeds != 1)}, bars: 1 standard error", fontsize=12)
     figure.savefig(path, dpi=150)
+
+
+def _beside(values: Sequence[float], number: int) -> float:
+    """Where to draw one of the values: those that are nearly the same stand side by side. NaN for NaN."""
+    known = [value for value in values if not math.isnan(value)]
+    step = 0.012 * (max(known) - min(known))
+    twins = [other for other, value in enumerate(values) if other == number or abs(value - values[number]) <= step]
+    return values[number] + step * (twins.index(number) - (len(twins) - 1) / 2)
