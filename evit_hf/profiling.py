@@ -113,14 +113,12 @@ def num_macs(
         if executed and reorganizes:
             operations += config.num_scoring_tokens * attention_tokens * hidden_size
             num_image_tokens, num_given_up = attention_tokens - num_prefix_tokens, attention_tokens - left
-            sizes = (num_image_tokens, num_given_up, hidden_size, config.costs.key)
-            # Before and after the output projection; after the last attention tokens are chosen only.
-            is_last_of_all = is_last and not isinstance(config, EViTLVConfig)
-            if inattentive_tokens == "fused" and not is_last_of_all:
-                operations += 2 * _reorganization_macs("fused", *sizes)
-            if inattentive_tokens == "counted":
-                operations += _reorganization_macs("counted", *sizes)
-                operations -= is_last_of_all * (num_image_tokens - num_given_up) * num_given_up * hidden_size
+            # After the last attention tokens are chosen only. They are fused before and after the output projection.
+            summed = 0 if is_last and not isinstance(config, EViTLVConfig) else hidden_size
+            times = 2 if inattentive_tokens == "fused" else 1
+            operations += times * _reorganization_macs(
+                inattentive_tokens, num_image_tokens, num_given_up, summed, config.costs.key
+            )
     # One classifier for each prefix token and, in LV-ViT, for every image token that is left.
     num_classified = num_tokens[-1][1] if isinstance(config, EViTLVConfig) else num_prefix_tokens
     return operations + num_classified * hidden_size * config.num_labels
@@ -231,8 +229,9 @@ def _reorganization_macs(
     if inattentive_tokens == "fused":
         return num_image_tokens * hidden_size
     if inattentive_tokens == "counted":
-        pairs = (num_image_tokens - num_given_up) * num_given_up
-        return (num_image_tokens**2 + pairs) * key_size + pairs * hidden_size
+        num_kept = num_image_tokens - num_given_up
+        num_averaged = min(num_kept, num_given_up)
+        return (num_image_tokens**2 + num_kept * num_given_up) * key_size + num_averaged * num_given_up * hidden_size
     return 0
 
 
