@@ -42,10 +42,10 @@ class EViTModelTester:
 
     def __init__(self, parent):
         self.parent = parent
-        self.batch_size, self.image_size, self.num_channels = 13, 30, 3
+        self.batch_size, self.image_size, self.num_channels = 13, 12, 3
         self.hidden_size, self.num_hidden_layers, self.num_attention_heads = 32, 2, 4
         self.seq_length = (
-            225 + self.num_prefix_tokens
+            36 + self.num_prefix_tokens
         )  # where the first attention sees the tokens, before any reorganization
         self.keep_rate = 0.7
         self.is_training, self.num_labels = True, 3
@@ -63,6 +63,9 @@ class EViTModelTester:
             keep_rate=self.keep_rate,
             **distilled,
             reorganization_layers=[1],  # the common tests want one sequence length for all attentions
+            # The common tests set the epsilons of all norms to 1: from weights of 0.02 every patch gets the same
+            # attention, up to rounding, and another batch size may keep other ones.
+            initializer_range=0.2,
         )
 
     def prepare_config_and_inputs(self):
