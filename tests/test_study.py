@@ -110,6 +110,8 @@ def test_means_errors_and_differences_are_over_seeds(tmp_path):
     assert fused.train_seconds == 2.0
     table = as_markdown(study, [dense, fused], 8, "evit study tiny.yaml")
     assert "| 0.5 fused | 2 | 80.00 ± 0.00 | -12.00 ± 2.00 | 0.5000 | 150 (1.50x) | 2 |" in table
+    untimed = summarize(study, study.runs(tmp_path))
+    assert "| GMACs | training, s |" in as_markdown(study, untimed, None, "evit study tiny.yaml --no-speed")
     draw(study, [dense, fused], tmp_path / "study.png")
     assert (tmp_path / "study.png").stat().st_size > 10_000
 

@@ -137,28 +137,28 @@ def as_markdown(study: Study, rows: Sequence[Row], batch_size: int | None, comma
         command: that makes the table.
     """
     base = next((row for row in rows if row.setting == study.baseline), None)
-    title = TITLES[rows[0].metric]
+    is_timed = any(row.images_per_second is not None for row in rows)
+    columns = ["setting", "seeds", TITLES[rows[0].metric], f"less `{study.baseline}`, same seed", "GMACs"]
+    columns += ["images/s", "training, s"] if is_timed else ["training, s"]
     lines = [
         *([study.about, ""] if study.about else []),
         f"```bash\n{command}\n```",
         "",
-        f"| setting | seeds | {title} | less `{study.baseline}`, same seed | GMACs | images/s | training, s |",
-        "|---|---|---|---|---|---|---|",
+        _table_line(columns),
+        "|" + "---|" * len(columns),
     ]
     for row in rows:
-        speed = "" if row.images_per_second is None else f"{row.images_per_second:.0f}"
-        if row.images_per_second is not None and base is not None and base.images_per_second is not None:
-            speed += f" ({row.images_per_second / base.images_per_second:.2f}x)"
-        lines.append(
-            f"| {row.setting} | {len(row.scores)} | {_with_error(row.mean, row.standard_error)} | "
-            f"{'' if row.difference is None else _with_error(row.difference, row.difference_error, '+')} | "
-            f"{row.gmacs:.4f} | {speed} | {row.train_seconds:.0f} |"
-        )
+        cells = [row.setting, str(len(row.scores)), _with_error(row.mean, row.standard_error)]
+        cells.append("" if row.difference is None else _with_error(row.difference, row.difference_error, "+"))
+        cells.append(f"{row.gmacs:.4f}")
+        if is_timed:
+            cells.append(_speed(row, base))
+        lines.append(_table_line([*cells, f"{row.train_seconds:.0f}"]))
     notes = (
         "After ± is one standard error over seeds; the differences are taken within seeds. Training: median seconds "
         "of a run, longer where others ran next to it."
     )
-    if any(row.images_per_second is not None for row in rows):
+    if is_timed:
         notes += (
             f" Speed: {device_name(best_device())}, float32, batch {batch_size}, medians of 11 alternating rounds in "
             "one process."
@@ -216,6 +216,20 @@ def decide(study: Study, rows: Sequence[Row]) -> list[Verdict]:
 
 def _with_error(value: float, error: float | None, sign: str = "") -> str:
     return f"{value:{sign}.2f}" + ("" if error is None else f" ± {error:.2f}")
+
+
+def _speed(row: Row, base: Row | None) -> str:
+    """Images per second, and how often the baseline's; "" where it was not measured."""
+    if row.images_per_second is None:
+        return ""
+    times = ""
+    if base is not None and base.images_per_second is not None:
+        times = f" ({row.images_per_second / base.images_per_second:.2f}x)"
+    return f"{row.images_per_second:.0f}{times}"
+
+
+def _table_line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def as_json(study: Study, rows: Sequence[Row], batch_size: int | None) -> dict[str, Any]:
