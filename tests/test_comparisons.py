@@ -8,10 +8,18 @@ from conftest import tiny_config_with
 from test_data import write_parquet
 from test_evaluate import evaluate, fresh_accelerate  # noqa: F401
 from transformers import ViTImageProcessor
+from vision_families import timm_model
 
 from evit_hf import EViTForImageClassification, reorganize, token_reorganization
 from evit_hf.token_reorganization import mean_keys
-from evit_training.measuring.comparisons import all_ways, compare_ways, in_place, merged_pairs, merged_tokens
+from evit_training.measuring.comparisons import (
+    all_ways,
+    compare_ways,
+    in_place,
+    merged_pairs,
+    merged_tokens,
+    received_attention,
+)
 
 
 @pytest.fixture
@@ -60,15 +68,41 @@ def test_each_way_gives_up_other_tokens_and_leaves_the_model_as_it_was():
     before = model(images).logits
     found = {}
     for name, way in all_ways().items():
-        if not (way.in_papers_layers or way.needs_map):
+        if not way.in_papers_layers:
             with in_place(way.functions or {}):
                 found[name] = model(images).logits
     assert torch.equal(found.pop("counted (macs=)"), before)
     found.pop("dropped in every layer")
     answers = [before, *found.values()]
-    assert len(found) == 5
+    assert len(found) == 6
     assert all(not torch.allclose(a, b, atol=1e-6) for i, a in enumerate(answers) for b in answers[:i])
     assert torch.equal(model(images).logits, before)
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "eager", "timm"])
+def test_attention_received_is_read_from_the_whole_map(kind):
+    torch.manual_seed(0)
+    if kind == "timm":
+        model, images = timm_model(), torch.randn(2, 3, 48, 48)
+    else:
+        config = tiny_config_with(image_size=64, num_labels=4, initializer_range=0.1, attn_implementation=kind)
+        model, images = EViTForImageClassification(config).eval(), torch.randn(2, 3, 64, 64)
+    reorganize(model, macs=0.66)
+    functions, read = all_ways()["counted, attention received"].functions, []
+
+    def reads(probabilities, *rest):
+        read.append(probabilities)
+        return received_attention(probabilities, *rest)
+
+    with in_place({"class_token_attention": reads}):
+        model(images)
+    first_rows, read = read, []
+    with in_place({**functions, "class_token_attention": reads}):
+        model(images)
+    row, whole = first_rows[0], read[0]
+    assert whole.shape[2] == whole.shape[3] == row.shape[3]
+    assert torch.allclose(whole[:, :, 0], row[:, :, 0])
+    assert torch.allclose(received_attention(whole), whole.mean(dim=(1, 2))[:, 1:])
 
 
 def test_all_ways_are_compared_with_paired_errors(model_folder, tmp_path, capsys):

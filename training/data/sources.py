@@ -22,6 +22,7 @@ from PIL import Image
 from .folders import PictureFolder, check_is_utf8, list_pictures, read_picture_folder, reasons
 from .images import DatasetLike, OutsideFileError, is_inside
 from .names import split_in, split_of
+from .packaged import packaged_dataset
 from .tables import FILE_TYPES, by_split, file_type, has_split_column, labels_of_text, read_table, reason_of
 
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from ..arguments import DataArguments
 
 
-PACKAGED = Path(__file__).parent.parent / "datasets"
 EVAL_SPLITS = ("validation", "val", "valid", "dev", "test")
 CACHES = (str(datasets.config.HF_DATASETS_CACHE), HF_HUB_CACHE)
 
@@ -60,7 +60,13 @@ class Source:
 
 
 def load_source(arguments: "DataArguments") -> Source:
-    """All splits of a folder, files, a packaged data set, or a Hub id, in that order."""
+    """All splits of a packaged data set, a folder, files, or a Hub id, in that order."""
+    if len(arguments.dataset) == 1 and (packaged := packaged_dataset(arguments.dataset[0])):
+        name = arguments.dataset[0]
+        found = _load_files([(str(file), file.stem) for file in sorted(packaged.glob("*.parquet"))], arguments)
+        if Path(name).exists():
+            found.notes.append(f"`{name}` is the packaged data set; what has this name here is `./{name}`.")
+        return found
     sources = [os.path.expanduser(source) for source in arguments.dataset]
     for source in sources:
         check_is_utf8(source)
@@ -75,9 +81,6 @@ def load_source(arguments: "DataArguments") -> Source:
         return _load_archives([Path(file) for file in files], arguments)
     if all(Path(file).is_file() for file in files):
         return _load_files([(file, Path(file).stem) for file in files], arguments)
-    if len(sources) == 1 and sources[0] in (path.name for path in PACKAGED.iterdir()):
-        folder = PACKAGED / sources[0]
-        return _load_files([(str(file), file.stem) for file in sorted(folder.glob("*.parquet"))], arguments)
     if len(sources) == 1:
         return _load_with_datasets(sources[0], arguments, (f"hf://datasets/{sources[0]}",))
     missing = [file for file in files if not Path(file).is_file()]

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from evit_hf import modeling_evit, reorganization, reorganize, token_reorganization
+from evit_hf import modeling_evit, reorganization, reorganization_timm, reorganize, token_reorganization
 from evit_hf.configuration_evit import default_reorganization_layers
 from evit_hf.profiling import MacsFormula
 from evit_hf.token_reorganization import TokenChoice
@@ -26,7 +26,6 @@ from evit_hf.towers import tower_of
 from ..learning.models import heads_of
 from .metrics import standard_error
 from .tuning import uniform
-from .variants import set_attention
 
 
 Choose = Callable[..., TokenChoice]
@@ -43,13 +42,11 @@ class Way:
         in_papers_layers: whether three layers keep the same share of tokens, as in the paper; otherwise every layer
             gives up the same number.
         functions: what is put in the place of functions of `token_reorganization`, by their names.
-        needs_map: whether the functions read the whole attention map, which only eager attention has.
     """
 
     inattentive_tokens: str = "counted"
     in_papers_layers: bool = False
     functions: dict[str, Any] | None = None
-    needs_map: bool = False
 
 
 def by_attention(attention: torch.Tensor, num_attentive: int, **keywords: Any) -> TokenChoice:
@@ -76,6 +73,23 @@ class AtRandom:
         """Choose, see `token_reorganization.choose_tokens`."""
         scores = torch.rand(attention.shape, generator=self.generator).to(attention.device)
         return token_reorganization.choose_tokens(attention, num_attentive, **{**keywords, "token_scores": scores})
+
+
+def whole_map(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scaling: float,
+    token_mask: torch.Tensor | None = None,
+    num_scoring_tokens: int = 1,
+    position_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """All rows of the attention map, see `token_reorganization.class_token_probabilities`.
+
+    Returns: (batch_size, num_heads, sequence_length, sequence_length), after softmax.
+    """
+    return token_reorganization.class_token_probabilities(
+        query, key, scaling, token_mask, query.shape[2], position_bias
+    )
 
 
 def received_attention(
@@ -152,6 +166,7 @@ def replacements() -> dict[str, dict[str, Any]]:
     return {
         "ToMe": {"choose_tokens": merged_pairs, "averaged_tokens": merged_tokens},
         "without novelty": {"choose_tokens": by_attention},
+        "attention received": {"class_token_probabilities": whole_map, "class_token_attention": received_attention},
         "random": {"choose_tokens": AtRandom()},
         "lowest attention": {"choose_tokens": by_lowest_attention},
     }
@@ -165,7 +180,7 @@ def all_ways() -> dict[str, Way]:
         "counted (macs=)": Way(),
         "counted, kept tokens untouched": Way(functions={"averaged_tokens": untouched_tokens}),
         "counted, without novelty": Way(functions=functions["without novelty"]),
-        "counted, attention received": Way(functions={"class_token_attention": received_attention}, needs_map=True),
+        "counted, attention received": Way(functions=functions["attention received"]),
         "counted, random": Way(functions=functions["random"]),
         "counted, lowest attention": Way(functions=functions["lowest attention"]),
         "dropped in every layer": Way("dropped"),
@@ -181,11 +196,12 @@ def in_place(functions: dict[str, Any]) -> Iterator[None]:
     Args:
         functions: by name.
     """
-    users = (modeling_evit, reorganization, token_reorganization)
+    users = (modeling_evit, reorganization, reorganization_timm)
     before = []
     for name, function in functions.items():
-        # The functions here call the real `choose_tokens` by its module.
-        for module in users[:2] if name == "choose_tokens" else users:
+        # Those that the functions here call themselves, by their module, stay the real ones there.
+        is_called_here = name in ("choose_tokens", "class_token_probabilities")
+        for module in users if is_called_here else (*users, token_reorganization):
             if hasattr(module, name):
                 before.append((module, name, getattr(module, name)))
                 setattr(module, name, function)
@@ -346,14 +362,12 @@ def compare_ways(
         model: a classifier that reorganizes, in evaluation mode on its device; afterwards it has other settings.
         batches: images on that device, and class numbers.
         macs: shares of the dense model's operations.
-        ways: by name; by default all. Those that read attention maps are left out for models of timm.
+        ways: by name; by default all.
         autocast: returns a context for the forward passes.
 
     Raises: ValueError if there are no images, or no way can run.
     """
     ways, autocast = all_ways() if ways is None else ways, autocast or contextlib.nullcontext
-    if hasattr(tower_of(model).owner, "patch_embed"):  # timm's attention returns no map
-        ways = {name: way for name, way in ways.items() if not way.needs_map}
     budgets, labels = list(macs), []
     settings: dict[Any, dict[str, Any]] = {}
     outputs: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = {"dense": []}
@@ -376,16 +390,11 @@ def compare_ways(
                         continue
                     way = ways[key[1]]
                     reorganize(model, **chosen)
-                    if way.needs_map:
-                        set_attention(model, "eager")
                     try:
                         with in_place(way.functions or {}):
                             outputs[key].append(features_of(pixel_values))
                     except ValueError as error:
                         left_out[key] = f"{key[0]:<6}{key[1]}: {error}"
-                    finally:
-                        if way.needs_map:
-                            set_attention(model, "sdpa")
     if not labels:
         raise ValueError("There is no image to compare on.")
     joined = {key: _joined(batches) for key, batches in outputs.items() if key not in left_out}

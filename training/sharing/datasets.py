@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from ..data.packaged import packaged_dataset
 from .hub import CARD, split_card
-
-
-PACKAGED = Path(__file__).parent.parent / "datasets"
 
 
 def licence_of(sources: list[str]) -> str | None:
@@ -24,7 +22,7 @@ def hub_id_of(sources: list[str]) -> str | None:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     source = sources[0]
-    if len(sources) > 1 or Path(source).exists() or (PACKAGED / source).exists():
+    if len(sources) > 1 or packaged_dataset(source) or Path(source).exists():
         return None
     try:
         validate_repo_id(source)
@@ -37,7 +35,7 @@ def _metadata(source: str) -> dict[str, Any]:
     """Metadata of the README.md of a data set; empty if there is none that can be read."""
     from huggingface_hub import try_to_load_from_cache
 
-    folder = Path(source) if Path(source).exists() else PACKAGED / source
+    folder = packaged_dataset(source) or Path(source)
     path: Any = (folder if folder.is_dir() else folder.parent) / CARD
     if hub_id_of([source]):
         path = try_to_load_from_cache(source, CARD, repo_type="dataset")

@@ -18,7 +18,7 @@ FIELDS = ("about", "train", "seeds", "baseline", "settings", "ways", "claims")
 # Set by the study, for each run.
 OWN_FLAGS = ("--seed", "--output-dir", "--resume", "--overwrite", "--json", "--quiet")
 # Of `comparisons.replacements`, which needs torch.
-WAYS = ("ToMe", "without novelty", "random", "lowest attention")
+WAYS = ("ToMe", "without novelty", "attention received", "random", "lowest attention")
 _CLAIM = re.compile(r"(?P<better>.+?) > (?P<than>.+?)(?: - (?P<margin>[\d.]+))?")
 _STARTS_FROM = re.compile(r"\{([^{}]*)\}")
 
