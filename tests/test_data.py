@@ -21,8 +21,6 @@ from evit_training.data.images import (
     decoded,
 )
 from evit_training.data.splits import check_images, load_splits
-from evit_training.prediction.inputs import find_inputs
-from evit_training.sharing.datasets import hub_id_of, licence_of
 
 
 def reds(splits, split):
@@ -257,22 +255,6 @@ def test_augmentation_depends_on_seed_epoch_and_position_alone():
     for key in ((3, 6, 3), (2, 7, 3)):
         assert not torch.equal(images[key]["pixel_values"], once)
     assert not torch.equal(TrainingImages(splits, transform, seed=6)[2, 6, 3]["pixel_values"], once)
-
-
-def test_the_packaged_data_set_comes_before_a_folder_of_its_name(tmp_path, monkeypatch):
-    for name in ("cat", "dog"):
-        (tmp_path / "digits" / name).mkdir(parents=True)
-        for i in range(4):
-            picture(40 * i).save(tmp_path / "digits" / name / f"{i}.png")
-    monkeypatch.chdir(tmp_path)
-    packaged = load_splits(DataArguments(dataset=["digits"]), seed=0)
-    assert len(packaged.train) == 1437
-    assert "`digits` is the packaged data set; what has this name here is `./digits`." in packaged.notes
-    assert load_splits(DataArguments(dataset=["./digits"]), seed=0).label_names == ["cat", "dog"]
-    read = {word: find_inputs([word], DataArguments()) for word in ("digits", "./digits")}
-    assert [len(inputs.images) for inputs in read.values()] == [1797, 8]
-    assert hub_id_of(["digits"]) is None
-    assert licence_of(["digits"]) is not None
 
 
 # Streaming

@@ -175,7 +175,9 @@ def test_an_own_folder_is_taken_before_a_packaged_name(tmp_path, monkeypatch):
     for label in ("one", "two"):
         put(tmp_path / "digits" / label, 4)
     monkeypatch.chdir(tmp_path)
-    assert load("digits").label_names == ["one", "two"]
+    splits = load("digits")
+    assert splits.label_names == ["one", "two"]
+    assert "`digits` is the folder of that name here, not the packaged data set." in splits.notes
     monkeypatch.chdir(tmp_path / "digits")
     assert load(".").label_names == ["one", "two"]
 

@@ -60,13 +60,7 @@ class Source:
 
 
 def load_source(arguments: "DataArguments") -> Source:
-    """All splits of a packaged data set, a folder, files, or a Hub id, in that order."""
-    if len(arguments.dataset) == 1 and (packaged := packaged_dataset(arguments.dataset[0])):
-        name = arguments.dataset[0]
-        found = _load_files([(str(file), file.stem) for file in sorted(packaged.glob("*.parquet"))], arguments)
-        if Path(name).exists():
-            found.notes.append(f"`{name}` is the packaged data set; what has this name here is `./{name}`.")
-        return found
+    """All splits of a folder, files, a packaged data set, or a Hub id, in that order."""
     sources = [os.path.expanduser(source) for source in arguments.dataset]
     for source in sources:
         check_is_utf8(source)
@@ -75,12 +69,18 @@ def load_source(arguments: "DataArguments") -> Source:
         for source in sources
         for file in ([source] if Path(source).exists() else sorted(glob.glob(source)) or [source])
     ]
+    packaged = packaged_dataset(sources[0]) if len(sources) == 1 else None
     if len(sources) == 1 and Path(sources[0]).is_dir():
-        return _load_folder(Path(sources[0]), arguments)
+        found = _load_folder(Path(sources[0]), arguments)
+        if packaged:
+            found.notes.append(f"`{sources[0]}` is the folder of that name here, not the packaged data set.")
+        return found
     if all(Path(file).is_file() and _is_archive(Path(file)) for file in files):
         return _load_archives([Path(file) for file in files], arguments)
     if all(Path(file).is_file() for file in files):
         return _load_files([(file, Path(file).stem) for file in files], arguments)
+    if packaged:
+        return _load_files([(str(file), file.stem) for file in sorted(packaged.glob("*.parquet"))], arguments)
     if len(sources) == 1:
         return _load_with_datasets(sources[0], arguments, (f"hf://datasets/{sources[0]}",))
     missing = [file for file in files if not Path(file).is_file()]

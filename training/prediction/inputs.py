@@ -12,7 +12,6 @@ import pyarrow.compute
 from ..arguments import DataArguments
 from ..data.folders import picture_suffixes, pictures_below, reasons
 from ..data.images import DatasetLike
-from ..data.packaged import packaged_dataset
 from ..data.sources import is_dataset_folder, load_source
 from ..data.splits import image_column_of
 from ..data.tables import file_type
@@ -66,13 +65,13 @@ def find_inputs(words: Sequence[str], data: DataArguments, split: str | None = N
         parts.append(images)
 
     for word in words:
-        path, is_packaged = Path(word), packaged_dataset(word) is not None
-        if path.is_dir() and not is_packaged and not is_dataset_folder(path):
+        path = Path(word)
+        if path.is_dir() and not is_dataset_folder(path):
             pictures, others = pictures_below(word)
             left_out.update(others)
             roots.add(str(path.absolute()))
             add(*_of_files([os.path.join(word, *inside) for inside in pictures]))
-        elif path.is_file() and not is_packaged and file_type(word) is None:
+        elif path.is_file() and file_type(word) is None:
             roots.add(str(path.absolute().parent))
             add(*_of_files([word]))
         else:

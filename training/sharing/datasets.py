@@ -22,7 +22,7 @@ def hub_id_of(sources: list[str]) -> str | None:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     source = sources[0]
-    if len(sources) > 1 or packaged_dataset(source) or Path(source).exists():
+    if len(sources) > 1 or Path(source).exists() or packaged_dataset(source):
         return None
     try:
         validate_repo_id(source)
@@ -35,7 +35,7 @@ def _metadata(source: str) -> dict[str, Any]:
     """Metadata of the README.md of a data set; empty if there is none that can be read."""
     from huggingface_hub import try_to_load_from_cache
 
-    folder = packaged_dataset(source) or Path(source)
+    folder = Path(source) if Path(source).exists() else packaged_dataset(source) or Path(source)
     path: Any = (folder if folder.is_dir() else folder.parent) / CARD
     if hub_id_of([source]):
         path = try_to_load_from_cache(source, CARD, repo_type="dataset")
