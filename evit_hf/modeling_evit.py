@@ -27,6 +27,7 @@ from transformers.models.vit.modeling_vit import (
     ViTLayer,
     ViTMLP,
     ViTModel,
+    ViTPatchEmbeddings,
     ViTPooler,
     ViTPreTrainedModel,
     eager_attention_forward,
@@ -46,6 +47,7 @@ from .configuration_evit import (
     refuse_misspelt_names,
 )
 from .cpu_inference import called, images_in_cache, linear
+from .gpu_inference import embed_patches
 from .pictures import as_rgb
 from .short_cuts import classes_of, modules_below, plain_road_wanted
 from .token_labelling import mix_tokens
@@ -125,6 +127,8 @@ class AttentiveIndexOutput(ModelOutput):
 
     def __setitem__(self, name: str, value: Any) -> None:
         """Set a field; `attentive_index` may come by layer or as one tensor."""
+        if name == "attentive_index" and name in self and value is self.attentive_index:
+            return  # as it was set; what is made of it need not be made again
         super().__setitem__(name, value)
         self._split(name, value)
 
@@ -231,14 +235,15 @@ class EViTEmbeddings(ViTEmbeddings):
         """Resize the position embeddings bicubically to the patch grid of a height x width image.
 
         Args:
-            embeddings: (batch_size, num_prefix_tokens + num_patches, hidden_size), the tokens that need positions.
-            height: image height in pixels.
-            width: image width in pixels.
+                embeddings: (batch_size, num_prefix_tokens + num_patches, hidden_size), the tokens that need positions.
+                height: image height in pixels.
+                width: image width in pixels.
 
-        Returns: (1, num_prefix_tokens + num_patches, hidden_size); positions of prefix tokens are not resized.
+            Returns: (1, num_prefix_tokens + num_patches, hidden_size); positions of prefix tokens are not resized.
 
-        Source: transformers.models.vit.modeling_vit.ViTEmbeddings, after
-            https://github.com/facebookresearch/dinov2/blob/e1277af/dinov2/models/vision_transformer.py#L179-L211.
+            Source: transformers.models.vit.modeling_vit.ViTEmbeddings,
+        ViTPatchEmbeddings, after
+                https://github.com/facebookresearch/dinov2/blob/e1277af/dinov2/models/vision_transformer.py#L179-L211.
         """
         grid, trained_grid = patch_grid(self.config, (height, width)), patch_grid(self.config, self.image_size)
         if not torch.jit.is_tracing() and grid == trained_grid:
@@ -254,6 +259,7 @@ class EViTEmbeddings(ViTEmbeddings):
         pixel_values: torch.Tensor,
         interpolate_pos_encoding: bool | None = None,
         mix_box: tuple[int, int, int, int] | None = None,
+        takes_short_cuts: bool = False,
     ) -> torch.Tensor:
         """Tokens of the images.
 
@@ -261,19 +267,24 @@ class EViTEmbeddings(ViTEmbeddings):
             pixel_values: (batch_size, num_channels, height, width).
             interpolate_pos_encoding: whether to accept image sizes other than `image_size`.
             mix_box: see `EViTModel.forward`.
+            takes_short_cuts: whether patches may be embedded by a matrix product, see `short_cuts`.
 
         Returns: (batch_size, num_prefix_tokens + num_patches, hidden_size).
 
         Raises: ValueError for a different number of channels, or a different size without
             `interpolate_pos_encoding`.
         """
-        batch_size, _, height, width = pixel_values.shape
+        batch_size, num_channels, height, width = pixel_values.shape
         if not interpolate_pos_encoding and (height, width) != tuple(self.image_size):
             raise ValueError(
                 f"`pixel_values` is {height}x{width} but this model expects "
                 f"{self.image_size[0]}x{self.image_size[1]}: resize, or pass `interpolate_pos_encoding=True`."
             )
-        patches = self.patch_embeddings(pixel_values)
+        is_plain = type(self.patch_embeddings) is ViTPatchEmbeddings
+        if takes_short_cuts and is_plain and pixel_values.is_cuda and num_channels == self.config.num_channels:
+            patches = embed_patches(self.patch_embeddings.projection, pixel_values)
+        else:
+            patches = self.patch_embeddings(pixel_values)
         if mix_box is not None:
             patches = mix_tokens(patches, mix_box, patch_grid(self.config, (height, width)))
         prefix = [self.cls_token] if self.num_prefix_tokens == 1 else [self.cls_token, self.distillation_token]
@@ -330,7 +341,7 @@ class EViTAttention(ViTAttention):
             attention never passes through attention dropout: noise would choose the tokens (the official code lets
             it).
         """
-        project = linear if takes_short_cuts else called
+        project = linear if takes_short_cuts and hidden_states.device.type == "cpu" else called
         queries = hidden_states if num_queries is None else hidden_states[:, :num_queries]
         # `view` and not `unflatten`, of which `torch.onnx.export(dynamo=False)` makes a graph for one batch size.
         by_head = (*hidden_states.shape[:-1], -1, self.head_dim)
@@ -375,7 +386,7 @@ class EViTMLP(ViTMLP):
 
     def forward(self, hidden_states: torch.Tensor, takes_short_cuts: bool = False) -> torch.Tensor:
         """Return (batch_size, sequence_length, hidden_size) for the same; see `short_cuts` for the short cuts."""
-        project = linear if takes_short_cuts else called
+        project = linear if takes_short_cuts and hidden_states.device.type == "cpu" else called
         return project(self.fc2, project(self.fc1, hidden_states, self.activation_fn))
 
 
@@ -459,7 +470,11 @@ class EViTLayer(ViTLayer):
         reorganizes = chooses and num_queries is None
         # Averaged tokens keep their length, which projecting does not.
         projects_late = (
-            takes_short_cuts and reorganizes and not counts and not (self.dropout.training and self.dropout.p)
+            takes_short_cuts
+            and reorganizes
+            and not counts
+            and not (self.dropout.training and self.dropout.p)
+            and not hidden_states.is_cuda  # where rearranging twice costs more
         )
 
         # Attend
@@ -483,7 +498,7 @@ class EViTLayer(ViTLayer):
                 self.rearrange(residual, choice),
                 self.project_late(self.rearrange(branch, choice), choice),
             )
-        hidden_states = residual + self.residual_branch(branch)
+        hidden_states = residual + self.residual_branch(branch, takes_short_cuts)
         if reorganizes and not projects_late:
             hidden_states = self.rearrange(hidden_states, choice)
 
@@ -539,10 +554,13 @@ class EViTLayer(ViTLayer):
     def feed_forward(self, hidden_states: torch.Tensor, takes_short_cuts: bool = False) -> torch.Tensor:
         """Second half of the layer, the MLP with its residual: (batch_size, sequence_length, hidden_size) for same."""
         asked = {"takes_short_cuts": True} if takes_short_cuts else {}
-        return hidden_states + self.residual_branch(self.mlp(self.layernorm_after(hidden_states), **asked))
+        branch = self.mlp(self.layernorm_after(hidden_states), **asked)
+        return hidden_states + self.residual_branch(branch, takes_short_cuts)
 
-    def residual_branch(self, branch: torch.Tensor) -> torch.Tensor:
+    def residual_branch(self, branch: torch.Tensor, takes_short_cuts: bool = False) -> torch.Tensor:
         """Return a branch, (batch_size, sequence_length, hidden_size), after dropout and stochastic depth."""
+        if takes_short_cuts and not (self.dropout.training or self.drop_path.training):
+            return branch
         return self.drop_path(self.dropout(branch))
 
 
@@ -939,7 +957,8 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
             )
         layers_to_score = scored_layers(output_class_attention, plan.layers, len(self.layers))
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
-        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding, mix_box)
+        asked: dict[str, Any] = {"takes_short_cuts": True} if takes_short_cuts else {}
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding, mix_box, **asked)
 
         num_prefix_tokens = self.embeddings.num_prefix_tokens
         batch_size, num_patches = hidden_states.shape[0], hidden_states.shape[1] - num_prefix_tokens
@@ -958,7 +977,7 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
         for i, layer in enumerate(self.layers):
             num_attentive = plan.num_attentive(i, num_image_tokens)
             reorganizes = bool(num_attentive != num_image_tokens)
-            asked: dict[str, Any] = {}
+            asked = {}
             if reorganizes:
                 asked = {
                     "num_attentive": num_attentive,
@@ -1059,7 +1078,13 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
         token_sizes: torch.Tensor | None = None,
     ) -> Any:
         """Mask in the form that the attention implementation wants, for the tokens that are left."""
-        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=token_mask)
+        mask = None
+        # Transformers 5.17 makes a mask of ones while compiling or recording a CUDA graph, and that rules out
+        # the fastest kernels.
+        if token_mask is not None or self.config._attn_implementation not in ("eager", "sdpa"):
+            mask = create_bidirectional_mask(
+                config=self.config, inputs_embeds=hidden_states, attention_mask=token_mask
+            )
         if token_sizes is None:
             return mask
         bias = log_sizes(token_sizes, self.config.num_prefix_tokens)

@@ -10,6 +10,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_evit import EViTConfig, height_and_width  # noqa: F401 (remote code: Transformers 5.9 copies only direct imports)
 from .configuration_evit_lv import EViTLVConfig
 from .cpu_inference import linear  # noqa: F401 (as above)
+from .gpu_inference import embed_patches  # noqa: F401 (as above)
 from .modeling_evit import (
     EViTEmbeddings,
     EViTForwardKeywords,
@@ -92,9 +93,9 @@ class EViTLVEmbeddings(EViTEmbeddings):
 class EViTLVLayer(EViTLayer):
     """Differences from EViTLayer: the residual branches are divided by `residual_scale`."""
 
-    def residual_branch(self, branch: torch.Tensor) -> torch.Tensor:
+    def residual_branch(self, branch: torch.Tensor, takes_short_cuts: bool = False) -> torch.Tensor:
         """Return a branch, (batch_size, sequence_length, hidden_size), scaled, in evaluation too."""
-        return super().residual_branch(branch) / self.config.residual_scale
+        return super().residual_branch(branch, takes_short_cuts) / self.config.residual_scale
 
 
 class EViTLVPreTrainedModel(EViTPreTrainedModel):

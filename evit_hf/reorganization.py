@@ -63,6 +63,8 @@ CODE_FILES = (
     "reorganization_timm.py",
     "tokens_left.py",
     "token_reorganization.py",
+    "gpu_inference.py",
+    "short_cuts.py",
     "configuration_evit.py",
 )
 

@@ -63,7 +63,7 @@ def plain_road_wanted(
         return True
     if _forwards_are_replaced(set(built_of)):
         return True
-    return not _counts_short_cuts.get() and _operations_are_watched(inputs)
+    return operations_are_watched(inputs)
 
 
 def classes_of(modules: list[nn.Module]) -> tuple[type, ...]:
@@ -102,9 +102,9 @@ def _is_watched(module: nn.Module) -> bool:
     )
 
 
-def _operations_are_watched(inputs: torch.Tensor) -> bool:
+def operations_are_watched(inputs: torch.Tensor) -> bool:
     """Whether somebody in this process or thread follows modules or operations, whichever model they belong to."""
-    return bool(
+    return not _counts_short_cuts.get() and bool(
         nn_module._global_forward_pre_hooks
         or nn_module._global_forward_hooks
         or nn_module._global_backward_pre_hooks
@@ -131,4 +131,4 @@ def short_cuts_counted() -> Iterator[None]:
         _counts_short_cuts.reset(token)
 
 
-__all__ = ["classes_of", "modules_below", "plain_road_wanted", "short_cuts_counted"]
+__all__ = ["classes_of", "modules_below", "operations_are_watched", "plain_road_wanted", "short_cuts_counted"]

@@ -25,6 +25,8 @@ from typing import NamedTuple
 
 import torch
 
+from .gpu_inference import choose_by_kernel, rearrange_by_kernel, runs_in_kernels
+
 
 # What becomes of the inattentive tokens.
 INATTENTIVE_TOKENS = ("fused", "dropped", "counted")
@@ -284,13 +286,13 @@ class TokenChoice(NamedTuple):
 
     Args:
         attentive_index: (batch_size, num_attentive), positions among the image tokens.
-        rows: (batch_size, num_attentive), see `attentive_rows`.
+        rows: (batch_size, num_attentive), see `attentive_rows`; None where a kernel chose them.
         weights: (batch_size, num_image_tokens), see `inattentive_weights`; None unless the others are fused.
         counted: who counts them; None unless they are counted.
     """
 
     attentive_index: torch.Tensor
-    rows: torch.Tensor
+    rows: torch.Tensor | None
     weights: torch.Tensor | None = None
     counted: CountedTokens | None = None
 
@@ -322,8 +324,13 @@ def rearrange_tokens(hidden_states: torch.Tensor, choice: TokenChoice, num_prefi
 
     Returns: (batch_size, num_prefix_tokens + num_attentive (+ 1 fused token), hidden_size).
     """
+    if choice.counted is None and runs_in_kernels(hidden_states):
+        return rearrange_by_kernel(hidden_states, choice.attentive_index, choice.weights, num_prefix_tokens)
+    rows = choice.rows
+    if rows is None:
+        rows = attentive_rows(choice.attentive_index, hidden_states.shape[1], num_prefix_tokens)
     prefix, tokens = hidden_states[:, :num_prefix_tokens], hidden_states[:, num_prefix_tokens:]
-    attentive = rows_of(hidden_states, choice.rows)
+    attentive = rows_of(hidden_states, rows)
     if choice.counted is not None:
         inattentive = rows_of(hidden_states, choice.counted.inattentive_rows)
         # Few tokens count others: only they change, in the copy that was just made.
@@ -386,6 +393,9 @@ def choose_tokens(
     """
     if inattentive_tokens == "counted":
         return _counted_choice(attention, num_attentive, num_prefix_tokens, token_scores, keys, token_sizes)
+    if token_scores is None and runs_in_kernels(attention):
+        index, weights = choose_by_kernel(attention, num_attentive, inattentive_tokens == "fused")
+        return TokenChoice(index, None, weights)
     index = top_attentive_index(attention if token_scores is None else token_scores, num_attentive)
     return _choice_of(index, attention, num_prefix_tokens, inattentive_tokens == "fused")
 

@@ -13,10 +13,11 @@ from accelerate.state import AcceleratorState
 from conftest import tiny_config_with
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import SMALL, free_port, read_log
 from vision_families import EXAMPLE, build, inputs
 
-from evit_hf import EViTForImageClassification, reorganize
+from evit_hf import EViTForImageClassification, reorganize, token_reorganization
 from evit_hf.export import export_model, load_exported
 from evit_training.cli import main
 from evit_training.loop import trainer
@@ -58,6 +59,55 @@ def expected():
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch):
+    """PyTorch rounds the inputs of convolutions to ten bits on GPUs, unless told not to."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("inattentive_tokens", ["fused", "dropped"])
+@pytest.mark.parametrize(
+    "shape", [(3, 197, 384, 1, 138), (2, 50, 200, 2, 20), (1, 577, 1024, 1, 404), (2, 6, 24, 1, 1)]
+)
+@torch.no_grad()
+def test_kernels_choose_and_rearrange_as_the_plain_code_does(shape, inattentive_tokens, dtype, monkeypatch):
+    batch_size, length, size, num_prefix_tokens, num_attentive = shape
+    tokens = torch.randn(batch_size, length, size, device=DEVICE, dtype=dtype)
+    attention = torch.rand(batch_size, length - num_prefix_tokens, device=DEVICE)
+    settings = {"num_prefix_tokens": num_prefix_tokens, "inattentive_tokens": inattentive_tokens}
+
+    def results():
+        choice = token_reorganization.choose_tokens(attention, num_attentive, **settings)
+        return choice, token_reorganization.rearrange_tokens(tokens, choice, num_prefix_tokens)
+
+    choice, rearranged = results()
+    assert (choice.rows is None) == (DEVICE.type == "cuda")
+    monkeypatch.setattr(token_reorganization, "runs_in_kernels", lambda tensor: False)
+    plain_choice, plain = results()
+    assert torch.equal(choice.attentive_index, plain_choice.attentive_index)
+    copied = num_prefix_tokens + num_attentive
+    assert torch.equal(rearranged[:, :copied], plain[:, :copied])
+    assert rearranged.shape == plain.shape
+    if inattentive_tokens == "fused":
+        assert torch.equal(choice.weights, plain_choice.weights)
+        assert relative_error(rearranged[:, copied:], plain[:, copied:]) < PRECISIONS[dtype] / 10
+
+
+@torch.no_grad()
+def test_who_counts_operations_sees_the_plain_ones():
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.add(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    names = set()
+    model = model_on()
+    with Names():
+        model(some_images())
+    assert {"topk", "index_select", "convolution"} <= names
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])

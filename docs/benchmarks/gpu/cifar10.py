@@ -1,92 +1,67 @@
-"""Evidence: small EViTs from scratch on CIFAR-10, 30 epochs, at keep rates 1.0, 0.7 and 0.5, tokens fused and dropped.
+"""Evidence: the packaged study `cifar10` with a longer start, 30 epochs in place of ten, many runs at once on one GPU.
 
-One call trains all of them for the seeds it is given, several at once on one GPU, and stops what has not ended in
-time. A table of one seed says nothing of the error: give the next calls other seeds and put the tables together.
+Batches are larger where training is from scratch, in bfloat16; all else is as in the packaged study. With
+`--more-from-scratch` tokens fused and dropped are also compared in training from scratch. Like each `evit study`, it
+resumes when it is started again.
 """
 
-import json
-import os
-import signal
+import argparse
 import sys
-import tempfile
-import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from kit import Kit
+import yaml
 
-from evit_training.studies.report import as_json, as_markdown, summarize
-from evit_training.studies.runner import StudyStopped, run_all
-from evit_training.studies.study import Run, Study
+from evit_training.cli import main as evit
+from evit_training.studies.study import STUDIES
 
 
-# Most important first.
-SETTINGS = {
-    "1.0": "--keep-rate 1.0",
-    "0.7 fused": "--keep-rate 0.7",
-    "0.5 fused": "--keep-rate 0.5",
-    "0.7 dropped": "--keep-rate 0.7 --inattentive-tokens dropped",
-    "0.5 dropped": "--keep-rate 0.5 --inattentive-tokens dropped",
-}
+MORE = {"0.7 fused": "", "0.7 dropped": "--inattentive-tokens dropped", "0.5 dropped": "--inattentive-tokens dropped"}
+TINY = "--max-train-samples 64 --max-eval-samples 32 --hidden-size 24 --num-attention-heads 2 --num-workers 0"
 
 
-def study(kit: Kit) -> Study:
-    """All settings, trained as by the recipe `cifar10` but shorter."""
-    data, epochs = Path(kit.arguments.data), kit.arguments.epochs
-    workers = max(1, (os.cpu_count() or 2) // len(SETTINGS))
-    flags = ["cifar10", "--dataset", str(data / "train.parquet"), str(data / "test.parquet"), "--epochs", str(epochs)]
-    flags += ["--keep-rate-dense-epochs", f"{epochs * 0.1:g}", "--keep-rate-shrink-epochs", f"{epochs * 0.4:g}"]
-    flags += ["--warmup-epochs", f"{epochs * 0.1:g}", "--compare-keep-rates", "1.0", "--num-pictures", "0"]
-    flags += ["--num-workers", str(workers), "--mixed-precision", "bf16"]
-    settings = {name: tuple(words.split()) for name, words in SETTINGS.items()}
-    if kit.is_dry:
-        flags += ["--max-train-samples", "64", "--max-eval-samples", "32", "--batch-size", "16", "--hidden-size", "24"]
-        flags += ["--num-hidden-layers", "4", "--num-workers", "0", "--mixed-precision", "no"]
-        settings = {name: settings[name] for name in ("1.0", "0.7 fused")}
-    about = f"CIFAR-10, {epochs} epochs from scratch."
-    return Study("cifar10", about, tuple(flags), tuple(kit.arguments.seeds), settings, "1.0")
-
-
-def trained(kit: Kit, folder: Path) -> tuple[str, Any]:
-    """Train all runs, several at once, until the time is up, and read what they reached."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    plan = study(kit)
-    runs, failed = plan.runs(folder), {}
-    alarm = threading.Timer(kit.seconds_left - 15, os.kill, (os.getpid(), signal.SIGTERM))
-    alarm.start()
-    try:
-        failed = run_all(runs, 1 if kit.is_dry else len(SETTINGS), 0 if kit.is_dry else 1)
-    except StudyStopped:
-        pass  # what has ended is in the table
-    finally:
-        alarm.cancel()
-    notes = [f"{run.name}: {failed.get(run) or so_far(run)}" for run in runs if not run.is_done]
-    rows = summarize(plan, runs)
-    if not rows:
-        raise RuntimeError("\n".join(["no run ended:", *notes]))
-    return "\n".join([as_markdown(plan, rows, None, kit.command), *notes]), as_json(plan, rows, None)
-
-
-def so_far(run: Run) -> str:
-    """What a run that was stopped had reached."""
-    log = run.folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    scores = [f"{100 * line['eval_top1']:.2f} % at epoch {line['epoch']:.1f}" for line in lines if "eval_top1" in line]
-    return f"stopped, {scores[-1] if scores else 'not yet evaluated'}"
+def longer(epochs: int, data: Path, more: bool, is_dry: bool) -> dict:
+    """The packaged study with its start and training from scratch made as long as wanted."""
+    study = yaml.safe_load((STUDIES / "cifar10.yaml").read_text("utf-8"))
+    settings = study["settings"]
+    name = "0.5 fused, from scratch"
+    scratch = f"--batch-size 256 --eval-steps 1960 --warmup-epochs {epochs / 10:g}"
+    shrinking = f"--keep-rate-dense-epochs {epochs / 10:g} --keep-rate-shrink-epochs {epochs * 0.4:g}"
+    settings["start"] = f"{scratch} --epochs {epochs} --keep-rate 1.0"
+    settings[name] = f"{scratch} {shrinking} --epochs {epochs + 1} --keep-rate 0.5"
+    for kept, flags in MORE.items() if more else ():
+        rate = kept.split()[0]
+        settings[f"{kept}, from scratch"] = f"{settings[name].replace('0.5', rate)} {flags}".strip()
+    study["train"] += f" --dataset {data / 'train.parquet'} {data / 'test.parquet'}"
+    if is_dry:
+        study["train"] += f" {TINY}"
+        study["seeds"] = [0]
+    else:
+        study["train"] += " --num-workers 2 --mixed-precision bf16"
+    study["about"] = (
+        "Speed against accuracy, fused against dropped, resolution at equal cost, the oracle and counted tokens on "
+        f"CIFAR-10, with a network of 9 layers, 96 wide. For each seed a dense start of {epochs} epochs, and from "
+        "there one epoch at each setting; others are trained from scratch, for as long as start and fine-tuning."
+    )
+    return study
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train what a command line asks for."""
-    flags = {
-        "--data": {"default": ".gpu/cifar10", "help": "folder with train.parquet and test.parquet"},
-        "--seeds": {"type": int, "nargs": "+", "default": [0], "help": "of each setting"},
-        "--epochs": {"type": int, "default": 30, "help": "passes over the 50,000 images"},
-    }
-    kit = Kit("cifar10", __doc__, argv, flags)
-    with tempfile.TemporaryDirectory() as temporary:
-        kit.measure(f"seeds {kit.arguments.seeds}", lambda: trained(kit, Path(temporary)), 60)
-    return kit.finish()
+    """Carry out the study."""
+    parser = argparse.ArgumentParser("cifar10", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--data", default=".gpu/cifar10", help="folder with train.parquet and test.parquet")
+    parser.add_argument("--output-dir", default="runs/gpu/cifar10", help="folder of the study")
+    parser.add_argument("--epochs", type=int, default=30, help="of the start, over 50,000 images")
+    parser.add_argument("--jobs", type=int, default=10, help="runs at a time")
+    parser.add_argument("--more-from-scratch", action="store_true", help="three more settings from scratch")
+    parser.add_argument("--dry-run", action="store_true", help="tiny models, 64 images: does it work at all?")
+    arguments = parser.parse_args(argv)
+    folder = Path(arguments.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    study = longer(arguments.epochs, Path(arguments.data), arguments.more_from_scratch, arguments.dry_run)
+    (folder / "cifar10.yaml").write_text(yaml.safe_dump(study, sort_keys=False, width=1000), "utf-8")
+    jobs = ["--jobs", str(arguments.jobs)]
+    return evit(["study", str(folder / "cifar10.yaml"), "--output-dir", str(folder), "--no-speed", *jobs])
 
 
 if __name__ == "__main__":

@@ -80,10 +80,10 @@ def graphed(kit: Kit, name: str, batch_size: int, keep_rates: Sequence[float] = 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what a command line asks for."""
-    kit = Kit("graphs", __doc__, argv)
+    kit = Kit("graphs", __doc__, argv, {"--skip-graphs": {"action": "store_true", "help": "only `torch.compile`"}})
     with tempfile.TemporaryDirectory() as temporary:
         name = sized("evit-deit-s", Path(temporary), kit.is_dry)
-        for batch_size in (1,) if kit.is_dry else (1, 8, 64):
+        for batch_size in () if kit.arguments.skip_graphs else (1,) if kit.is_dry else (1, 8, 64):
             kit.measure(f"CUDA graphs, batch {batch_size}", lambda size=batch_size: graphed(kit, name, size))
         if kit.is_dry:  # compiling for the CPU is tested elsewhere
             return kit.finish()

@@ -4,6 +4,7 @@ The first part is `evit benchmark --training`. The second runs `evit train` on p
 that nothing has to travel) with the paper's augmentation, and reads speed and the share of waiting from its log.
 """
 
+import io
 import json
 import os
 import statistics
@@ -27,14 +28,16 @@ TINY = ["--hidden-size", "32", "--num-hidden-layers", "4", "--num-attention-head
 
 def photographs(folder: Path, number: int) -> None:
     """Write JPEG pictures of 500 x 375 pixels in two classes; a few dozen different ones, under many names."""
-    different = [
-        Image.effect_noise((125, 94), 60 + i).convert("RGB").resize((500, 375)) for i in range(min(number, 32))
-    ]
+    different = []
+    for i in range(min(number, 32)):
+        encoded = io.BytesIO()
+        Image.effect_noise((125, 94), 60 + i).convert("RGB").resize((500, 375)).save(encoded, "JPEG", quality=90)
+        different.append(encoded.getvalue())
     for split, share in (("train", 1.0), ("validation", 0.05)):
         for i in range(int(number * share) or 2):
             path = folder / split / f"class{i % 2}" / f"{i}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            different[i % len(different)].save(path, quality=90)
+            path.write_bytes(different[i % len(different)])
 
 
 def trainer(kit: Kit, keep_rate: float, precision: str, compiles: bool = False) -> tuple[str, Any]:
