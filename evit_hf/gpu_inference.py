@@ -8,7 +8,9 @@ the operations itself), for counted tokens, and for whoever counts or rewrites o
 Nothing here has parameters: a model is saved and loaded as if this file did not exist.
 """
 
-# ruff: noqa: ANN001 (Triton reads the annotations of its kernels)
+# Triton reads the annotations of its kernels.
+# ruff: noqa: ANN001
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 import functools
 from typing import Any
@@ -59,8 +61,8 @@ def _has_compiler() -> bool:
     """Whether Triton can build a kernel here: it needs a C compiler."""
     if triton is None:
         return False
-    attention = torch.zeros(1, 4, device="cuda")
     try:
+        attention = torch.zeros(1, 4, device="cuda")
         rearrange_by_kernel(attention[:, :, None], *choose_by_kernel(attention, 2, True), 0)
     except Exception as error:  # whatever stands between Triton and this GPU
         logger.warning(f"Tokens are rearranged without kernels, which Triton could not build: {error}")
@@ -156,15 +158,24 @@ def rearrange_by_kernel(
     return output
 
 
+# Arguments of kernels that change from call to call, so that no kernel is compiled for their values.
+CHANGING = (
+    "num_image_tokens",
+    "num_attentive",
+    "sequence_length",
+    "num_prefix_tokens",
+    "num_copied",
+    "length",
+    "num_copies",
+)
+
+
 def kernel(function: Any) -> Any:
-    """`triton.jit` where there is Triton. Only the size of a token is worth compiling a kernel for."""
+    """`triton.jit` where there is Triton."""
     if triton is None:
         return function
-    return triton.jit(function, do_not_specialize=[name for name in VARIABLE if name in function.__code__.co_varnames])
-
-
-VARIABLE = ("num_image_tokens", "num_attentive", "sequence_length", "num_prefix_tokens", "num_copied", "length")
-VARIABLE += ("num_copies",)
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return triton.jit(function, do_not_specialize=[name for name in names if name in CHANGING])
 
 
 @kernel

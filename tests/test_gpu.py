@@ -76,7 +76,8 @@ def exact_convolutions(monkeypatch):
 def test_kernels_choose_and_rearrange_as_the_plain_code_does(shape, inattentive_tokens, dtype, monkeypatch):
     batch_size, length, size, num_prefix_tokens, num_attentive = shape
     tokens = torch.randn(batch_size, length, size, device=DEVICE, dtype=dtype)
-    attention = torch.rand(batch_size, length - num_prefix_tokens, device=DEVICE)
+    numbers = [torch.randperm(length - num_prefix_tokens) for _ in range(batch_size)]  # no two are equal
+    attention = (torch.stack(numbers) / length).to(DEVICE)
     settings = {"num_prefix_tokens": num_prefix_tokens, "inattentive_tokens": inattentive_tokens}
 
     def results():

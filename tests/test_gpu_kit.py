@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from vision_families import HAS_DINOV2, build, inputs
 
@@ -14,6 +15,7 @@ from evit_hf import reorganize
 from evit_hf.token_reorganization import rearrange_tokens
 from evit_training.measuring import timing
 from evit_training.measuring.comparisons import merged_pairs
+from evit_training.studies.study import read_study
 
 
 FOLDER = ROOT / "docs" / "benchmarks" / "gpu"
@@ -34,7 +36,7 @@ def script(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "sections"),
     [
-        ("shares", 2),
+        ("shares", 3),
         pytest.param("graphs", 1, marks=pytest.mark.slow),
         pytest.param("counted", 4, marks=pytest.mark.slow),
         pytest.param("train_step", 3, marks=pytest.mark.slow),
@@ -61,6 +63,26 @@ def test_what_fails_or_has_no_time_left_is_noted_and_the_rest_is_measured(script
     assert texts[0] == "Failed: ZeroDivisionError: division by zero"
     assert texts[1].startswith("Not measured: it takes up to 100 s")
     assert texts[2] == "a table"
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_the_longer_study_of_cifar10_is_a_study_with_a_longer_start(more, script, tmp_path):
+    packaged, path = read_study("cifar10"), tmp_path / "cifar10.yaml"
+    path.write_text(yaml.safe_dump(script("cifar10").longer(30, tmp_path, more, False), sort_keys=False, width=1000))
+    study = read_study(str(path))
+    assert "30 epochs" in study.about
+    assert study.claims == packaged.claims
+    changed = {name for name, words in packaged.settings.items() if study.settings[name] != words}
+    assert changed == {"start", "0.5 fused, from scratch"}
+    added = study.settings.keys() - packaged.settings.keys()
+    assert added == (
+        {f"{name}, from scratch" for name in ("0.7 fused", "0.7 dropped", "0.5 dropped")} if more else set()
+    )
+    for name, flags in study.settings.items():
+        if name.endswith("from scratch"):
+            assert flags[flags.index("--epochs") + 1] == "31"
+            assert flags[flags.index("--keep-rate") + 1] == name.split()[0]
+            assert ("dropped" in flags) == ("dropped" in name)
 
 
 @torch.no_grad()

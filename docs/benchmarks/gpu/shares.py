@@ -1,4 +1,4 @@
-"""Where the time goes: the share of scoring, choosing, gathering, fusing and concatenating tokens.
+"""Where the time goes: the share of scoring, choosing, gathering, fusing and concatenating tokens, and of training.
 
 If reorganizing takes more than 5 % at batch 256, one kernel for all of it may pay. The same for queries, keys and
 values as one product: what three products of a third cost more than one.
@@ -86,6 +86,36 @@ def shares(kit: Kit) -> tuple[str, Any]:
     return text, {"milliseconds": times, "share": step / times["forward"]}
 
 
+def training(kit: Kit) -> tuple[str, Any]:
+    """Kernels of a training step, and how much of the step's time the GPU is busy."""
+    model, images = build(kit)
+    model.train()
+    labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    is_cuda = kit.device.type == "cuda"
+
+    def step() -> None:
+        model(images, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if is_cuda:
+            torch.cuda.synchronize()
+
+    for _ in range(1 if kit.is_dry else 5):
+        step()
+    wall = Timer("step()", globals={"step": step}).timeit(1 if kit.is_dry else 10).median
+    with (
+        short_cuts_counted(),
+        profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + is_cuda]) as prof,
+    ):
+        step()
+    events = prof.key_averages()
+    busy = sum(event.self_device_time_total for event in events) / 1e6
+    table = events.table(sort_by=f"self_{'cuda' if is_cuda else 'cpu'}_time_total", row_limit=30)
+    text = f"A step takes {1e3 * wall:.2f} ms; kernels run for {1e3 * busy:.2f} ms of it.\n\n```\n{table}\n```"
+    return text, {"wall": wall, "busy": busy}
+
+
 @torch.no_grad()
 def products(kit: Kit) -> tuple[str, Any]:
     """Queries, keys and values as three products and as one, with the weights side by side in memory."""
@@ -127,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         once(kit)
         return 0
     kit.measure("DeiT-S, keep rate 0.7, batch 256", lambda: shares(kit))
+    kit.measure("DeiT-S, keep rate 0.7, training step, batch 256", lambda: training(kit))
     kit.measure("queries, keys and values of DeiT-S", lambda: products(kit))
     return kit.finish()
 
