@@ -20,6 +20,9 @@ from torch import nn
 from transformers.utils import logging
 
 from .short_cuts import operations_are_watched
+from .token_reorganization import TokenChoice
+from .token_reorganization import choose_tokens as choose_in_pytorch
+from .token_reorganization import rearrange_tokens as rearrange_in_pytorch
 
 
 try:
@@ -35,6 +38,36 @@ logger = logging.get_logger(__name__)
 TILE_ROWS, TILE_COLUMNS = 32, 128
 # Tokens of an image up to which one program sorts them.
 MAX_TOKENS = 1024
+
+
+def choose_tokens(
+    attention: torch.Tensor,
+    num_attentive: int,
+    *,
+    num_prefix_tokens: int = 1,
+    inattentive_tokens: str = "fused",
+    token_scores: torch.Tensor | None = None,
+    **keywords: Any,
+) -> TokenChoice:
+    """`token_reorganization.choose_tokens`, in a kernel where that can be."""
+    if token_scores is None and inattentive_tokens != "counted" and runs_in_kernels(attention):
+        index, weights = choose_by_kernel(attention, num_attentive, inattentive_tokens == "fused")
+        return TokenChoice(index, None, weights)
+    return choose_in_pytorch(
+        attention,
+        num_attentive,
+        num_prefix_tokens=num_prefix_tokens,
+        inattentive_tokens=inattentive_tokens,
+        token_scores=token_scores,
+        **keywords,
+    )
+
+
+def rearrange_tokens(hidden_states: torch.Tensor, choice: TokenChoice, num_prefix_tokens: int = 1) -> torch.Tensor:
+    """`token_reorganization.rearrange_tokens`, in a kernel where that can be."""
+    if choice.counted is None and runs_in_kernels(hidden_states):
+        return rearrange_by_kernel(hidden_states, choice.attentive_index, choice.weights, num_prefix_tokens)
+    return rearrange_in_pytorch(hidden_states, choice, num_prefix_tokens)
 
 
 def runs_in_kernels(tensor: torch.Tensor) -> bool:
@@ -257,7 +290,9 @@ def _rearrange(
 
 __all__ = [
     "choose_by_kernel",
+    "choose_tokens",
     "embed_patches",
     "rearrange_by_kernel",
+    "rearrange_tokens",
     "runs_in_kernels",
 ]

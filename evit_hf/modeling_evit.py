@@ -47,7 +47,7 @@ from .configuration_evit import (
     refuse_misspelt_names,
 )
 from .cpu_inference import called, images_in_cache, linear
-from .gpu_inference import embed_patches
+from .gpu_inference import choose_tokens, embed_patches, rearrange_tokens
 from .pictures import as_rgb
 from .short_cuts import classes_of, modules_below, plain_road_wanted
 from .token_labelling import mix_tokens
@@ -55,14 +55,12 @@ from .token_reorganization import (
     TokenChoice,
     all_patches,
     attention_by_patch,
-    choose_tokens,
     class_token_attention,
     class_token_probabilities,
     follow_patches,
     follow_tokens,
     log_sizes,
     mean_keys,
-    rearrange_tokens,
     reorganize_token_mask,
     scores_by_patch,
 )

@@ -38,16 +38,15 @@ from .configuration_evit import (
     refuse_misspelt_names,
     renamed_settings,
 )
+from .gpu_inference import choose_tokens, rearrange_tokens
 from .reorganization_timm import MODEL_CLASSES, TimmHalves, reason_against, reorganizing_model_class
 from .token_reorganization import (
     TowerCosts,
     all_patches,
-    choose_tokens,
     class_token_attention,
     class_token_probabilities,
     follow_patches,
     follow_tokens,
-    rearrange_tokens,
     scores_by_patch,
 )
 from .tokens_left import Asked, TokensLeft, bias_of_pairs, tokens_of_a_pass

@@ -25,8 +25,6 @@ from typing import NamedTuple
 
 import torch
 
-from .gpu_inference import choose_by_kernel, rearrange_by_kernel, runs_in_kernels
-
 
 # What becomes of the inattentive tokens.
 INATTENTIVE_TOKENS = ("fused", "dropped", "counted")
@@ -324,8 +322,6 @@ def rearrange_tokens(hidden_states: torch.Tensor, choice: TokenChoice, num_prefi
 
     Returns: (batch_size, num_prefix_tokens + num_attentive (+ 1 fused token), hidden_size).
     """
-    if choice.counted is None and runs_in_kernels(hidden_states):
-        return rearrange_by_kernel(hidden_states, choice.attentive_index, choice.weights, num_prefix_tokens)
     rows = choice.rows
     if rows is None:
         rows = attentive_rows(choice.attentive_index, hidden_states.shape[1], num_prefix_tokens)
@@ -393,9 +389,6 @@ def choose_tokens(
     """
     if inattentive_tokens == "counted":
         return _counted_choice(attention, num_attentive, num_prefix_tokens, token_scores, keys, token_sizes)
-    if token_scores is None and runs_in_kernels(attention):
-        index, weights = choose_by_kernel(attention, num_attentive, inattentive_tokens == "fused")
-        return TokenChoice(index, None, weights)
     index = top_attentive_index(attention if token_scores is None else token_scores, num_attentive)
     return _choice_of(index, attention, num_prefix_tokens, inattentive_tokens == "fused")
 

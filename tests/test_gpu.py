@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import SMALL, free_port, read_log
 from vision_families import EXAMPLE, build, inputs
 
-from evit_hf import EViTForImageClassification, reorganize, token_reorganization
+from evit_hf import EViTForImageClassification, gpu_inference, reorganize
 from evit_hf.export import export_model, load_exported
 from evit_training.cli import main
 from evit_training.loop import trainer
@@ -81,12 +81,12 @@ def test_kernels_choose_and_rearrange_as_the_plain_code_does(shape, inattentive_
     settings = {"num_prefix_tokens": num_prefix_tokens, "inattentive_tokens": inattentive_tokens}
 
     def results():
-        choice = token_reorganization.choose_tokens(attention, num_attentive, **settings)
-        return choice, token_reorganization.rearrange_tokens(tokens, choice, num_prefix_tokens)
+        choice = gpu_inference.choose_tokens(attention, num_attentive, **settings)
+        return choice, gpu_inference.rearrange_tokens(tokens, choice, num_prefix_tokens)
 
     choice, rearranged = results()
     assert (choice.rows is None) == (DEVICE.type == "cuda")
-    monkeypatch.setattr(token_reorganization, "runs_in_kernels", lambda tensor: False)
+    monkeypatch.setattr(gpu_inference, "runs_in_kernels", lambda tensor: False)
     plain_choice, plain = results()
     assert torch.equal(choice.attentive_index, plain_choice.attentive_index)
     copied = num_prefix_tokens + num_attentive

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from torch import nn
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from evit_hf import gpu_inference
 from evit_hf.gpu_inference import embed_patches
 
-
-triton = pytest.importorskip("triton")  # comes with PyTorch where there may be a GPU
 
 INTERPRETED = Path(__file__).with_name("interpreted_kernels.py")
 
@@ -26,9 +27,6 @@ def test_interpreted_kernels_give_what_the_plain_code_gives():
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_kernels_compile_for_gpus(dtype):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     tokens = {"hidden_states": f"*{dtype}", "index": "*i64", "weights": "*fp32", "output": f"*{dtype}"}
     tokens |= dict.fromkeys(("sequence_length", "hidden_size", "num_prefix_tokens"), "i32")
     tokens |= dict.fromkeys(("num_copied", "length", "num_copies"), "i32")

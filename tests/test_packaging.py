@@ -26,6 +26,7 @@ MODELING_FILES = (
 MODELING_FILES += (
     "pictures.py",
     "short_cuts.py",
+    "gpu_inference.py",
     "configuration_evit_lv.py",
     "modeling_evit_lv.py",
     "token_labelling.py",
@@ -72,9 +73,9 @@ def test_files_that_travel_import_torch_transformers_and_each_other_alone(file):
         elif isinstance(node, ast.ImportFrom):
             imported.add(f".{node.module}" if node.level else node.module.split(".")[0])
     local = {f".{name.removesuffix('.py')}" for name in MODELING_FILES}
-    # Transformers needs numpy itself; Pillow is imported where it is installed.
-    pictures = {"numpy", "PIL"} if file == "pictures.py" else set()
-    assert imported - set(sys.stdlib_module_names) <= {"torch", "transformers", "huggingface_hub"} | local | pictures
+    # Transformers needs numpy itself; Pillow and Triton are imported where they are installed.
+    others = {"pictures.py": {"numpy", "PIL"}, "gpu_inference.py": {"triton"}}.get(file, set())
+    assert imported - set(sys.stdlib_module_names) <= {"torch", "transformers", "huggingface_hub"} | local | others
 
 
 @pytest.mark.parametrize("file", MODELING_FILES)
@@ -220,7 +221,7 @@ def test_saved_folder_holds_the_code_that_remote_loading_needs(tmp_path, tiny_mo
     names = {path.name for path in tmp_path.glob("*.py")}
     assert (
         {"configuration_evit.py", "cpu_inference.py", "modeling_evit.py", "pictures.py", "token_reorganization.py"}
-        | {"tokens_left.py"}
+        | {"gpu_inference.py", "tokens_left.py"}
         <= names
         <= set(MODELING_FILES)
     )

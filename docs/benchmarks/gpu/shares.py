@@ -16,7 +16,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.benchmark import Timer
 
-from evit_hf import EViTConfig, EViTForImageClassification, preset_config, token_reorganization
+from evit_hf import EViTConfig, EViTForImageClassification, gpu_inference, preset_config, token_reorganization
 from evit_hf.short_cuts import short_cuts_counted
 from evit_training.measuring.comparisons import in_place
 
@@ -46,7 +46,7 @@ def named_parts() -> dict[str, Any]:
     """The functions of `PARTS`, which the profiler sees under their names."""
 
     def named(name: str) -> Any:
-        function = getattr(token_reorganization, name)
+        function = getattr(gpu_inference, name, None) or getattr(token_reorganization, name)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with record_function(name):
