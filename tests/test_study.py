@@ -12,7 +12,7 @@ from evit_hf import modeling_evit
 from evit_training.cli import main
 from evit_training.measuring.comparisons import by_lowest_attention, replacements
 from evit_training.studies import runner, ways
-from evit_training.studies.report import as_json, as_markdown, decide, draw, summarize
+from evit_training.studies.report import as_json, as_markdown, decide, draw, measure_speed, summarize
 from evit_training.studies.runner import check_record, run_all
 from evit_training.studies.study import STUDIES, WAYS, read_study
 
@@ -38,6 +38,7 @@ def finish_run(run, score, keep_rate=0.5):
     """What a run leaves behind that the table needs."""
     run.folder.mkdir(parents=True)
     rows = [{"keep_rate": rate, "top1": x, "gmacs": rate} for rate, x in ((1.0, 0.1), (keep_rate, score))]
+    rows = [{**row, "image_size": [32, 32]} for row in rows]
     for name, values in (("results", rows), ("class_report", {"keep_rate": keep_rate}), ("run", {"seconds": 2.0})):
         (run.folder / f"{name}.json").write_text(json.dumps(values))
 
@@ -114,6 +115,15 @@ def test_means_errors_and_differences_are_over_seeds(tmp_path):
     assert "| GMACs | training, s |" in as_markdown(study, untimed, None, "evit study tiny.yaml --no-speed")
     draw(study, [dense, fused], tmp_path / "study.png")
     assert (tmp_path / "study.png").stat().st_size > 10_000
+
+
+def test_speed_is_that_of_a_run_that_kept_its_model(tmp_path, tiny_model):
+    study = read_study(write(tmp_path))
+    runs = study.runs(tmp_path)
+    for run in runs:
+        finish_run(run, 0.9)
+    tiny_model.save_pretrained(study.run("dense", 1, tmp_path).folder / "model")
+    assert measure_speed(runs, 2, rounds=1).keys() == {"dense"}
 
 
 def test_flags_after_two_hyphens_reach_every_run(tmp_path, monkeypatch):

@@ -106,7 +106,7 @@ def measure_speed(runs: Sequence[Run], batch_size: int, rounds: int = 11) -> dic
     """Speed of one model of each setting, all in one process and in turn.
 
     Args:
-        runs: the first one of each setting that is done is taken.
+        runs: the first one of each setting that is done and has kept its model is taken.
         batch_size: images of a batch, of noise: the time does not depend on what they show.
         rounds: measured rounds, after two that warm up.
 
@@ -115,9 +115,10 @@ def measure_speed(runs: Sequence[Run], batch_size: int, rounds: int = 11) -> dic
     device, variants = best_device(), list[Variant]()
     for run in runs:
         is_measured = any(run.setting == variant.name for variant in variants)
-        if not run.is_done or run.way is not None or is_measured:
+        folder = run.folder / "model"
+        if not run.is_done or run.way is not None or is_measured or not folder.exists():
             continue
-        model = load_classifier(str(run.folder / "model")).eval()
+        model = load_classifier(str(folder)).eval()
         model.to(device)
         images = torch.randn_like(example_inputs(model, _result(run.folder)["image_size"], batch_size))
         variants.append(Variant(run.setting, functools.partial(model, images), 0, 0))
