@@ -233,15 +233,14 @@ class EViTEmbeddings(ViTEmbeddings):
         """Resize the position embeddings bicubically to the patch grid of a height x width image.
 
         Args:
-                embeddings: (batch_size, num_prefix_tokens + num_patches, hidden_size), the tokens that need positions.
-                height: image height in pixels.
-                width: image width in pixels.
+            embeddings: (batch_size, num_prefix_tokens + num_patches, hidden_size), the tokens that need positions.
+            height: image height in pixels.
+            width: image width in pixels.
 
-            Returns: (1, num_prefix_tokens + num_patches, hidden_size); positions of prefix tokens are not resized.
+        Returns: (1, num_prefix_tokens + num_patches, hidden_size); positions of prefix tokens are not resized.
 
-            Source: transformers.models.vit.modeling_vit.ViTEmbeddings,
-        ViTPatchEmbeddings, after
-                https://github.com/facebookresearch/dinov2/blob/e1277af/dinov2/models/vision_transformer.py#L179-L211.
+        Source: transformers.models.vit.modeling_vit.ViTEmbeddings, after
+            https://github.com/facebookresearch/dinov2/blob/e1277af/dinov2/models/vision_transformer.py#L179-L211.
         """
         grid, trained_grid = patch_grid(self.config, (height, width)), patch_grid(self.config, self.image_size)
         if not torch.jit.is_tracing() and grid == trained_grid:
