@@ -137,7 +137,7 @@ def test_a_dense_trace_has_attention_and_keeps_all(tiny_model, images):
     for i, stage in enumerate(trace.stages):
         assert not stage.reorganizes
         assert trace.kept(i).all()
-        assert torch.equal(trace.attention(i).flatten(1), expected[:, i])
+        torch.testing.assert_close(trace.attention(i).flatten(1), expected[:, i])  # short cuts round differently
     assert not any("token_maps" in str(module._forward_hooks) for module in tiny_model.modules())
 
 
