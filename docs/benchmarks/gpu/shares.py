@@ -57,17 +57,21 @@ def named_parts() -> dict[str, Any]:
     return {name: named(name) for name in PARTS}
 
 
+def activities(kit: Kit) -> list[ProfilerActivity]:
+    """What the profiler follows."""
+    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if kit.device.type == "cuda" else [])]
+
+
 @torch.no_grad()
 def shares(kit: Kit) -> tuple[str, Any]:
     """Time of each part in a forward pass, from PyTorch's profiler."""
     model, images = build(kit)
     passes, is_cuda = (1, False) if kit.is_dry else (10, True)
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
     # The profiler would otherwise be given the plain order of operations, without short cuts.
     with in_place(named_parts()), short_cuts_counted():
         for _ in range(3):
             model(images)
-        with profile(activities=activities) as profiler:
+        with profile(activities=activities(kit)) as profiler:
             for _ in range(passes):
                 with record_function("forward"):
                     model(images)
@@ -104,13 +108,12 @@ def training(kit: Kit) -> tuple[str, Any]:
     for _ in range(1 if kit.is_dry else 5):
         step()
     wall = Timer("step()", globals={"step": step}).timeit(1 if kit.is_dry else 10).median
-    with (
-        short_cuts_counted(),
-        profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + is_cuda]) as prof,
-    ):
+    with short_cuts_counted(), profile(activities=activities(kit)) as profiler:
         step()
-    events = prof.key_averages()
-    busy = sum(event.self_device_time_total for event in events) / 1e6
+    events = profiler.key_averages()
+    # An operation's row counts its kernels' time again: only theirs are added up.
+    kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    busy = sum(event.self_device_time_total for event in kernels) / 1e6
     table = events.table(sort_by=f"self_{'cuda' if is_cuda else 'cpu'}_time_total", row_limit=30)
     text = f"A step takes {1e3 * wall:.2f} ms; kernels run for {1e3 * busy:.2f} ms of it.\n\n```\n{table}\n```"
     return text, {"wall": wall, "busy": busy}
