@@ -133,11 +133,13 @@ def test_maps_equal_a_loop_and_follow_fused_tokens(fuse, images):
 @torch.no_grad()
 def test_a_dense_trace_has_attention_and_keeps_all(tiny_model, images):
     trace = trace_tokens(tiny_model, images, keep_rate=1.0)
+    hook = tiny_model.vit.layernorm.register_forward_hook(lambda *_: None)  # the plain road, as the trace takes it
     expected = tiny_model(images, keep_rate=1.0, output_class_attention=True).class_attention
+    hook.remove()
     for i, stage in enumerate(trace.stages):
         assert not stage.reorganizes
         assert trace.kept(i).all()
-        torch.testing.assert_close(trace.attention(i).flatten(1), expected[:, i])  # short cuts round differently
+        assert torch.equal(trace.attention(i).flatten(1), expected[:, i])
     assert not any("token_maps" in str(module._forward_hooks) for module in tiny_model.modules())
 
 
