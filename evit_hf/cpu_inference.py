@@ -5,6 +5,8 @@ modules; `short_cuts.plain_road_wanted` says when they may be taken. On other de
 compiling neither happens. Nothing here has parameters: a model is saved and loaded as if this file did not exist.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -16,6 +18,11 @@ MIN_ONEDNN_WEIGHTS = 2**16
 HAS_MKL_AND_ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 # Hidden activations of an MLP that a thread may have in flight, see `images_in_cache`.
 CACHE_BYTES_PER_THREAD = 20 * 2**20
+
+
+def projection(inputs: torch.Tensor, takes_short_cuts: bool) -> Callable[..., torch.Tensor]:
+    """What runs the linear layers of a module: `linear` on CPUs, if nobody would see it, or else `called`."""
+    return linear if takes_short_cuts and inputs.device.type == "cpu" else called
 
 
 def called(layer: nn.Module, inputs: torch.Tensor, activation: nn.Module | None = None) -> torch.Tensor:
@@ -106,4 +113,4 @@ def images_in_cache(pixel_values: torch.Tensor, num_patches: int, intermediate_s
     return max(1, CACHE_BYTES_PER_THREAD * torch.get_num_threads() // max(image_bytes, 1))
 
 
-__all__ = ["called", "images_in_cache", "linear", "runs_on_onednn"]
+__all__ = ["called", "images_in_cache", "linear", "projection", "runs_on_onednn"]

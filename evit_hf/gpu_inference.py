@@ -44,23 +44,16 @@ def choose_tokens(
     attention: torch.Tensor,
     num_attentive: int,
     *,
-    num_prefix_tokens: int = 1,
     inattentive_tokens: str = "fused",
     token_scores: torch.Tensor | None = None,
-    **keywords: Any,
+    **others: Any,
 ) -> TokenChoice:
     """`token_reorganization.choose_tokens`, in a kernel where that can be."""
     if token_scores is None and inattentive_tokens != "counted" and runs_in_kernels(attention):
         index, weights = choose_by_kernel(attention, num_attentive, inattentive_tokens == "fused")
         return TokenChoice(index, None, weights)
-    return choose_in_pytorch(
-        attention,
-        num_attentive,
-        num_prefix_tokens=num_prefix_tokens,
-        inattentive_tokens=inattentive_tokens,
-        token_scores=token_scores,
-        **keywords,
-    )
+    others.update(inattentive_tokens=inattentive_tokens, token_scores=token_scores)
+    return choose_in_pytorch(attention, num_attentive, **others)
 
 
 def rearrange_tokens(hidden_states: torch.Tensor, choice: TokenChoice, num_prefix_tokens: int = 1) -> torch.Tensor:

@@ -46,7 +46,7 @@ from .configuration_evit import (
     python_value,
     refuse_misspelt_names,
 )
-from .cpu_inference import called, images_in_cache, linear
+from .cpu_inference import images_in_cache, linear, projection
 from .gpu_inference import choose_tokens, embed_patches, rearrange_tokens
 from .pictures import as_rgb
 from .short_cuts import classes_of, modules_below, plain_road_wanted
@@ -338,7 +338,7 @@ class EViTAttention(ViTAttention):
             attention never passes through attention dropout: noise would choose the tokens (the official code lets
             it).
         """
-        project = linear if takes_short_cuts and hidden_states.device.type == "cpu" else called
+        project = projection(hidden_states, takes_short_cuts)
         queries = hidden_states if num_queries is None else hidden_states[:, :num_queries]
         # `view` and not `unflatten`, of which `torch.onnx.export(dynamo=False)` makes a graph for one batch size.
         by_head = (*hidden_states.shape[:-1], -1, self.head_dim)
@@ -383,7 +383,7 @@ class EViTMLP(ViTMLP):
 
     def forward(self, hidden_states: torch.Tensor, takes_short_cuts: bool = False) -> torch.Tensor:
         """Return (batch_size, sequence_length, hidden_size) for the same; see `short_cuts` for the short cuts."""
-        project = linear if takes_short_cuts and hidden_states.device.type == "cpu" else called
+        project = projection(hidden_states, takes_short_cuts)
         return project(self.fc2, project(self.fc1, hidden_states, self.activation_fn))
 
 
