@@ -11,13 +11,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT, tiny_config_with
+from interpreted_kernels import compare
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import SMALL, free_port, read_log
 from vision_families import EXAMPLE, build, inputs
 
-from evit_hf import EViTForImageClassification, gpu_inference, reorganize
+from evit_hf import EViTForImageClassification, reorganize
 from evit_hf.export import export_model, load_exported
 from evit_training.cli import main
 from evit_training.loop import trainer
@@ -72,29 +73,9 @@ def exact_convolutions(monkeypatch):
 @pytest.mark.parametrize(
     "shape", [(3, 197, 384, 1, 138), (2, 50, 200, 2, 20), (1, 577, 1024, 1, 404), (2, 6, 24, 1, 1)]
 )
-@torch.no_grad()
-def test_kernels_choose_and_rearrange_as_the_plain_code_does(shape, inattentive_tokens, dtype, monkeypatch):
-    batch_size, length, size, num_prefix_tokens, num_attentive = shape
-    tokens = torch.randn(batch_size, length, size, device=DEVICE, dtype=dtype)
-    numbers = [torch.randperm(length - num_prefix_tokens) for _ in range(batch_size)]  # no two are equal
-    attention = (torch.stack(numbers) / length).to(DEVICE)
-    settings = {"num_prefix_tokens": num_prefix_tokens, "inattentive_tokens": inattentive_tokens}
-
-    def results():
-        choice = gpu_inference.choose_tokens(attention, num_attentive, **settings)
-        return choice, gpu_inference.rearrange_tokens(tokens, choice, num_prefix_tokens)
-
-    choice, rearranged = results()
+def test_kernels_choose_and_rearrange_as_the_plain_code_does(shape, inattentive_tokens, dtype):
+    choice = compare(shape, inattentive_tokens, dtype, DEVICE)
     assert (choice.rows is None) == (DEVICE.type == "cuda")
-    monkeypatch.setattr(gpu_inference, "runs_in_kernels", lambda tensor: False)
-    plain_choice, plain = results()
-    assert torch.equal(choice.attentive_index, plain_choice.attentive_index)
-    copied = num_prefix_tokens + num_attentive
-    assert torch.equal(rearranged[:, :copied], plain[:, :copied])
-    assert rearranged.shape == plain.shape
-    if inattentive_tokens == "fused":
-        assert torch.equal(choice.weights, plain_choice.weights)
-        assert relative_error(rearranged[:, copied:], plain[:, copied:]) < PRECISIONS[dtype] / 10
 
 
 @torch.no_grad()
