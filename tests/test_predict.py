@@ -166,6 +166,42 @@ def test_data_sets_and_pictures_go_together_and_twice_is_once(model_folder, pict
     assert len({row["path"] for row in rows}) == len(rows) == 13
 
 
+def test_rows_of_two_splits_and_two_tables_with_the_same_file_names_are_all_there(model_folder, tmp_path, capsys):
+    for number, name in enumerate(("train", "test")):
+        for folder in (tmp_path / "within", tmp_path / name):
+            folder.mkdir(exist_ok=True)
+            Image.fromarray(pixels(number)).save(folder / "0.png")
+        image = {"bytes": (tmp_path / "within" / "0.png").read_bytes(), "path": "0.png"}
+        rows = datasets.Dataset.from_dict({"image": [image]}, features=datasets.Features({"image": datasets.Image()}))
+        rows.to_parquet(tmp_path / "within" / f"{name}.parquet")
+        (tmp_path / name / "table.csv").write_text("image\n0.png\n")
+    (tmp_path / "within" / "0.png").unlink()
+    rows = predict(capsys, model_folder, tmp_path / "within")
+    assert sorted(row["path"] for row in rows) == ["test/0.png", "train/0.png"]
+    tables = [tmp_path / name / "table.csv" for name in ("train", "test")]
+    rows = predict(capsys, model_folder, *tables, "--image-column", "image")
+    assert len({row["path"] for row in rows}) == 2
+    assert [row["error"] for row in rows] == [None, None]
+    assert rows[0]["scores"] != rows[1]["scores"]
+
+
+def test_a_journal_of_other_inputs_is_refused(model_folder, pictures, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "rows.jsonl"
+    (pictures / "0.png").write_bytes(b"")
+    with pytest.raises(SystemExit):
+        main([str(x) for x in (model_folder, pictures, "--output", output, "--on-bad-image", "error")])
+    assert (tmp_path / "rows.jsonl.partial").exists()
+    monkeypatch.chdir(pictures.parent)  # "pictures" would name the same pictures otherwise
+    for words in ([pictures / "below"], ["pictures"], [pictures, "--split", "test"]):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main([str(x) for x in (model_folder, *words, "--output", output)])
+        assert end.value.code == 2
+        assert ("(split)" if "--split" in words else "(inputs)") in capsys.readouterr().err
+    main([str(x) for x in (model_folder, pictures, "--output", output)])
+    assert output.exists()
+
+
 def test_a_dense_vit_stays_dense_unless_asked(pictures, tmp_path, capsys):
     torch.manual_seed(0)
     sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}

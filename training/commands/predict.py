@@ -133,11 +133,14 @@ def predict(model: str, words: list[str], arguments: PredictArguments) -> None:
     )
     rows_file = None
     if arguments.output is not None:
-        settings = {name: getattr(arguments, name) for name in ("top_k", "features", "keep_rate", "dtype")}
-        settings |= {} if arguments.macs is None else {"macs": arguments.macs}
-        rows_file = RowsFile(
-            Path(arguments.output), {"model": model, **settings, "top_k": predictor.top_k}, arguments.overwrite
-        )
+        of_rows = ("features", "keep_rate", "macs", "dtype", "split", "image_column", "dataset_config")
+        settings = {
+            "model": _absolute(model),
+            "inputs": {word: _absolute(word) for word in words},
+            "top_k": predictor.top_k,
+            **{name: getattr(arguments, name) for name in of_rows},
+        }
+        rows_file = RowsFile(Path(arguments.output), settings, arguments.overwrite)
     done = rows_file.done if rows_file is not None else set()
     numbers = [i for i, name in enumerate(inputs.names) if name not in done]
     if len(numbers) < len(inputs.names):
@@ -181,7 +184,7 @@ def predict_on_cluster(model: str, words: list[str], arguments: PredictArguments
         arguments.ray or "local",
         words,
         arguments.output or "",
-        {"model": os.path.abspath(model) if os.path.isdir(model) else model, **settings},
+        {"model": _absolute(model), **settings},
         batch_size=arguments.batch_size,
         image_column=arguments.image_column,
         overwrite=arguments.overwrite,
@@ -190,6 +193,11 @@ def predict_on_cluster(model: str, words: list[str], arguments: PredictArguments
     show_result(None, {"output": arguments.output, "num_rows": num_rows, "num_errors": num_errors})
     text = f"Saved {num_rows} rows in {arguments.output}, in {time.perf_counter() - start:.1f} s"
     say(f"{text}; {num_errors} could not be decoded." if num_errors else f"{text}.")
+
+
+def _absolute(word: str) -> str:
+    """A path, whatever the current folder; an id of the Hub or the name of a data set as it is."""
+    return os.path.abspath(word) if os.path.exists(word) else word
 
 
 def _in_words(row: dict[str, Any]) -> str:

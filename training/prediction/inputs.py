@@ -25,7 +25,8 @@ class Inputs:
     """Images, undecoded, in the order of the command line.
 
     Args:
-        names: of the images, no two alike: a path, or the split and number of a row of a data set.
+        names: of the images, no two alike: the path of a picture, or split and file name or number of a row of a
+            data set.
         images: one column, `image`, of {"bytes", "path"}.
         roots: folders that files named by the data may lie in, see `ImageSplits`.
         notes: sentences for the user about what was left out.
@@ -107,12 +108,14 @@ def _of_files(paths: list[str]) -> tuple[list[str], datasets.Dataset]:
 
 
 def _of_rows(rows: DatasetLike, column: str | None, prefix: str) -> tuple[list[str], datasets.Dataset]:
-    """Images of a split of a data set, named by their files where these differ, else by their numbers."""
+    """Images of a split of a data set: in files of their own, named by them; within rows, by split and file or number."""
     name, undecoded = image_column_of(rows, column)
     images = undecoded.select_columns(name)
     images = (images if name == "image" else images.rename_column(name, "image")).cast_column("image", IMAGE)
-    column_of_paths = pyarrow.compute.struct_field(images.flatten_indices().data.column("image"), "path")
-    paths = column_of_paths.to_pylist()
-    if all(paths) and len(set(paths)) == len(paths):
+    column_of_images = images.flatten_indices().data.column("image")
+    paths = pyarrow.compute.struct_field(column_of_images, "path").to_pylist()
+    is_within = pyarrow.compute.struct_field(column_of_images, "bytes").is_valid()
+    names = paths if all(paths) and len(set(paths)) == len(paths) else [str(i) for i in range(len(images))]
+    if names is paths and not pyarrow.compute.any(is_within).as_py():
         return paths, images
-    return [f"{prefix}/{i}" for i in range(len(images))], images
+    return [f"{prefix}/{name}" for name in names], images
