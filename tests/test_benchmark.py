@@ -5,12 +5,13 @@ import re
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from conftest import tiny_config_with
 from PIL import Image
 from training_runs import SMALL
-from transformers import ViTImageProcessor
+from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
 from vision_families import EXAMPLE, build
 
 from evit_hf import EViTConfig, EViTForImageClassification, reorganize
@@ -228,6 +229,23 @@ def test_settings_that_cannot_work_end_with_one_line_and_status_2(flags, sentenc
     assert sentence in capsys.readouterr().err
 
 
+def test_what_becomes_of_the_tokens_is_named(tmp_path):
+    EViTForImageClassification(tiny_config_with(image_size=64)).save_pretrained(tmp_path)
+    arguments = BenchmarkArguments(macs=[0.8], batch_sizes=[1], rounds=1, baselines=["none"])
+    report = benchmark(str(tmp_path), arguments, ["my model", "--macs", "0.8"])
+    assert report["settings"][0]["inattentive_tokens"] == "counted"
+    assert report["command"] == "evit benchmark 'my model' --macs 0.8"
+
+
+@pytest.mark.parametrize("way", ["--training", "--schedule"])
+def test_a_model_without_classifier_is_not_trained(way, tmp_path, capsys):
+    dinov2 = Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=56))
+    dinov2.save_pretrained(tmp_path / "bare")
+    with pytest.raises(SystemExit, match="2"):
+        main(["benchmark", str(tmp_path / "bare"), "--batch-sizes", "1", way])
+    assert f"`{way}` needs a classifier, and `Dinov2Model` has none" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags", [["--keep-rates", "0.7", "0.5"], ["--batch-sizes", "1", "8"]])
 def test_a_schedule_has_one_target_and_one_batch_size(flags, capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -301,8 +319,11 @@ def test_tuned_models_are_saved_with_their_layers_and_rates(tmp_path, capsys):
     assert (Path(tmp_path) / "tuned" / "preprocessor_config.json").exists()
     for target, sentence in (("0.01", "No setting gets there"), ("100gmacs", "meets this target already")):
         with pytest.raises(SystemExit, match="2"):
-            main(["tune", str(run / "model"), target, *flags])
+            main(["tune", str(run / "model"), target, *flags, "--save", str(tmp_path / "new")])
         assert sentence in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):  # before the search
+        main(["tune", str(run / "model"), "0.7", *flags])
+    assert "exists already: name a new folder" in capsys.readouterr().err
 
 
 def test_models_that_were_not_trained_for_it_are_tuned_from_the_recipe_without_labels(tmp_path, capsys):
@@ -323,6 +344,14 @@ def test_models_that_were_not_trained_for_it_are_tuned_from_the_recipe_without_l
     assert report["chosen"] == min(others, key=lambda key: others[key]["loss"])
     assert all(row["gmacs"] <= 0.7 * report["dense"]["gmacs"] for row in others.values())
     assert (report["judge"], report["dense"]["accuracy"], report["num_images"]) == ("dense", 1.0, 4)
+
+    bytes_of = [{"bytes": (tmp_path / "pictures" / f"{i}.png").read_bytes(), "path": None} for i in range(4)]
+    (tmp_path / "rows").mkdir()
+    rows = datasets.Dataset.from_dict({"image": bytes_of, "label": [0, 1, 0, 1]})
+    rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "rows" / "test.parquet")
+    main(["tune", str(tmp_path / "dense"), "0.7", "--dataset", str(tmp_path / "rows"), "--rounds", "1", "--json"])
+    of_rows = json.loads(capsys.readouterr().out)
+    assert (of_rows["num_images"], of_rows["dense"]["loss"]) == (4, pytest.approx(report["dense"]["loss"]))
 
     tuned = EViTForImageClassification.from_pretrained(tmp_path / "tuned").eval()
     chosen = report[report["chosen"]]

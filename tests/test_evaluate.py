@@ -74,6 +74,12 @@ def test_a_vit_of_transformers_can_be_measured_into_another_folder(tmp_path, cap
     assert "Saved " in captured.err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"evaluation.json", "evaluation.png"}
     assert not (tmp_path / "vit" / "evaluation.json").exists()
+    assert json.loads(captured.out)["results"][0]["dtype"] == "float32"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    flags = ["--keep_rates", "0.5", "--output_dir", tmp_path / "out", "--mixed-precision", "bf16", "--json"]
+    evaluate(tmp_path / "vit", "--dataset", data, *flags)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert json.loads(capsys.readouterr().out)["results"][0]["dtype"] == "float32 with bf16 autocast"
 
 
 def test_streamed_data_is_measured_as_stored_data_is(model_folder, tmp_path):

@@ -434,6 +434,12 @@ def test_accuracy_that_int8_loses_ends_with_a_status_of_its_own(saved, color_fil
     ("flags", "sentence"),
     [
         (["--int8", "dynamic"], "`--int8` needs `--format onnx`, and `--dataset`"),
+        (["--dataset", "nosuch"], "`--dataset` is only used with `--int8 dynamic` or `--int8 static`: leave it out"),
+        (["--max_accuracy_drop", "2"], "`--max-accuracy-drop` is only used with `--int8 dynamic` or"),
+        (
+            ["--int8", "dynamic", "--dataset", "digits", "--calibration_images", "3"],
+            "`--calibration-images` is only used with `--int8 static`",
+        ),
         (["--format", "tflite"], "There is no format `tflite`"),
         (["--keep_rate", "1.5"], "`--keep-rate` must be in (0, 1]"),
         (["--image_size", "4"], "smaller than a patch"),

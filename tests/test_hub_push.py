@@ -23,8 +23,14 @@ from training_runs import SMALL, read_log
 from transformers import ViTImageProcessor
 
 import evit_hf
-from evit_hf import EViTForImageClassification
-from evit_training.sharing.card import card_to_push, keep_what_was_added, render_run_card, wilson_interval
+from evit_hf import EViTForImageClassification, EViTModel
+from evit_training.sharing.card import (
+    card_to_push,
+    keep_what_was_added,
+    render_folder_card,
+    render_run_card,
+    wilson_interval,
+)
 from evit_training.sharing.command import command_of_run, public_command, without_paths
 from evit_training.sharing.hub import HubRepo, PushError, check_card, export_folder, plain_text, seconds_to_wait
 
@@ -639,6 +645,83 @@ def test_a_card_tells_what_was_done(pushed, tmp_path):
     assert check_card(card)["datasets"] == ["org/wards"]
     assert "base_model" not in check_card(card)
     assert 'from_pretrained("run/model"' in render_run_card(run, None)
+
+
+def test_a_card_tells_what_the_keep_rate_was_in_training(pushed, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(pushed, run)
+    settings = yaml.safe_load((run / "arguments.yaml").read_text())
+
+    def card(**changes):
+        (run / "arguments.yaml").write_text(yaml.safe_dump(settings | changes))
+        return " ".join(render_run_card(run, REPO).split())
+
+    rate = json.loads((run / "class_report.json").read_text())["keep_rate"]
+    assert f"keep rate 1.0 for 0.5 epochs, a cosine over 1.5 epochs, then keep rate {rate}. All" in card()
+    assert "then keep rate" in card(keep_rate_shrink_epochs=2.5)
+    assert f"then keep rate {rate}; the training ended after 3 epochs, before that." in card(keep_rate_shrink_epochs=9)
+    phases = {"keep_rate_dense_epochs": 0, "keep_rate_shrink_epochs": 0}
+    assert f"; keep rate {rate} from the first step on. All" in card(**phases)
+    ranged = card(**phases, keep_rate_range=[0.5, 0.9])
+    assert "; a rate drawn between 0.5 and 0.9 in each step. All" in ranged
+    # A share of operations, which is a keep rate for each layer.
+    rates = [0.8671875, 0.8482142857142857]
+    for file in ("results.json", "class_report.json"):
+        text = (run / file).read_text().replace(f'"keep_rate": {rate}', f'"keep_rate": {rates}')
+        (run / file).write_text(text)
+    shared = card(macs=0.8)
+    assert "it keeps the shares 0.8672, 0.8482 (macs=0.8) of the image patches" in shared
+    assert "| macs=0.8 |" in shared
+    assert check_card(render_run_card(run, REPO))["model-index"][0]["results"][0]["metrics"][0]["name"] == (
+        "top-1 at macs=0.8"
+    )
+
+
+def test_a_card_names_a_model_of_the_hub_as_its_base_and_none_of_this_machine(pushed, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(pushed, run)
+    settings = yaml.safe_load((run / "arguments.yaml").read_text())
+    record = json.loads((run / "run.json").read_text())
+    assert record["base_model"] is None
+    monkeypatch.chdir(tmp_path)  # where the folder is not
+    for model, base, words in (("models/keep", None, "keep"), ("org/vit", "org/vit", "org/vit")):
+        (run / "arguments.yaml").write_text(yaml.safe_dump(settings | {"model": model}))
+        (run / "run.json").write_text(json.dumps(record | {"base_model": base, "started_from": words}))
+        card = render_run_card(run, REPO)
+        assert f"It started from {words}." in card
+        assert check_card(card).get("base_model") == base
+
+
+def test_the_card_of_a_model_with_several_labels_does_not_choose_one(pushed, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(pushed, run)
+    results = json.loads((run / "results.json").read_text())
+    rows = [{"micro_f1": row.pop("top1"), "exact_match": row.pop("top5"), **row} for row in results]
+    (run / "results.json").write_text(json.dumps(rows))
+    card = render_run_card(run, REPO)
+    assert "argmax" not in card
+    assert "(scores > 0.5)" in card
+    assert "scores each of them whatever it sees" in card
+
+
+def test_a_folder_card_tells_shares_of_operations_and_what_has_no_classifier_gets_none(model_folder, tmp_path):
+    results = {"top1": 0.5, "top5": 1.0, "gmacs": 0.1, "images_per_second": 7.0, "num_images": 9, "batch_size": 3}
+    results |= {"device": "a processor", "dtype": "float32"}
+    report = {"dataset": ["digits"], "results": [{"keep_rate": 1.0, **results}, {"macs": 0.8, **results}]}
+    (model_folder / "evaluation.json").write_text(json.dumps(report))
+    card = render_folder_card(model_folder, REPO)
+    assert "| 1.0 | 50.00 |" in card
+    assert "| macs=0.8 | 50.00 |" in card
+    counted = tmp_path / "counted"
+    EViTForImageClassification(tiny_config_with(keep_rate=None, macs=0.8, image_size=64)).save_pretrained(counted)
+    card = render_folder_card(counted, REPO)
+    assert "(zero-based), macs=0.8, inattentive tokens counted" in card
+    assert "| macs=0.8 | 0.0" in card
+    bare = tmp_path / "bare"
+    EViTModel(tiny_config_with()).save_pretrained(bare)
+    text, words = card_to_push(bare, bare, REPO, None)
+    assert text is None
+    assert "config.json is of an EViTModel, which has no classifier" in words
 
 
 @pytest.mark.parametrize("file", ["run.json", "results.json", "class_report.json", "arguments.yaml"])

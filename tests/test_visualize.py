@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 
 import pytest
@@ -86,6 +87,15 @@ def test_a_dense_vit_is_visualized_as_the_evit_it_can_be(pictures, tmp_path, cap
     visualize(tmp_path / "vit", pictures / "zz.png", "-o", tmp_path / "a.png", "--json")
     (image,) = json.loads(capsys.readouterr().out)["images"]
     assert [view["keep_rate"] for view in image["views"]] == [0.7]
+
+
+def test_a_folder_may_have_a_point_in_its_name_and_a_report_is_called_as_its_run(model, pictures, tmp_path):
+    (tmp_path / "out.v2").mkdir()
+    visualize(model, pictures / "zz.png", "-o", tmp_path / "out.v2")
+    assert list((tmp_path / "out.v2").iterdir())
+    shutil.copytree(model, tmp_path / "my run")
+    visualize(tmp_path / "my run", pictures / "zz.png", "-o", tmp_path / "a.html")
+    assert "<title>my run" in (tmp_path / "a.html").read_text()
 
 
 def test_what_cannot_be_drawn_is_refused(model, pictures, tmp_path, capsys):

@@ -133,7 +133,16 @@ def budget_of(keep_rate: Any) -> dict[str, Any]:
 
 def budget_in_words(keep_rate: Any) -> str:
     """A keep rate, one for each layer, or a share of operations for titles and notes."""
-    return str(keep_rate) if isinstance(keep_rate, Macs) else f"keep rate {keep_rate}"
+    if isinstance(keep_rate, Macs):
+        return str(keep_rate)
+    return f"keep rate{'s' * isinstance(keep_rate, (list, tuple))} {rate_in_words(keep_rate)}"
+
+
+def rate_in_words(keep_rate: Any) -> str:
+    """The number of a keep rate, or those of all layers, with at most four digits."""
+    if isinstance(keep_rate, (list, tuple)):
+        return ", ".join(map(rate_in_words, keep_rate))
+    return str(round(keep_rate, 4)) if isinstance(keep_rate, float) else str(keep_rate)
 
 
 def budget(arguments: Any) -> dict[str, Any]:
@@ -156,6 +165,16 @@ def make_output_dir(folder: str | None) -> None:
             Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"`--output-dir {folder}` cannot be written: {error}.") from None
+
+
+def check_new_folder(folder: str | Path) -> None:
+    """Refuse a folder that holds something already, or cannot be one.
+
+    Raises: ValueError.
+    """
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"`{folder}` exists already: name a new folder.")
 
 
 def flag(name: str) -> str:

@@ -5,7 +5,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ..settings import AT_LEAST_ONE, KEEP_RATE, NOT_NEGATIVE, FlagParser, budget, flag, macs_setting, setting
+from ..settings import (
+    AT_LEAST_ONE,
+    KEEP_RATE,
+    NOT_NEGATIVE,
+    FlagParser,
+    budget,
+    check_new_folder,
+    flag,
+    macs_setting,
+    setting,
+)
 from .errors import command
 
 
@@ -53,8 +63,7 @@ def main(argv: list[str]) -> None:
     """Convert with the settings of a command line."""
     (arguments,), rest, _ = parser().parse(argv)
     dest = Path(rest.dest)
-    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise ValueError(f"`{dest}` exists already: name a new folder.")
+    check_new_folder(dest)
     from ..learning.sources import resolve_model
 
     source = rest.source if Path(rest.source).is_file() else resolve_model(rest.source, "SOURCE")

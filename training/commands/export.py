@@ -1,12 +1,24 @@
 """The command `evit export MODEL DEST`: a model for ONNX Runtime, OpenVINO, torch.export or AOTInductor, checked."""
 
 import json
-from dataclasses import dataclass
+import shlex
+from collections.abc import Collection
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..arguments import DataArguments
-from ..settings import AT_LEAST_ONE, KEEP_RATE, NOT_NEGATIVE, FlagParser, budget, macs_setting, setting
+from ..settings import (
+    AT_LEAST_ONE,
+    KEEP_RATE,
+    NOT_NEGATIVE,
+    FlagParser,
+    budget,
+    check_new_folder,
+    flag,
+    macs_setting,
+    setting,
+)
 from .errors import command
 
 
@@ -47,6 +59,30 @@ class ExportArguments:
         1.0, "Points of accuracy that int8 may cost; more ends with status 3.", NOT_NEGATIVE
     )
 
+    def check_int8(self, given: Collection[str], of_data: Collection[str]) -> None:
+        """Refuse what only other kinds of int8 would use, and int8 that cannot be.
+
+        Args:
+            given: names of the settings on the command line.
+            of_data: names of those that say where images are.
+
+        Raises: ValueError naming a flag.
+        """
+        if self.int8 != "no" and (self.format != "onnx" or "dataset" not in given):
+            raise ValueError(
+                "`--int8` needs `--format onnx`, and `--dataset` to measure what it does to the accuracy."
+            )
+        if self.int8 == "static" and self.keep_rate_input:
+            raise ValueError("`--int8 static` calibrates one keep rate: leave out `--keep-rate-input`.")
+        for names, kinds in (
+            ([*of_data, "max_accuracy_drop"], ("dynamic", "static")),
+            (["calibration_images"], ("static",)),
+        ):
+            for name in sorted(set(names) & set(given)):
+                if self.int8 not in kinds:
+                    ways = " or ".join(f"`--int8 {kind}`" for kind in kinds)
+                    raise ValueError(f"`{flag(name)}` is only used with {ways}: leave it out.")
+
 
 @command("export")
 def main(argv: list[str]) -> None:
@@ -62,12 +98,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("model", help="Model folder, run folder or Hub id.")
     parser.add_argument("dest", type=Path, help="Folder to write; it must not exist or be empty.")
     (arguments, data), rest, given = parser.parse(argv)
-    if rest.dest.exists() and (not rest.dest.is_dir() or any(rest.dest.iterdir())):
-        raise ValueError(f"`{rest.dest}` exists already: name a new folder.")
+    arguments.check_int8(given, {one.name for one in fields(DataArguments)})
+    check_new_folder(rest.dest)
     from ..learning.sources import resolve_model
 
-    record = export(resolve_model(rest.model), rest.dest, arguments, data if "dataset" in given else None)
-    print(f"{json.dumps(record)}\nSaved in {rest.dest}. Try it: python {rest.dest / 'example.py'} IMAGE")
+    record = export(resolve_model(rest.model), rest.dest, arguments, data)
+    example = shlex.quote(str(rest.dest / "example.py"))
+    print(f"{json.dumps(record)}\nSaved in {rest.dest}. Try it: python {example} IMAGE")
     if record.get("accuracy_change", 0.0) < -arguments.max_accuracy_drop:
         raise AccuracyLostError(
             f"int8 costs {-record['accuracy_change']:.2f} points of accuracy, more than `--max-accuracy-drop` "
@@ -75,14 +112,14 @@ def main(argv: list[str]) -> None:
         )
 
 
-def export(name: str, dest: Path, arguments: ExportArguments, data: DataArguments | None) -> dict[str, Any]:
+def export(name: str, dest: Path, arguments: ExportArguments, data: DataArguments) -> dict[str, Any]:
     """Export a model and check it.
 
     Args:
         name: folder or Hub id.
         dest: folder to write.
         arguments: see `ExportArguments`.
-        data: images for int8; None otherwise.
+        data: images for int8.
 
     Returns: what export.json holds.
 
@@ -96,10 +133,6 @@ def export(name: str, dest: Path, arguments: ExportArguments, data: DataArgument
     from ..data.augmentation import image_processor, load_processor, output_size
     from ..learning.models import load_model
 
-    if arguments.int8 != "no" and (arguments.format != "onnx" or data is None):
-        raise ValueError("`--int8` needs `--format onnx`, and `--dataset` to measure what it does to the accuracy.")
-    if arguments.int8 == "static" and arguments.keep_rate_input:
-        raise ValueError("`--int8 static` calibrates one keep rate: leave out `--keep-rate-input`.")
     model = load_model(name).eval()
     reorganize(model, **budget(arguments))
     processor, image_size = load_processor(name), arguments.image_size

@@ -1,5 +1,6 @@
 """The command `evit space MODEL DEST`: a Gradio demo of a model, ready to be pushed as a Space."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def main(argv: list[str]) -> None:
     # Of a run the whole folder: its results and pictures belong to the Space too.
     source = rest.model if Path(rest.model).is_dir() else model
     write_space(source, rest.dest, arguments.title, arguments.license, arguments.examples)
+    dest = shlex.quote(str(rest.dest))
     print(
-        f"Saved in {rest.dest}. Try it: cd {rest.dest} && pip install gradio -r requirements.txt && python app.py. "
-        f"Share it: hf upload ORG/NAME {rest.dest} --repo-type space"
+        f"Saved in {rest.dest}. Try it: cd {dest} && pip install gradio -r requirements.txt && python app.py. "
+        f"Share it: hf upload ORG/NAME {dest} --repo-type space"
     )

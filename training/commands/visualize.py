@@ -89,7 +89,7 @@ def check_output(output: Path, arguments: VisualizeArguments) -> None:
             raise ValueError(f"`--html` and `--animation` are for a folder, but `-o` is the file `{output}`.")
         if output.is_dir():
             raise ValueError(f"`-o` is a folder, `{output}`, with the name of a file: choose a different one.")
-    elif suffix or output.is_file():
+    elif output.is_file() or (suffix and not output.is_dir()):
         raise ValueError(f"`-o` must be a folder, or a file that ends in {', '.join(FILES)}, got `{output}`.")
 
 
@@ -107,6 +107,7 @@ def visualize_all(model: str, words: list[str], output: Path, arguments: Visuali
     Raises: ValueError if there is nothing to draw, or a picture cannot be decoded with `--on-bad-image error`.
     """
     from ..data.folders import picture_files
+    from ..learning.sources import name_of
     from ..measuring.html_report import write_report
 
     files = picture_files(words)
@@ -138,7 +139,7 @@ def visualize_all(model: str, words: list[str], output: Path, arguments: Visuali
 
     if makes_report:
         target = output if is_file else output / "index.html"
-        write_report(drawn(), target, title=Path(model).name or model)
+        write_report(drawn(), target, title=name_of(model))
         report["report"] = str(target)
     else:
         for _ in drawn():

@@ -40,6 +40,19 @@ def resolve_model(name: str, flag: str = "MODEL", takes_presets: bool = False, a
     return name
 
 
+def name_of(model: str) -> str:
+    """What people call a model: its Hub id or preset, or the name of its folder, or of its run's.
+
+    Args:
+        model: see `resolve_model`.
+    """
+    path = Path(model).expanduser()
+    if not path.exists():
+        return model
+    path = path.resolve()
+    return path.parent.name if path.name == "model" else path.name
+
+
 def _model_folder(path: Path, flag: str) -> Path:
     for folder in (path, path / "model"):
         if (folder / "config.json").is_file():

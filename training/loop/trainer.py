@@ -27,6 +27,7 @@ from ..data.loaders import ImageLoader, evaluation_loader, training_loader
 from ..data.sampling import epoch_order
 from ..learning.models import load_classifier
 from ..learning.optimization import learning_rate_schedule
+from ..learning.sources import name_of
 from ..measuring.evaluation import (
     compare_keep_rates,
     comparison_table,
@@ -400,7 +401,10 @@ def write_card(output_dir: Path, repo_id: str | None) -> None:
 def record_of(parts: Parts, state: TrainingState) -> dict[str, Any]:
     """Facts about the run for its card, see `run_record`."""
     train, accelerator, tower = parts.splits.train, state.accelerator, tower_of(state.network)
+    model = parts.arguments.model.model
     return run_record(
+        started_from=None if model is None else name_of(model),
+        base_model=None if model is None or Path(model).exists() else model,
         tower={
             "model_type": state.network.config.model_type,
             "num_hidden_layers": len(tower.layers),

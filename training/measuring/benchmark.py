@@ -1,6 +1,7 @@
 """Benchmarks: dense ViTs and EViT on any backend, timed in turns in one process, and checked before that."""
 
 import json
+import shlex
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -82,7 +83,7 @@ class Comparison:
     threads: int
     clock: str
     rounds: int
-    fuse: bool
+    inattentive_tokens: str
     device: str
     matmul_peak_gflops: float
     rows: list[Row]
@@ -128,7 +129,7 @@ def benchmark(name: str, arguments: BenchmarkArguments, argv: Sequence[str] = ()
     finally:
         torch.set_num_threads(threads_before)
     report = {
-        "command": f"evit benchmark {' '.join(argv)}",
+        "command": shlex.join(["evit", "benchmark", *argv]),
         **machine(device, PACKAGES),
         "settings": [comparison.as_json() for comparison in comparisons],
     }
@@ -193,7 +194,7 @@ def measure(
         threads=torch.get_num_threads(),
         clock=arguments.clock,
         rounds=arguments.rounds,
-        fuse=tower_of(model).config.inattentive_tokens == "fused",
+        inattentive_tokens=tower_of(model).config.inattentive_tokens,
         device=str(device),
         matmul_peak_gflops=peak,
         rows=rows,
@@ -237,13 +238,10 @@ def checked_training_steps(
     """
     import torch
 
-    from evit_hf.export import gives_features
-
     from .timing import MeasurementError
-    from .variants import training_variants
+    from .variants import check_classifier, training_variants
 
-    if gives_features(model):
-        raise ValueError(f"`--training` needs a classifier, and `{type(model).__name__}` has none.")
+    check_classifier(model, "--training")
     labels = torch.randint(model.config.num_labels, (len(images),), device=images.device)
     variants = training_variants(model, images, labels, kept_of(arguments), arguments.backends, baselines)
     losses: dict[str, tuple[str, float]] = {}
@@ -303,7 +301,7 @@ def table(result: Comparison) -> str:
     lines = [
         f"{result.model}, {result.what}, {result.image_size} px, batch {result.batch_size}, "
         f"{result.dtype}, {result.device}, {result.threads} threads, {result.clock} clock, "
-        f"{result.rounds} rounds, tokens {'fused' if result.fuse else 'dropped'}; matrix products reach "
+        f"{result.rounds} rounds, tokens {result.inattentive_tokens}; matrix products reach "
         f"{result.matmul_peak_gflops:.0f} GFLOP/s",
         "",
         f"| variant | ms/batch | images/s | × {baseline} (quartiles) | GMACs nominal / executed | efficiency | "

@@ -36,7 +36,7 @@ class Measurement:
         gmacs: of an image.
         images_per_second: median.
         device: name of the device.
-        dtype: of the weights.
+        dtype: of the weights in the measurement of speed, and of autocast where it is on.
         batch_size: images of a batch in the measurement of speed.
         image_size: height and width, in pixels.
     """
@@ -156,6 +156,9 @@ def compare_keep_rates(
         speeds = images_per_second(network, pixel_values, keep_rates)
     accelerator.wait_for_everyone()
     height, width = pixel_values.shape[-2:]
+    dtype = str(network.dtype).removeprefix("torch.")
+    if timed_model is None and accelerator.mixed_precision != "no":  # which stays around the forward
+        dtype += f" with {accelerator.mixed_precision} autocast"
     # Only by the main process: one forward pass may be counted.
     formula = MacsFormula.of(network, (height, width)) if accelerator.is_main_process else None
     return [
@@ -165,7 +168,7 @@ def compare_keep_rates(
             gmacs=float("nan") if formula is None else formula(**budget_of(keep_rate)) / 1e9,
             images_per_second=speed,
             device=device_name(network.device),
-            dtype=str(network.dtype).removeprefix("torch."),
+            dtype=dtype,
             batch_size=len(pixel_values),
             image_size=(height, width),
         )

@@ -1,6 +1,7 @@
 """What torch.compile costs and gives while a schedule moves the keep rate: `evit benchmark MODEL --schedule`."""
 
 import json
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from ..settings import make_output_dir
 from .arguments import BenchmarkArguments
 from .machine import PACKAGES, best_device, machine
 from .timing import synchronize
-from .variants import build_model
+from .variants import build_model, check_classifier
 
 
 # Way to compile, and in how many steps the keep rate falls.
@@ -94,7 +95,7 @@ def benchmark_schedule(name: str, arguments: BenchmarkArguments, argv: Sequence[
         rows.append(summarize(title, *timed_passes(name, arguments, device, prepare, rates)))
         say(f"  {title}: {rows[-1].graphs} graphs, {rows[-1].seconds_waited:.0f} s")
     report = {
-        "command": f"evit benchmark {' '.join(argv)}",
+        "command": shlex.join(["evit", "benchmark", *argv]),
         **machine(device, PACKAGES),
         "model": name,
         "target": target,
@@ -126,6 +127,7 @@ def timed_passes(
     counters.clear()
     torch.manual_seed(0)
     model = build_model(name, inattentive_tokens=arguments.inattentive_tokens)
+    check_classifier(model, "--schedule")
     model = model.to(device, getattr(torch, arguments.dtypes[0])).train()
     prepare(model)
     images = torch.randn_like(example_inputs(model, batch_size=arguments.batch_sizes[0]))

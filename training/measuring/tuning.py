@@ -31,10 +31,11 @@ from ..data.augmentation import ProcessorTransform, load_processor
 from ..data.folders import picture_files, pictures_below
 from ..data.images import decoded
 from ..data.loaders import batches
+from ..data.sources import is_dataset_folder
 from ..data.splits import load_evaluation_split, with_classes_of
 from ..learning.models import keep_rates_of, load_classifier, was_reorganized
 from ..screen import say, show_result
-from ..settings import make_output_dir
+from ..settings import check_new_folder, make_output_dir
 from .arguments import Target, TuneArguments, parse_target
 from .machine import best_device
 from .timing import Variant, alternate
@@ -81,6 +82,8 @@ def tune(name: str, target: str, arguments: TuneArguments, data: DataArguments) 
     """
     goal = parse_target(target)
     make_output_dir(arguments.output_dir)
+    if arguments.save:
+        check_new_folder(arguments.save)
     device = best_device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -165,7 +168,7 @@ def unlabelled(data: DataArguments, processor: BaseImageProcessor, limit: int) -
         limit: images at most.
     """
     words = [Path(word) for word in data.dataset]
-    if not all(word.is_dir() and has_loose_pictures(word) for word in words):
+    if not all(word.is_dir() and not is_dataset_folder(word) and has_loose_pictures(word) for word in words):
         for images, _ in batches(load_evaluation_split(data), "evaluation", processor, limit):
             yield images
         return

@@ -66,6 +66,15 @@ def build_model(
     return model.eval()
 
 
+def check_classifier(model: PreTrainedModel, flag: str) -> None:
+    """Refuse to train a model that has nothing to learn from labels.
+
+    Raises: ValueError naming the flag that trains.
+    """
+    if gives_features(model):
+        raise ValueError(f"`{flag}` needs a classifier, and `{type(model).__name__}` has none.")
+
+
 def default_baselines(model: PreTrainedModel) -> list[str]:
     """Dense code that a model is compared with where nobody says which.
 

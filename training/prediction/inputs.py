@@ -108,7 +108,7 @@ def _of_files(paths: list[str]) -> tuple[list[str], datasets.Dataset]:
 
 
 def _of_rows(rows: DatasetLike, column: str | None, prefix: str) -> tuple[list[str], datasets.Dataset]:
-    """Images of a split of a data set: in files of their own, named by them; within rows, by split and file or number."""
+    """Images of a split of a data set: files are named by their paths, others by split and by name or number."""
     name, undecoded = image_column_of(rows, column)
     images = undecoded.select_columns(name)
     images = (images if name == "image" else images.rename_column(name, "image")).cast_column("image", IMAGE)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ..settings import Macs, budget_in_words, budget_of, rate_in_words
 from .command import public_command, without_paths
 from .hub import CARD, check_card, render_card, split_card
 
@@ -140,13 +141,55 @@ class FinishedRun:
         planned, done = self.settings["epochs"], self.record.get("num_epochs")
         if done is None:  # streamed data has no epochs
             return f"{self.record['num_steps']} steps"
-        unit = "epoch" if done == 1 else "epochs"
-        return f"{done:.4g} {unit}" if done == planned else f"{done:.4g} {unit} (of {planned:g} planned)"
+        return _epochs(done) if done == planned else f"{_epochs(done)} (of {planned:g} planned)"
+
+    @property
+    def budget(self) -> float | list[float] | Macs:
+        """What the training was asked for: keep rate of the model, or share of operations."""
+        macs = self.settings.get("macs")
+        return self.keep_rate if macs is None else Macs(macs)
+
+    @property
+    def kept(self) -> str:
+        """Share of the patches that the model keeps, or one for each layer."""
+        shares = f"the share{'s' * isinstance(self.keep_rate, list)} {rate_in_words(self.keep_rate)}"
+        return shares if self.budget is self.keep_rate else f"{shares} ({self.budget})"
+
+    @property
+    def schedule(self) -> str:
+        """Keep rates of the training, in words."""
+        dense, shrink = self.settings["keep_rate_dense_epochs"], self.settings["keep_rate_shrink_epochs"]
+        rates, done = self.settings.get("keep_rate_range"), self.record.get("num_epochs")
+        target = (
+            f"a rate drawn between {rates[0]:g} and {rates[1]:g} in each step"
+            if rates
+            else budget_in_words(self.budget)
+        )
+        phases = [f"keep rate 1.0 for {_epochs(dense)}"] if dense else []
+        phases += [f"a cosine over {_epochs(shrink)}"] if shrink else []
+        if not phases:
+            return target if rates else f"{target} from the first step on"
+        is_cut = done is not None and done < dense + shrink
+        end = f"; the training ended after {_epochs(done)}, before that" if is_cut else ""
+        return f"{', '.join(phases)}, then {target}{end}"
+
+    def row_name(self, result: dict[str, Any]) -> str:
+        """What a row of the table of results was measured at."""
+        rate = result["keep_rate"]
+        return f"{rate_in_words(self.budget if rate == self.keep_rate else rate)}{' (dense)' * (rate == 1.0)}"
+
+    @property
+    def base_model(self) -> str | None:
+        """Hub id of the model that the training started from; None for random weights and for one of this machine."""
+        if "base_model" in self.record:
+            return self.record["base_model"]
+        model = self.settings["model"]  # runs of earlier versions
+        return model if model and "/" in model else None
 
     @property
     def start(self) -> str:
         """What the training started from."""
-        return self.settings["model"] or "random weights"
+        return self.record.get("started_from") or self.settings["model"] or "random weights"
 
     @property
     def versions(self) -> str:
@@ -158,7 +201,7 @@ class FinishedRun:
         from huggingface_hub import EvalResult, ModelCardData
 
         kind = "accuracy" if self.metric == "top1" else "f1"
-        dataset_id, model = self.record.get("dataset_id"), self.settings["model"]
+        dataset_id = self.record.get("dataset_id")
         data = ModelCardData(
             license=self.settings["model_license"],
             library_name="transformers",
@@ -167,19 +210,23 @@ class FinishedRun:
             datasets=[dataset_id] if dataset_id else None,
             model_name=model_name,
             metrics=[kind],
-            base_model=model if model and "/" in model else None,
+            base_model=self.base_model,
             eval_results=[
                 EvalResult(
                     task_type="image-classification",
                     dataset_type=dataset_id or re.sub(r"[^\w./-]", "-", self.dataset),
                     dataset_name=self.dataset,
                     metric_type=kind,
-                    metric_name=f"{self.columns[self.metric].removesuffix(' %')} at keep rate {self.keep_rate}",
+                    metric_name=f"{self.columns[self.metric].removesuffix(' %')} at {budget_in_words(self.budget)}",
                     metric_value=round(100 * self.target[self.metric], 2),
                 )
             ],
         )
         return data.to_yaml().strip()
+
+
+def _epochs(number: float) -> str:
+    return f"{number:.4g} epoch{'s' * (number != 1)}"
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
@@ -219,6 +266,8 @@ def render_run_card(run: Path, repo_id: str | None) -> str:
             title=name,
             location=repo_id or f"{name}/model",
             family=family_of(finished.tower["model_type"]),
+            is_multi_label=finished.metric != "top1",
+            at=budget_in_words(finished.budget),
             run=finished,
             max_class_rows=MAX_CLASS_ROWS,
         )
@@ -246,6 +295,10 @@ def render_folder_card(folder: Path, repo_id: str) -> str:
     model = _empty_model(folder)
     config, tower, macs = model.config, tower_of(model), MacsFormula.of(model)
     report = json.loads((folder / "evaluation.json").read_text()) if (folder / "evaluation.json").exists() else {}
+    results = [result for result in report.get("results", []) if "top1" in result]
+    share = tower.config.macs
+    budget = tower.config.keep_rate if share is None else Macs(share)
+    kept = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5) if share is None else (1.0, budget)
     name = repo_id.split("/")[-1]
     metadata = ModelCardData(
         library_name="transformers",
@@ -261,18 +314,25 @@ def render_folder_card(folder: Path, repo_id: str) -> str:
             title=name,
             location=repo_id,
             family=family_of(config.model_type),
+            is_multi_label=config.problem_type == "multi_label_classification",
             config=config,
             tower=tower,
             num_layers=len(tower.layers),
             architecture=(config.architectures or [type(model).__name__])[0],
-            costs=[(rate, macs(rate) / 1e9) for rate in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)],
+            budget=budget_in_words(budget),
+            costs=[(str(one), macs(**budget_of(one)) / 1e9) for one in kept],
             label_names=[str(name) for _, name in sorted(config.id2label.items())][:MAX_CLASS_ROWS],
             dataset=" ".join(without_paths(report.get("dataset", []))),
-            results=[result for result in report.get("results", []) if "top1" in result],
+            results=[(_row_name(result), result) for result in results],
             version=version("evit-hf"),
         )
     check_card(text)
     return text
+
+
+def _row_name(result: dict[str, Any]) -> str:
+    """What `evit evaluate` measured."""
+    return rate_in_words(Macs(result["macs"]) if "macs" in result else result["keep_rate"])
 
 
 def family_of(model_type: str) -> str | None:
@@ -296,10 +356,13 @@ def _empty_model(folder: Path) -> "PreTrainedModel":
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # of many kinds, for a model of a different library or a damaged file
         raise ValueError(f"config.json is not that of an EViT: {' '.join(str(error).split())[:200]}") from None
+    name = (config.architectures or [""])[0]
     with init_empty_weights():  # what a model computes when it is made needs a device with numbers
         if isinstance(config, EViTConfig):
+            if name and "ForImageClassification" not in name:
+                raise ValueError(f"config.json is of an {name}, which has no classifier.")
             return AutoModelForImageClassification.from_config(config)
-        model_class = getattr(transformers, (config.architectures or [""])[0], None)
+        model_class = getattr(transformers, name, None)
         if model_class not in AutoModelForImageClassification._model_mapping.values():
             raise ValueError(f"config.json is of a model of type '{config.model_type}', not an EViT.")
         model = model_class(config)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from ..sharing.hub import export_folder
+from ..settings import check_new_folder
+from .hub import export_folder
 
 
 FILES = Path(__file__).parent / "space_files"
@@ -32,8 +33,7 @@ def write_space(
     """
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise ValueError(f"`{dest}` exists already: name a new folder.")
+    check_new_folder(dest)
     for path in examples:
         if not Path(path).is_file():
             raise ValueError(f"`--examples`: `{path}` is not a file.")
