@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 from .configuration_evit import keep_rate_by_layer, python_value
 from .modeling_evit import EViTForImageClassificationWithTeacher, EViTPreTrainedModel
 from .modeling_evit_lv import EViTLVForImageClassification
-from .pictures import as_rgb
+from .pictures import as_rgb, upright
 from .pixels import processed_pixels, robust_keep_rates
 from .towers import example_inputs, tower_of
 
@@ -629,7 +629,7 @@ def example_code(record: dict[str, Any], processor: BaseImageProcessor) -> str:
     inputs = '"pixel_values": pixels' + (', "keep_rate": keep_rates' if has_rate else "")
     tensors = "torch.from_numpy(pixels)" + (", torch.from_numpy(keep_rates)" if has_rate else "")
     run = run.replace("INPUTS", inputs).replace("TENSORS", tensors)
-    functions = [as_rgb, processed_pixels, *([robust_keep_rates] if is_robust else [])]
+    functions = [upright, as_rgb, processed_pixels, *([robust_keep_rates] if is_robust else [])]
     source = "\n\n".join(inspect.getsource(function) for function in functions)
     flag = rates = ""
     if has_rate:

@@ -1,6 +1,7 @@
 """Pictures as EViT sees them: one way from any picture that Pillow opens to RGB, in training, evaluation and use.
 
-Exported models carry the text of `as_rgb` in their `example.py`: it needs `warnings`, numpy and Pillow, nothing else.
+Exported models carry the text of both functions in their `example.py`: they need `warnings`, numpy and Pillow, nothing
+else.
 """
 
 import warnings
@@ -11,6 +12,25 @@ from transformers.utils import is_vision_available
 
 if is_vision_available():
     from PIL import Image, ImageOps
+
+
+def upright(image: "Image.Image") -> "Image.Image":
+    """Picture turned as its EXIF says; where the EXIF is damaged, as far as it can be read.
+
+    Raises: OSError, SyntaxError or ValueError if the picture itself is damaged, as Pillow does.
+    """
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # of many kinds: Pillow writes the rest of the EXIF again
+        image.load()  # raises if it was the picture
+        turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # orientation of a camera: `Image.Transpose`
+        try:
+            turn = turns.get(image.getexif().get(0x0112))
+        except Exception:  # the EXIF says nothing
+            turn = None
+        image = image.copy() if turn is None else image.transpose(Image.Transpose(turn))
+        image.info = {name: value for name, value in image.info.items() if name == "transparency"}
+        return image
 
 
 def as_rgb(image: "Image.Image") -> "Image.Image":
@@ -27,7 +47,7 @@ def as_rgb(image: "Image.Image") -> "Image.Image":
 
     Raises: OSError, SyntaxError or ValueError if its file is damaged, as Pillow does.
     """
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.mode.startswith("I") or image.mode == "F":
         warnings.warn("Images with more than 8 bits for each pixel are scaled to 8 bits.", stacklevel=2)
         pixels = np.asarray(image).astype(np.float64)
@@ -41,4 +61,4 @@ def as_rgb(image: "Image.Image") -> "Image.Image":
     return image.convert("RGB")
 
 
-__all__ = ["as_rgb"]
+__all__ = ["as_rgb", "upright"]

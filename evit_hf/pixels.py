@@ -1,7 +1,7 @@
 """Pixels of a picture as an image processor computes them, with Pillow and numpy only.
 
-An exported `example.py` carries the text of these functions and of `as_rgb`: they use nothing but warnings, math,
-numpy and Pillow.
+An exported `example.py` carries the text of these functions and of those of `pictures`: they use nothing but warnings,
+math, numpy and Pillow.
 """
 
 import math
@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from transformers.utils import is_vision_available
 
-from .pictures import as_rgb
+from .pictures import as_rgb, upright
 
 
 if is_vision_available():
-    from PIL import Image, ImageOps
+    from PIL import Image
 
 
 def processed_pixels(image: "Image.Image", settings: dict[str, Any], num_channels: int = 3) -> np.ndarray:
@@ -30,7 +30,7 @@ def processed_pixels(image: "Image.Image", settings: dict[str, Any], num_channel
 
     Returns: (1, num_channels, height, width), float32.
     """
-    image = ImageOps.exif_transpose(image).convert("RGBA") if num_channels == 4 else as_rgb(image)
+    image = upright(image).convert("RGBA") if num_channels == 4 else as_rgb(image)
     channels = [image.convert("L")] if num_channels == 1 else image.split()
     if settings.get("do_resize"):
         size = settings["size"]

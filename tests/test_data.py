@@ -1,4 +1,5 @@
 import itertools
+import struct
 import time
 from io import BytesIO
 
@@ -260,6 +261,29 @@ def test_augmentation_depends_on_seed_epoch_and_position_alone():
 # Streaming
 
 
+@pytest.mark.parametrize("error", [RuntimeError, struct.error, TypeError])
+def test_whatever_a_decoder_raises_the_image_is_bad_and_named(error, monkeypatch):
+    def broken(image):
+        raise error("of a decoder")
+
+    monkeypatch.setattr("evit_training.data.images.as_rgb", broken)
+    file = BytesIO()
+    picture(7).save(file, "PNG")
+    with pytest.raises(BadImageError, match=r"Image 3 .* cannot be decoded: .*: of a decoder"):
+        decoded({"bytes": file.getvalue(), "path": "x.png"}, "Image 3")
+
+
+def test_memory_that_runs_out_is_not_the_fault_of_an_image(monkeypatch):
+    def broken(image):
+        raise MemoryError
+
+    monkeypatch.setattr("evit_training.data.images.as_rgb", broken)
+    file = BytesIO()
+    picture(7).save(file, "PNG")
+    with pytest.raises(MemoryError):
+        decoded({"bytes": file.getvalue(), "path": None}, "Image 3")
+
+
 def streamed_splits(tmp_path, num_files=3, rows_each=10):
     for part in range(num_files):
         numbers = [part * rows_each + i for i in range(rows_each)]
@@ -294,6 +318,30 @@ def test_a_stream_goes_on_exactly_where_it_stopped(num_workers, tmp_path):
     flat = [red for batch in all_of_them for red in batch]
     assert set(flat) == set(range(30))  # 80 images: every one of 30 was seen
     assert flat[:30] != sorted(flat[:30])
+
+
+def test_bad_images_of_a_stream_are_counted_and_a_stream_of_nothing_else_ends(tmp_path):
+    good = BytesIO()
+    picture(7).save(good, "PNG")
+    for name, is_bad in (("half", lambda i: i % 2), ("all", lambda i: True)):
+        (tmp_path / name).mkdir()
+        images = [{"bytes": b"no picture" if is_bad(i) else good.getvalue(), "path": None} for i in range(12)]
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+        rows = datasets.Dataset.from_dict({"image": images, "label": [0, 1] * 6}, features=features)
+        rows.to_parquet(tmp_path / name / "train.parquet")
+        write_parquet(tmp_path / name / "test.parquet", [0, 1], ["a", "b"])
+    numbers = {"micro_batch_size": 3, "shuffle_buffer": 8, "on_bad_image": "skip"}
+    counts = []
+    for first in (0, 1):
+        splits = load_splits(DataArguments(dataset=[str(tmp_path / "half")], streaming=True), 0)
+        stream = StreamedTrainingImages(splits, lambda image: 0, 0, first_micro_batch=first, **numbers)
+        batches = itertools.islice(stream, 4 - first)
+        counts.append([sum(item["is_bad"] for item in batch) for batch in batches])
+    assert counts[0][1:] == counts[1]
+    assert 10 <= sum(counts[0]) <= 12  # of two passes
+    splits = load_splits(DataArguments(dataset=[str(tmp_path / "all")], streaming=True), 0)
+    with pytest.raises(BadImageError, match="Not one of the streamed images of part 0 can be decoded"):
+        next(iter(StreamedTrainingImages(splits, lambda image: 0, 0, first_micro_batch=0, **numbers)))
 
 
 def test_closing_a_stream_of_several_files_does_not_wait(tmp_path):

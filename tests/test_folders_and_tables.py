@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import tiny_config_with
 from PIL import Image
+from test_data import write_parquet
 
 from evit_hf import as_rgb
 from evit_training.arguments import DataArguments, parse_train_arguments
@@ -215,6 +216,16 @@ def test_what_is_not_a_picture_is_counted(tmp_path):
     (tmp_path / "fox" / "0.xyz").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="classes without a picture that can be read, fox: .*1 .xyz"):
         load(tmp_path)
+
+
+def test_the_split_that_is_trained_on_is_not_the_one_to_evaluate_on(tmp_path):
+    for name in ("train", "test"):
+        write_parquet(tmp_path / f"{name}.parquet", [0, 1] * 10, ["a", "b"])
+    splits = load_splits(DataArguments(dataset=[str(tmp_path)], train_split="test"), 0)
+    assert len(splits.train) + len(splits.evaluation) == 20  # a part was held out
+    assert len(splits.evaluation) < 10
+    splits = load_splits(DataArguments(dataset=[str(tmp_path)], eval_split="train"), 0)
+    assert "The split `train` is trained on AND evaluated on." in splits.notes
 
 
 def test_a_test_split_without_classes_is_left_out_and_said(tmp_path):

@@ -1,10 +1,14 @@
 """One way from any picture to RGB, whoever asks: training, evaluation, cards, exports and the demo."""
 
+import io
+import struct
+
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
 from evit_hf import EViTForImageClassification, as_rgb
+from evit_hf.pictures import upright
 
 
 def test_a_picture_is_turned_upright():
@@ -14,6 +18,39 @@ def test_a_picture_is_turned_upright():
     image.info["exif"] = exif.tobytes()
     assert as_rgb(image).size == (20, 30)
     assert as_rgb(as_rgb(image)).size == (20, 30)
+
+
+@pytest.mark.filterwarnings("ignore:Metadata Warning")
+def test_damaged_exif_turns_a_picture_as_far_as_it_can_be_read():
+    exif = Image.Exif()
+    exif[0x0110], exif[0x0112] = "a camera", 6
+    file = io.BytesIO()
+    Image.new("RGB", (32, 16), (200, 0, 0)).save(file, "JPEG", exif=exif.tobytes())
+    damaged = bytearray(file.getvalue())
+    damaged[damaged.index(b"Exif\0\0") + 17] = 1  # the kind of the camera's name
+    with pytest.raises(struct.error):
+        ImageOps.exif_transpose(Image.open(io.BytesIO(damaged)))
+    seen = as_rgb(Image.open(io.BytesIO(damaged)))
+    assert (seen.size, seen.mode) == ((16, 32), "RGB")
+    assert as_rgb(seen).size == (16, 32)
+    with pytest.raises(OSError, match="(?i)truncated"):
+        as_rgb(Image.open(io.BytesIO(damaged[:-60])))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_what_is_left_of_damaged_exif_turns_as_pillow_does(orientation, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.effect_noise((5, 3), 90).save(file, "PNG", exif=exif)
+    wanted = ImageOps.exif_transpose(Image.open(file))
+
+    def broken(image):
+        raise struct.error("required argument is not an integer")
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", broken)
+    seen = upright(Image.open(file))
+    assert (seen.size, seen.tobytes()) == (wanted.size, wanted.tobytes())
 
 
 def test_a_transparent_colour_of_an_rgb_picture_is_white(tmp_path):

@@ -14,7 +14,11 @@ from transformers import ViTImageProcessor
 
 from evit_hf import EViTForImageClassification, EViTForImageClassificationWithTeacher, preset_config
 from evit_hf.profiling import num_macs
-from evit_training.arguments import parse_train_arguments
+from evit_training.arguments import DataArguments, parse_train_arguments
+from evit_training.data.splits import load_splits
+from evit_training.learning.models import build_model
+from evit_training.learning.objective import Objective
+from evit_training.learning.optimization import warmup_steps
 from evit_training.loop.metrics_log import start_trackers
 
 
@@ -177,6 +181,72 @@ def test_a_linear_probe_changes_the_classifier_alone(start, tmp_path):
     )
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"classifier.weight", "classifier.bias"}
+
+
+@pytest.mark.parametrize("saved", [{"keep_rate": 0.5, "inattentive_tokens": "dropped"}, {"macs": 0.8}, {}])
+def test_a_model_is_fine_tuned_for_what_it_was_trained_for_unless_the_run_says_otherwise(saved, tmp_path):
+    layers = {"keep_rate": None} if "macs" in saved else {"reorganization_layers": [2, 3]}
+    model = EViTForImageClassification(tiny_config_with(num_labels=10, image_size=64, **(layers | saved)))
+    if not saved:
+        model.set_keep_rate(1.0)  # dense: nothing to go on with
+    model.save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path)
+    splits = load_splits(DataArguments(dataset=["digits"]), 0)
+
+    def built(*flags):
+        return build_model(
+            parse_train_arguments(["--model", str(tmp_path), "--dataset", "digits", *flags]), splits
+        ).config
+
+    config, other = built(), built("--keep-rate", "0.9", "--inattentive-tokens", "fused")
+    if "macs" in saved:
+        assert (config.reorganization_layers, config.inattentive_tokens) == ([0, 1, 2, 3], "counted")
+        assert 0.8 < min(config.keep_rate) < max(config.keep_rate) < 1.0
+        assert num_macs(config) <= 0.8 * num_macs(config, 1.0)
+    else:
+        kept = (saved["keep_rate"], "dropped") if saved else (0.7, "fused")
+        assert (config.keep_rate, config.inattentive_tokens) == kept
+        assert config.reorganization_layers == [2, 3]
+    assert (other.keep_rate, other.inattentive_tokens) == (0.9, "fused")
+
+
+def test_schedules_end_with_the_run_or_it_says_that_they_do_not(tmp_path):
+    for flags, steps in ((["--max-steps", "20"], 2), (["--max-steps", "20", "--warmup-epochs", "1"], 7)):
+        optimization = parse_train_arguments(["--dataset", "digits", *flags]).optimization
+        assert warmup_steps(optimization, steps_per_epoch=7, num_steps=20) == steps
+    text = run([*SMALL, "--dry_run"], tmp_path / "a")
+    assert "never reaches" not in text
+    text = run([*SMALL, "--max_steps", "4"], tmp_path / "b")  # of 6 in an epoch
+    assert "The learning rate never reaches its peak: `--warmup-epochs 1` is no less than the whole training" in text
+    assert "The keep rate never reaches 0.700, at which the model is evaluated and saved" in text
+    text = run([*SMALL, "--learning_rate", "1e-6", "--min_learning_rate", "1e-5"], tmp_path / "c", status=2)
+    assert "`--min-learning-rate` 1e-05 is above the peak of 1e-06" in text
+
+
+def test_a_random_classifier_is_no_teacher(tmp_path, start):
+    flags = [*FINE_TUNE, "--teacher", "initial"]
+    run([*flags, "--model", start], tmp_path / "a")  # ten classes without names
+    EViTForImageClassification(tiny_config_with(num_labels=5)).save_pretrained(tmp_path / "five")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "five")
+    text = run([*flags, "--model", str(tmp_path / "five")], tmp_path / "b", status=2)
+    assert "`--teacher initial` would teach what a random classifier says" in text
+
+
+def test_mixing_pairs_other_images_and_needs_two(tmp_path):
+    pairs = []
+
+    def mixing(images, labels):
+        pairs.extend(zip(images[:, 0, 0, 0].tolist(), images.roll(1, 0)[:, 0, 0, 0].tolist(), strict=True))
+        return images, labels
+
+    torch.manual_seed(0)
+    model = EViTForImageClassification(tiny_config_with(num_labels=10))
+    images = torch.arange(16.0).repeat_interleave(3)[:, None, None, None].expand(-1, 3, 32, 32)  # three copies of each
+    batch = {"pixel_values": images, "labels": torch.zeros(48, dtype=torch.long)}
+    Objective(model.config, mixing=mixing)(model, batch, 1.0, 0)
+    assert sum(one == other for one, other in pairs) < 8  # of 48; 32 of neighbours
+    text = run([*SMALL, "--mixup", "0.8", "--gradient_accumulation_steps", "16"], tmp_path / "run", status=2)
+    assert "Mixing pairs the images of a forward pass, which has one here" in text
 
 
 def test_the_learning_rate_is_scaled_with_the_batch(tmp_path):

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -250,6 +251,33 @@ def test_changed_settings_are_refused_with_a_table_and_harmless_ones_are_not(tmp
     run([*changed, "--resume_override"], output_dir)
     assert logged_steps(output_dir)[0][-1] == 5
     assert [e["learning_rate"] for e in read_log(output_dir) if e["step"] == 5 and "loss" in e][0] <= 1e-4
+
+
+def test_a_finished_model_is_not_deleted_unless_asked_to(tmp_path):
+    output_dir = tmp_path / "run"
+    flags = [*SMALL, "--max_steps", "2"]
+    run(flags, output_dir)
+    shutil.rmtree(output_dir / "checkpoints")
+    weights = output_dir / "model" / "model.safetensors"
+    before = weights.read_bytes()
+    text = run([*flags, "--resume", "auto"], output_dir, status=2)
+    assert "has no checkpoint to resume from, but holds model, " in text
+    for flag in ("--model", "--oracle", "--teacher"):
+        more = [] if flag == "--model" else ["--model", str(output_dir)]
+        text = run([*flags, *more, flag, str(output_dir), "--overwrite"], output_dir, status=2)
+        assert "`--overwrite` would delete `--" in text
+    assert weights.read_bytes() == before
+
+
+def test_a_run_with_other_settings_is_not_mixed_with_later_checkpoints(tmp_path):
+    output_dir = tmp_path / "run"
+    run([*SMALL, "--max_steps", "4", "--checkpoint_steps", "1", "--keep_checkpoints", "9"], output_dir)
+    changed = [*SMALL, "--max_steps", "4", "--learning_rate", "1e-4", "--resume_override"]
+    second = output_dir / "checkpoints" / "step-000000002"
+    text = run([*changed, "--resume", str(second)], output_dir, status=2)
+    assert "has checkpoints of later steps" in text
+    assert "(step-000000003, step-000000004)" in text
+    run([*changed, "--resume", str(second)], tmp_path / "other")
 
 
 def test_a_finished_run_can_be_resumed_without_harm_and_from_a_named_checkpoint(uninterrupted, tmp_path):

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import tiny_config_with
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel
 
 from evit_hf import (
     EViTForImageClassification,
@@ -85,6 +85,20 @@ def test_any_vit_of_the_same_grid_can_be_the_oracle(tmp_path, images):
         build_oracle(TeacherArguments(oracle=str(tmp_path / "large")), tiny(), load_classifier)
 
 
+def test_the_oracle_sees_images_in_its_own_normalization(tmp_path, processor, images):
+    oracle = tiny(seed=1)
+    oracle.save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.2] * 3, image_std=[0.4] * 3).save_pretrained(
+        tmp_path
+    )
+    student = tiny()
+    scores = build_oracle(TeacherArguments(oracle=str(tmp_path)), student, load_classifier, 32, processor)(images)
+    pixels = images * 0.25 + 0.5  # back to [0, 1]
+    torch.testing.assert_close(scores, Oracle(oracle, [1, 2, 3])((pixels - 0.2) / 0.4))
+    own = build_oracle(TeacherArguments(oracle="initial"), student, load_classifier, 32, processor)(images)
+    torch.testing.assert_close(own, Oracle(student, [1, 2, 3])(images), rtol=0, atol=0)
+
+
 # The teacher
 
 
@@ -130,6 +144,20 @@ def test_the_teacher_sees_the_pixels_of_mixed_tokens(tmp_path, processor, images
     torch.testing.assert_close(teacher(images, (1, 2, 2, 2))[0], teacher(mixed)[0])
 
 
+def test_a_teacher_that_is_the_student_leaves_its_images_alone(processor, images):
+    teacher = build_teacher(TeacherArguments(teacher="initial"), tiny(), processor, list("abcde"))
+    before = images.clone()
+    teacher(images, (1, 2, 2, 2))
+    assert torch.equal(images, before)
+
+
+def test_a_teacher_without_a_trained_classifier_is_refused(processor, tmp_path):
+    ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="lacks weights of a classifier, .*classifier.weight"):
+        build_teacher(TeacherArguments(teacher=str(tmp_path)), tiny(), processor, ["LABEL_0", "LABEL_1"])
+
+
 def test_the_dense_student_itself_can_be_the_teacher(processor, images):
     student = tiny()
     teacher = build_teacher(TeacherArguments(teacher="initial"), student, processor, list("abcde"))
@@ -156,6 +184,16 @@ def test_an_lv_vit_teacher_labels_every_patch(processor, images, tmp_path):
     assert patches.shape == (3, 16, 2)
     expected = model(images, keep_rate=1.0).aux_logits.softmax(-1).flip(-1)
     torch.testing.assert_close(patches, expected)
+
+
+def test_a_teacher_of_patches_has_the_grid_of_the_student(processor, tmp_path):
+    small = {"patch_size": 8, "num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 2}
+    small |= {"intermediate_size": 64, "stem_hidden_size": 8, "id2label": dict(enumerate("ab"))}
+    EViTLVForImageClassification(EViTLVConfig(image_size=64, **small)).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    student = EViTLVForImageClassification(EViTLVConfig(image_size=32, **small))
+    with pytest.raises(ValueError, match="has 8x8 patches and the student 4x4: it teaches each patch"):
+        build_teacher(TeacherArguments(teacher=str(tmp_path)), student, processor, ["a", "b"])
 
 
 def test_a_teacher_of_other_classes_is_refused(tmp_path, processor):

@@ -149,7 +149,8 @@ class ModelArguments:
     )
     keep_rate: list[float] | None = setting(
         None,
-        "Share of image tokens to keep, in (0, 1]: one number, or one for each reorganization layer; default 0.7.",
+        "Share of image tokens to keep, in (0, 1]: one number, or one for each reorganization layer; by default what "
+        "--model was trained for, else 0.7.",
         KEEP_RATE,
     )
     macs: float | None = setting(
@@ -165,12 +166,14 @@ class ModelArguments:
         AT_LEAST_ONE,
     )
     reorganization_layers: list[int] | None = setting(
-        None, "Zero-based layers that reorganize; by default at one, two and three quarters of the depth."
+        None,
+        "Zero-based layers that reorganize; by default those of --model, else at one, two and three quarters of the "
+        "depth.",
     )
     inattentive_tokens: Literal["fused", "dropped", "counted"] | None = setting(
         None,
-        "What becomes of the inattentive tokens: fused into one token, dropped, or counted by the kept ones; default "
-        "fused, with --macs counted.",
+        "What becomes of the inattentive tokens: fused into one token, dropped, or counted by the kept ones; by "
+        "default counted with --macs, what --model was trained for, else fused.",
     )
     image_size: int | None = setting(
         None,
@@ -408,11 +411,13 @@ class TrainArguments:
 
     def _fitting_defaults(self) -> dict[str, Any]:
         """Defaults that depend on other settings."""
-        is_scratch = self.model.model is None
+        is_scratch, max_steps = self.model.model is None, self.optimization.max_steps
         return {
             "learning_rate": 5e-4 if is_scratch else 2e-5,
-            "warmup_epochs": min(5.0, self.optimization.epochs / 10) if is_scratch else 0.0,
-            "inattentive_tokens": "fused" if self.model.macs is None else "counted",
+            # Of `--max-steps` a tenth, which is known where an epoch is, see `warmup_steps`.
+            "warmup_epochs": 0.0 if not is_scratch else None if max_steps else min(5.0, self.optimization.epochs / 10),
+            # Of a model that is fine-tuned its own, see `build_model`.
+            "inattentive_tokens": "counted" if self.model.macs is not None else "fused" if is_scratch else None,
         }
 
     def as_flags(self) -> list[str]:
@@ -454,6 +459,11 @@ class TrainArguments:
                 optimization.mix_token and (augmentation.mixup or augmentation.cutmix),
                 "`--mix-token` mixes images already: leave out `--mixup` and `--cutmix`.",
             ),
+            (
+                0 < self.learning_rate < optimization.min_learning_rate,
+                f"`--min-learning-rate` {optimization.min_learning_rate:g} is above the peak of "
+                f"{self.learning_rate:g}, so that the learning rate would rise: lower it, or raise `--learning-rate`.",
+            ),
             (self.teacher.oracle == "initial" and not model.model, f"`--oracle initial` {needs_model}"),
             (self.teacher.teacher == "initial" and not model.model, f"`--teacher initial` {needs_model}"),
             (
@@ -479,7 +489,10 @@ class TrainArguments:
 
     @property
     def keep_rate(self) -> float | list[float]:
-        """The target keep rate as a model takes it: a number, or a list with one for each reorganization layer."""
+        """The target keep rate as a model takes it: a number, or a list with one for each reorganization layer.
+
+        A model that is fine-tuned without any has its own, see `build_model`.
+        """
         rates = self.model.keep_rate or [0.7]
         return rates[0] if len(rates) == 1 else list(rates)
 

@@ -97,8 +97,10 @@ def decoded(value: dict[str, Any], place: str, roots: Sequence[str] | None = Non
         if os.path.exists(path):  # a named pipe would never answer
             raise BadImageError(f"{place} ({path}) is not a file.")
         return as_rgb(datasets.Image().decode_example(value))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if getattr(error, "errno", None) in OF_THE_MACHINE:
+    except BadImageError:
+        raise
+    except Exception as error:  # decoders have many
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in OF_THE_MACHINE:
             raise
         file = f" ({path})" if path else ""
         reason = " ".join(str(error).split())
@@ -288,31 +290,36 @@ class StreamedTrainingImages(_Pictures, torch.utils.data.IterableDataset[Any]):
         self.num_processes = num_processes
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        """Yield lists of {"pixel_values", "labels", "is_bad"}."""
+        """Yield lists of {"pixel_values", "labels", "is_bad"}; the last is how many were skipped before it."""
         info = torch.utils.data.get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         part = (worker + self.first_micro_batch) % num_workers
         rows = self._rows(self.process * num_workers + part, self.num_processes * num_workers)
         num_seen = len(range(part, self.first_micro_batch, num_workers)) * self.micro_batch_size
         batch = []
-        good = 0
-        for position, row in enumerate(rows):
+        good, num_skipped = 0, 0
+        for position, (epoch, row) in enumerate(rows):
             if position < num_seen and self.on_bad_image == "error":
                 continue  # every row was used, there is no need to look at it
             image = self.decoded(row, f"Streamed image {position} of part {part}")
             if image is None:
+                num_skipped += 1
+                if good == 0 and epoch > 0:
+                    raise BadImageError(f"Not one of the streamed images of part {part} can be decoded.")
                 continue
             good += 1
             if self.on_bad_image == "skip" and good <= num_seen:
+                num_skipped = 0  # counted before
                 continue
             torch.default_generator.manual_seed(seed_for("image", self.seed, self.process, part, position))
-            batch.append({"pixel_values": self.transform(image), "labels": self.target(row), "is_bad": False})
+            batch.append({"pixel_values": self.transform(image), "labels": self.target(row), "is_bad": num_skipped})
+            num_skipped = 0
             if len(batch) == self.micro_batch_size:
                 yield batch
                 batch = []
 
-    def _rows(self, part: int, num_parts: int) -> Iterator[dict[str, Any]]:
-        """One part of the data in random order, again and again."""
+    def _rows(self, part: int, num_parts: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """One part of the data in random order, again and again, each row with the number of the pass."""
         epoch = 0
         shuffled = self.splits.train.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
         mine = split_dataset_by_node(shuffled, part, num_parts)
@@ -325,7 +332,7 @@ class StreamedTrainingImages(_Pictures, torch.utils.data.IterableDataset[Any]):
                     for rows in batches:
                         for i in range(len(rows[self.splits.label_column])):
                             is_empty = False
-                            yield {name: column[i] for name, column in rows.items()}
+                            yield epoch, {name: column[i] for name, column in rows.items()}
                 if is_empty:
                     raise ValueError("A part of the streamed data is empty: take fewer `--num-workers` or processes.")
                 epoch += 1

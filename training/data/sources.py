@@ -54,9 +54,9 @@ class Source:
             return name
         return split_of(name) if split_of(name) in self.splits.keys() - {"train"} else None
 
-    def find_evaluation(self) -> str | None:
-        """Name in `splits` of the split to evaluate on, None if there is none."""
-        return next((name for name in EVAL_SPLITS if name in self.splits), None)
+    def find_evaluation(self, without: str | None = None) -> str | None:
+        """Name in `splits` of the split to evaluate on, other than the one to train on; None if there is none."""
+        return next((name for name in EVAL_SPLITS if name in self.splits and name != without), None)
 
 
 def load_source(arguments: "DataArguments") -> Source:

@@ -118,11 +118,13 @@ def _chosen(source: Source, arguments: "DataArguments") -> tuple[DatasetLike, Da
     train_split = source.find(arguments.train_split)
     if train_split is None:
         raise ValueError(f"`--train-split` is `{arguments.train_split}`, but the data has {sorted(source.splits)}.")
-    eval_split = source.find_evaluation()
+    eval_split = source.find_evaluation(without=train_split)
     if arguments.eval_split is not None:
         eval_split = source.find(arguments.eval_split)
         if eval_split is None:
             raise ValueError(f"`--eval-split` is `{arguments.eval_split}`, but the data has {sorted(source.splits)}.")
+        if eval_split == train_split:
+            source.notes.append(f"The split `{train_split}` is trained on AND evaluated on.")
     for name in sorted(source.splits.keys() - {train_split, eval_split}):
         source.notes.append(f"The split `{name}` is not used.")
     return source.splits[train_split], None if eval_split is None else source.splits[eval_split]

@@ -35,7 +35,7 @@ from evit_hf.towers import example_inputs, tower_of
 from ..arguments import ModelArguments, TrainArguments
 from ..data.augmentation import load_processor, output_size
 from ..data.images import ImageSplits
-from ..data.names import class_numbers
+from ..data.names import class_numbers, has_no_names
 
 
 def build_model(arguments: TrainArguments, splits: ImageSplits) -> PreTrainedModel:
@@ -48,11 +48,15 @@ def build_model(arguments: TrainArguments, splits: ImageSplits) -> PreTrainedMod
     Raises: ValueError for a model that this trainer cannot train.
     """
     model = arguments.model
+    is_asked = model.keep_rate is not None or model.macs is not None or model.match_macs_of is not None
+    # What a model was trained for goes on, unless the run says otherwise.
+    own = {} if model.model is None or is_asked else saved_budget(model.model)
+    macs = own.get("macs", model.macs)
     settings: dict[str, Any] = {
         **label_maps(splits.label_names),
         "problem_type": "multi_label_classification" if splits.multi_label else "single_label_classification",
-        "keep_rate": arguments.keep_rate,
-        "inattentive_tokens": model.inattentive_tokens,
+        **({} if own else {"keep_rate": arguments.keep_rate}),
+        **({"inattentive_tokens": model.inattentive_tokens} if model.inattentive_tokens is not None else {}),
         **({"drop_path_rate": model.drop_path_rate} if model.drop_path_rate is not None else {}),
         **({"reorganization_layers": model.reorganization_layers} if model.reorganization_layers is not None else {}),
     }
@@ -93,10 +97,11 @@ def build_model(arguments: TrainArguments, splits: ImageSplits) -> PreTrainedMod
     if model.match_macs_of is not None:
         dense = num_macs(network.config, 1.0, model.match_macs_of)
         network.set_keep_rate(keep_rate_for_macs(network.config, dense))
-    if model.macs is not None:
+    if macs is not None:
         image_size = square_image_size(network, model)
-        rates = keep_rates_at_macs(network, model.macs, image_size, model.reorganization_layers)
-        reorganize(network, list(rates.values()), reorganization_layers=list(rates))
+        rates = keep_rates_at_macs(network, macs, image_size, model.reorganization_layers)
+        kind = tower_of(network).config.inattentive_tokens  # of a share of operations it would not stay
+        reorganize(network, list(rates.values()), reorganization_layers=list(rates), inattentive_tokens=kind)
     if arguments.run.gradient_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     return network
@@ -183,6 +188,16 @@ def match_head(network: PreTrainedModel, id2label: dict[int, str], label_names: 
         head.weight.copy_(head.weight[numbers])
         if head.bias is not None:
             head.bias.copy_(head.bias[numbers])
+
+
+def knows_classes(name_or_path: str, label_names: list[str]) -> bool:
+    """Whether a checkpoint has a classifier for these classes, by name, or by number where it has no names."""
+    config, id2label = PreTrainedConfig.get_config_dict(name_or_path)[0], saved_classes(name_or_path)
+    if "ForImageClassification" not in (config.get("architectures") or ["ForImageClassification"])[0]:
+        return False
+    if len(id2label) != len(label_names):  # as in `match_head`
+        return False
+    return has_no_names(id2label) or not class_numbers(label_names, id2label)[1]
 
 
 def saved_classes(name_or_path: str) -> dict[int, str]:
@@ -349,8 +364,23 @@ def square_image_size(network: nn.Module, arguments: ModelArguments) -> int:
 
 def was_reorganized(name_or_path: str) -> bool:
     """Whether the config.json of a model has a keep rate, in the part of a model of several parts that sees images."""
+    return _reorganized_part(name_or_path) is not None
+
+
+def saved_budget(name_or_path: str) -> dict[str, Any]:
+    """Keep rate or share of operations that a model was saved with; empty for a dense one."""
+    part = _reorganized_part(name_or_path) or {}
+    rate = part.get("keep_rate")
+    if part.get("macs") is not None:
+        return {"macs": part["macs"]}
+    rates = rate if isinstance(rate, list) else [1.0 if rate is None else rate]
+    return {"keep_rate": rate} if min(rates) < 1.0 else {}
+
+
+def _reorganized_part(name_or_path: str) -> dict[str, Any] | None:
     config, _ = PreTrainedConfig.get_config_dict(name_or_path)
-    return any("keep_rate" in part for part in (config, *config.values()) if isinstance(part, dict))
+    parts = [part for part in (config, *config.values()) if isinstance(part, dict)]
+    return next((part for part in parts if "keep_rate" in part), None)
 
 
 def random_classifier(config: EViTConfig) -> EViTPreTrainedModel:

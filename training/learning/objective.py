@@ -65,7 +65,8 @@ class Objective:
         """
         images, labels = batch["pixel_values"], batch["labels"]
         if self.mixing is not None:
-            images, labels = self.mixing(images, labels)
+            order = torch.randperm(len(images))  # MixUp and CutMix pair neighbours, which may be copies of an image
+            images, labels = self.mixing(images[order], labels[order])
         mix_box = random_mix_box(self.config.patch_grid()) if torch.rand(()) < self.mix_token else None
         asks_oracle = self.oracle is not None and (self.oracle_steps is None or step < self.oracle_steps)
         with self.autocast():

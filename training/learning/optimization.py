@@ -78,6 +78,13 @@ def build_optimizer(model: nn.Module, arguments: OptimizationArguments, learning
     )
 
 
+def warmup_steps(arguments: OptimizationArguments, steps_per_epoch: int, num_steps: int) -> int:
+    """Optimizer steps of the warm-up: those of its epochs, by default a tenth of all, but at most five epochs."""
+    if arguments.warmup_epochs is None:
+        return round(min(5 * steps_per_epoch, num_steps / 10))
+    return round(arguments.warmup_epochs * steps_per_epoch)
+
+
 def learning_rate_schedule(
     optimizer: torch.optim.Optimizer, arguments: OptimizationArguments, steps_per_epoch: int, num_steps: int, step: int
 ) -> LambdaLR:
@@ -87,7 +94,7 @@ def learning_rate_schedule(
     peak = optimizer.defaults["lr"]
     return get_cosine_with_min_lr_schedule_with_warmup(
         optimizer,
-        num_warmup_steps=round((arguments.warmup_epochs or 0) * steps_per_epoch),
+        num_warmup_steps=warmup_steps(arguments, steps_per_epoch, num_steps),
         num_training_steps=num_steps,
         min_lr_rate=arguments.min_learning_rate / peak if peak else 0.0,
         last_epoch=step - 1,

@@ -9,7 +9,7 @@ student's own initialization as the oracle, its attention at the layer that reor
 """
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
@@ -28,6 +28,35 @@ if TYPE_CHECKING:
     from ..arguments import TeacherArguments
 
 
+Normalization: TypeAlias = tuple[list[float], list[float]]  # mean and standard deviation of each channel
+
+
+class Renormalize(nn.Module):
+    """Images with the mean and standard deviation of one image processor as those of another would have them.
+
+    Args:
+        before: (mean, standard deviation) that the images were normalized with.
+        after: those that are wanted.
+    """
+
+    def __init__(self, before: Normalization, after: Normalization) -> None:
+        super().__init__()
+        own, other = ([torch.tensor(x).view(-1, 1, 1) for x in pair] for pair in (before, after))
+        # One affine map.
+        self.register_buffer("scale", own[1] / other[1], persistent=False)
+        self.register_buffer("shift", (own[0] - other[0]) / other[1], persistent=False)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return pixels, (batch_size, num_channels, height, width)."""
+        return pixel_values * self.scale + self.shift
+
+
+def normalization_of(processor: BaseImageProcessor) -> Normalization:
+    """Mean and standard deviation of an image processor; 0 and 1 of one that does not normalize."""
+    mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
+    return (list(mean), list(std)) if getattr(processor, "do_normalize", False) else ([0.0] * 3, [1.0] * 3)
+
+
 class Oracle(nn.Module):
     """Scores of all patches by a frozen dense ViT: its class token's attention, averaged over heads.
 
@@ -36,12 +65,20 @@ class Oracle(nn.Module):
         layers: zero-based layers of the student that reorganize; each takes the attention of the oracle's layer of the
             same number, or of the last one.
         from_layer: "same" or "last".
+        renormalize: from the student's images to the oracle's; None where they are normalized alike.
 
     Raises: ValueError if the oracle has fewer layers than the student needs.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: list[int], from_layer: str = "same") -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: list[int],
+        from_layer: str = "same",
+        renormalize: nn.Module | None = None,
+    ) -> None:
         super().__init__()
+        self.renormalize = renormalize if renormalize is not None else nn.Identity()
         self.model = model.eval().requires_grad_(False)
         num_layers = len(tower_of(model).layers)
         self.layers = [num_layers - 1] * len(layers) if from_layer == "last" else layers
@@ -66,12 +103,17 @@ class Oracle(nn.Module):
             mix_box: what the student is given, see `EViTModel.forward`.
         """
         mixing = {} if mix_box is None else {"mix_box": mix_box}
-        outputs = self.model(pixel_values, keep_rate=1.0, output_class_attention=self.layers, **mixing)
+        images = self.renormalize(pixel_values)
+        outputs = self.model(images, keep_rate=1.0, output_class_attention=self.layers, **mixing)
         return list(outputs.class_attention.unbind(dim=1))
 
 
 def build_oracle(
-    arguments: "TeacherArguments", student: PreTrainedModel, load: Any, image_size: int | None = None
+    arguments: "TeacherArguments",
+    student: PreTrainedModel,
+    load: Any,
+    image_size: int | None = None,
+    processor: BaseImageProcessor | None = None,
 ) -> Oracle | None:
     """Build the oracle of a run, or None if it has none.
 
@@ -80,6 +122,7 @@ def build_oracle(
         student: the model to be trained, with the weights that it starts from.
         load: function from a folder or Hub id to a classifier that reorganizes.
         image_size: pixels that both see; by default their own.
+        processor: of the student; None for images that are already as the oracle wants them.
 
     Raises: ValueError if the oracle sees other patches than the student.
     """
@@ -99,7 +142,11 @@ def build_oracle(
             f"`--oracle {arguments.oracle}` has {grids[0][0]}x{grids[0][1]} patches and the student "
             f"{grids[1][0]}x{grids[1][1]}: scores are by patch, so take an oracle for the same grid."
         )
-    return Oracle(model, tower_of(student).config.reorganization_layers, arguments.oracle_layer)
+    renormalize = None
+    if arguments.oracle != "initial" and processor is not None:
+        renormalize = Renormalize(normalization_of(processor), normalization_of(load_processor(arguments.oracle)))
+    layers = tower_of(student).config.reorganization_layers
+    return Oracle(model, layers, arguments.oracle_layer, renormalize)
 
 
 class Teacher(nn.Module):
@@ -107,8 +154,7 @@ class Teacher(nn.Module):
 
     Args:
         model: any image classifier of Transformers; one that reorganizes runs at keep rate 1.0.
-        from_normalization: (mean, standard deviation) of the student's images.
-        to_normalization: of the teacher's.
+        renormalize: from the student's images to the teacher's.
         image_size: (height, width) in pixels that the teacher wants, None for the student's.
         class_numbers: the teacher's number of each of the student's classes.
         patch_size: the student's, (height, width) in pixels.
@@ -117,22 +163,16 @@ class Teacher(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        from_normalization: tuple[list[float], list[float]],
-        to_normalization: tuple[list[float], list[float]],
+        renormalize: nn.Module,
         image_size: tuple[int, int] | None,
         class_numbers: list[int],
         patch_size: tuple[int, int],
     ) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
+        self.renormalize = renormalize
         self.image_size = image_size
         self.patch_size = patch_size
-        own, other = (
-            [torch.tensor(x).view(-1, 1, 1) for x in pair] for pair in (from_normalization, to_normalization)
-        )
-        # One affine map from the student's normalization to the teacher's.
-        self.register_buffer("scale", own[1] / other[1], persistent=False)
-        self.register_buffer("shift", (own[0] - other[0]) / other[1], persistent=False)
         self.register_buffer("class_numbers", torch.tensor(class_numbers), persistent=False)
 
     def train(self, mode: bool = True) -> "Teacher":
@@ -152,12 +192,13 @@ class Teacher(nn.Module):
         Returns: logits, (batch_size, num_labels), in the order of the student's classes; and of an LV-ViT
             probabilities of every patch, (batch_size, num_patches, num_labels), for token labelling, else None.
         """
-        images = pixel_values * self.scale + self.shift
+        images = self.renormalize(pixel_values)
         if mix_box is not None:
             top, left, height, width = (
                 size * pixels for size, pixels in zip(mix_box, 2 * self.patch_size, strict=True)
             )
             box = (..., slice(top, top + height), slice(left, left + width))
+            images = images.clone()  # they may be the student's
             images[box] = images.flip(0)[box]
         if self.image_size is not None and images.shape[-2:] != self.image_size:
             images = F.resize(images, list(self.image_size), F.InterpolationMode.BICUBIC, antialias=True)
@@ -184,18 +225,23 @@ def build_teacher(
         label_names: the student's classes, found in the teacher by name, or by number where the counts agree and the
             teacher has no names.
 
-    Raises: ValueError if the teacher does not know the classes.
+    Raises: ValueError if the teacher does not know the classes, lacks weights, or sees other patches where it teaches
+        each of them.
     """
     if arguments.teacher is None:
         return None
     if student.config.problem_type == "multi_label_classification":
         raise ValueError("`--teacher` teaches one class for each image; the data has several: leave it out.")
-    own = (list(processor.image_mean), list(processor.image_std))
     if arguments.teacher == "initial":
         model = copy.deepcopy(student)
         model.gradient_checkpointing_disable()
-        return Teacher(model, own, own, None, list(range(len(label_names))), tower_of(student).patch_size)
-    model = AutoModelForImageClassification.from_pretrained(arguments.teacher)
+        return Teacher(model, nn.Identity(), None, list(range(len(label_names))), tower_of(student).patch_size)
+    model, loading = AutoModelForImageClassification.from_pretrained(arguments.teacher, output_loading_info=True)
+    if loading["missing_keys"]:
+        raise ValueError(
+            f"`--teacher {arguments.teacher}` lacks weights of a classifier, {sorted(loading['missing_keys'])[:3]}: "
+            "take one that was trained."
+        )
     its_processor = load_processor(arguments.teacher)
     id2label = model.config.id2label
     numbers, unknown = class_numbers(label_names, id2label)
@@ -206,6 +252,12 @@ def build_teacher(
             f"`--teacher {arguments.teacher}` knows {len(id2label)} classes but not {unknown[:5]} of the "
             f"{len(label_names)} of the data: take a teacher that was trained on these classes."
         )
-    mean, std = getattr(its_processor, "image_mean", None), getattr(its_processor, "image_std", None)
-    theirs = (list(mean), list(std)) if getattr(its_processor, "do_normalize", False) else ([0.0] * 3, [1.0] * 3)
-    return Teacher(model, own, theirs, output_size(its_processor), numbers, tower_of(student).patch_size)
+    if hasattr(student, "aux_classifier") and hasattr(model, "aux_classifier"):
+        grids = [tower_of(network).patch_grid(None) for network in (model, student)]
+        if grids[0] != grids[1]:
+            raise ValueError(
+                f"`--teacher {arguments.teacher}` has {grids[0][0]}x{grids[0][1]} patches and the student "
+                f"{grids[1][0]}x{grids[1][1]}: it teaches each patch, so take one with the same grid."
+            )
+    renormalize = Renormalize(normalization_of(processor), normalization_of(its_processor))
+    return Teacher(model, renormalize, output_size(its_processor), numbers, tower_of(student).patch_size)

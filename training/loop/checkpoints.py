@@ -115,7 +115,7 @@ def write_checkpoint(
     """
     final = checkpoint_path(folder, progress.step)
     if damage(final) is None:
-        return final  # a run is deterministic: it holds exactly this
+        return final  # a run is deterministic, and `resume` refuses those of other settings: it holds exactly this
     partial = folder / f"{PARTIAL}{final.name}"
     buffer = BytesIO()
     torch.save(optimizer, buffer)

@@ -18,7 +18,14 @@ from ..data.augmentation import batch_mixing, image_processor
 from ..data.images import ImageSplits
 from ..data.sampling import StepPlan
 from ..data.splits import check_images, describe_splits, fingerprint, load_splits
-from ..learning.models import build_model, compile_layers, leave_out_unused, load_classifier, square_image_size
+from ..learning.models import (
+    build_model,
+    compile_layers,
+    knows_classes,
+    leave_out_unused,
+    load_classifier,
+    square_image_size,
+)
 from ..learning.objective import Objective
 from ..learning.optimization import WeightAverage, build_optimizer, freeze
 from ..learning.teachers import build_oracle, build_teacher
@@ -108,6 +115,12 @@ def build_parts(arguments: TrainArguments, accelerator: Accelerator) -> tuple[Pa
         optimization.gradient_accumulation_steps,
         optimization.drop_last,
     )
+    mixes = arguments.augmentation.mixup or arguments.augmentation.cutmix or optimization.mix_token
+    if mixes and plan.micro_batch_size == 1:
+        raise ValueError(
+            "Mixing pairs the images of a forward pass, which has one here: raise `--batch-size`, lower "
+            "`--gradient-accumulation-steps`, or leave out `--mixup`, `--cutmix` and `--mix-token`."
+        )
     if arguments.data.check_images and arguments.data.on_bad_image == "error" and not splits.is_streamed:
         check_images(splits, arguments.data.check_images)
     num_steps = optimization.max_steps or optimization.epochs * plan.steps_per_epoch
@@ -116,7 +129,13 @@ def build_parts(arguments: TrainArguments, accelerator: Accelerator) -> tuple[Pa
     network = build_model(arguments, splits)
     image_size = square_image_size(network, arguments.model)
     processor = image_processor(arguments.model.model, image_size)
-    oracle = build_oracle(arguments.teacher, network, load_classifier, image_size=image_size)
+    oracle = build_oracle(arguments.teacher, network, load_classifier, image_size, processor)
+    model = arguments.model.model
+    if arguments.teacher.teacher == "initial" and not knows_classes(model, splits.label_names):
+        raise ValueError(
+            f"`--teacher initial` would teach what a random classifier says, as `{model}` has none for these classes: "
+            "fine-tune it first, and pass that run as `--teacher`."
+        )
     teacher = build_teacher(arguments.teacher, network, processor, splits.label_names)
     for helper in (oracle, teacher):
         if helper is not None:

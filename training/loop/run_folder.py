@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ..screen import say
 from ..sharing.command import command_of_run
 from .checkpoints import (
     PARTIAL,
+    PREFIX,
     CheckpointError,
     NoCheckpointError,
     checkpoint_path,
@@ -60,6 +61,8 @@ RUN_FILES = (
 
 
 FOLDERS = ("model", "checkpoints", "export")
+# Of these, what is there before the first checkpoint.
+AT_THE_START = ("checkpoints", "metrics.jsonl", "arguments.yaml", "push.log", "non_finite.json")
 
 
 class OtherSettingsError(ValueError):
@@ -107,9 +110,18 @@ def checkpoint_to_resume(accelerator: Accelerator, arguments: TrainArguments) ->
         check_kinds(output_dir)
     if run.resume == "auto":
         newest = newest_checkpoint(output_dir / "checkpoints")
+        results = [name for name in left if name not in AT_THE_START]
+        if newest is None and results:
+            raise ValueError(
+                f"`{output_dir}` has no checkpoint to resume from, but holds {', '.join(results)}, which a run from "
+                "the beginning would delete: choose a different `--output-dir`, or pass `--overwrite` instead of "
+                "`--resume auto`."
+            )
         if newest is None and left:
             say(f"`{output_dir}` has no checkpoint yet: the run starts from the beginning.")
         return newest
+    if run.overwrite:
+        check_sources(arguments, {(output_dir / name).resolve() for name in left})
     named = None if run.resume is None else Path(run.resume)
     is_its_own = named is not None and named.resolve().parent.parent == output_dir.resolve()
     if left and not run.overwrite and not is_its_own:
@@ -118,6 +130,17 @@ def checkpoint_to_resume(accelerator: Accelerator, arguments: TrainArguments) ->
             "different `--output-dir`, or pass `--overwrite` to delete it."
         )
     return named
+
+
+def check_sources(arguments: TrainArguments, deleted: Collection[Path]) -> None:
+    """Check that `--overwrite` spares the models that the run starts from or learns from.
+
+    Raises: ValueError naming the flag.
+    """
+    sources = {name: getattr(arguments.teacher, name) for name in ("oracle", "teacher")}
+    for name, source in {"model": arguments.model.model, **sources}.items():
+        if source is not None and any(Path(source).resolve().is_relative_to(path) for path in deleted):
+            raise ValueError(f"`--overwrite` would delete `--{name} {source}`: choose a different `--output-dir`.")
 
 
 def check_kinds(output_dir: Path) -> None:
@@ -208,6 +231,12 @@ def resume(state: TrainingState, path: Path, arguments: TrainArguments, num_step
         raise OtherSettingsError(
             f"`--resume` from {path} with other {what} would be a different training:\n{table}\nTake the old ones, "
             "or pass `--resume-override` to resume anyway."
+        )
+    later = [one for one in path.parent.glob(f"{PREFIX}*") if one.name > path.name]
+    if (different or other_data) and later and path.resolve().parent == state.folder.resolve():
+        raise ValueError(
+            f"`{state.folder}` has checkpoints of later steps, which the run with other settings would be mixed with "
+            f"({', '.join(sorted(one.name for one in later))}): choose a different `--output-dir`, or delete them."
         )
     num_processes = old.num_processes  # before it becomes that of this run
     state.load(path, old, tensors)

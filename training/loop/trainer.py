@@ -26,7 +26,7 @@ from ..data.augmentation import training_transform
 from ..data.loaders import ImageLoader, evaluation_loader, training_loader
 from ..data.sampling import epoch_order
 from ..learning.models import load_classifier
-from ..learning.optimization import learning_rate_schedule
+from ..learning.optimization import learning_rate_schedule, warmup_steps
 from ..learning.sources import name_of
 from ..measuring.evaluation import (
     compare_keep_rates,
@@ -544,11 +544,32 @@ def describe(parts: Parts, state: TrainingState) -> str:
         else f"{len(parts.splits.train)} training and {len(parts.splits.evaluation)} evaluation images"
     )
     passes = parts.plan.accumulation_steps * state.progress.accumulation_factor
+    unreached = "".join(f"\n{sentence}" for sentence in never_reached(parts))
     return (
         f"{settings}\n{start}"
         f"{counts}, {num_labels} classes, {num_parameters / 1e6:.2f} M parameters{frozen}, layers "
         f"{tower.config.reorganization_layers} of {len(tower.layers)} reorganize at keep rate "
-        f"{in_words(target)}, {parts.macs(target) / 1e9:.4f} GMACs ({parts.macs(1.0) / 1e9:.4f} "
-        f"dense), learning rate {arguments.learning_rate:g}, {parts.num_steps} steps of {parts.plan.batch_size} "
-        f"images on {accelerator.num_processes} x {accelerator.device.type}, {passes} forward passes for each"
+        f"{in_words(target)}, inattentive tokens {tower.config.inattentive_tokens}, "
+        f"{parts.macs(target) / 1e9:.4f} GMACs ({parts.macs(1.0) / 1e9:.4f} dense), learning rate "
+        f"{arguments.learning_rate:g}, {parts.num_steps} steps of {parts.plan.batch_size} images on "
+        f"{accelerator.num_processes} x {accelerator.device.type}, {passes} forward passes for each"
+        f"{unreached}"
     )
+
+
+def never_reached(parts: Parts) -> list[str]:
+    """Sentences about schedules that would end only after the run."""
+    optimization, num_steps, schedule = parts.arguments.optimization, parts.num_steps, parts.keep_rates
+    sentences = []
+    if warmup_steps(optimization, parts.plan.steps_per_epoch, num_steps) >= num_steps:
+        sentences.append(
+            f"The learning rate never reaches its peak: `--warmup-epochs {optimization.warmup_epochs:g}` is no less "
+            "than the whole training."
+        )
+    last, target = schedule.highest_from(num_steps - 1), schedule.highest_from(10**12)
+    if last != target:
+        sentences.append(
+            f"The keep rate never reaches {in_words(target)}, at which the model is evaluated and saved: the training "
+            f"ends at {in_words(last)}, as `--keep-rate-dense-epochs` and `--keep-rate-shrink-epochs` are longer."
+        )
+    return sentences
