@@ -571,9 +571,11 @@ class EViTConfig(ViTConfig):
         if isinstance(config, cls) and config.model_type == cls.model_type and not changes:
             return config
         entries = copy.deepcopy({**config.to_dict(), "model_type": config.model_type})
+        entries.pop("auto_map", None)  # of a family's model that was reorganized
         own = cls.from_dict(cls._as_own(entries, type(config).__name__), **changes)
         own.name_or_path = config.name_or_path
-        own._attn_implementation = config._attn_implementation
+        implementation = config._attn_implementation
+        own._attn_implementation = implementation and implementation.removesuffix("_with_class_row")
         return own
 
     @classmethod

@@ -169,7 +169,12 @@ class KeepRateCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Count the optimizer steps of an epoch."""
-        _scheduled_modules(kwargs["model"])  # refuse other models before the first step
+        for module in _scheduled_modules(kwargs["model"]):  # refuse other models before the first step
+            if module.config.keep_rate is None:
+                raise ValueError(
+                    f"KeepRateCallback schedules a keep rate, but the model has `macs` {module.config.macs}: call "
+                    "`reorganize(model, keep_rate=0.7)` first, or leave out the callback."
+                )
         batches = kwargs["train_dataloader"]
         try:
             num_batches = len(batches)

@@ -64,7 +64,7 @@ from .token_reorganization import (
     reorganize_token_mask,
     scores_by_patch,
 )
-from .tokens_left import TokenPlan, scored_layers, scores_by_layer, token_plan
+from .tokens_left import TokenPlan, check_scores, scored_layers, scores_by_layer, token_plan
 
 
 logger = logging.get_logger(__name__)
@@ -599,6 +599,15 @@ class EViTPreTrainedModel(ViTPreTrainedModel):
             if isinstance(getattr(module, "config", None), EViTConfig):
                 module.config = config
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a configuration, which a model around this one may give it, reaches all parts."""
+        before = self.__dict__.get("config")
+        super().__setattr__(name, value)
+        if name == "config" and before is not None:
+            for module in self.modules():
+                if module.__dict__.get("config") is before:
+                    module.config = value
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -962,7 +971,8 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
         if not interpolate_pos_encoding:  # a plain number while tracing too
             num_patches = self.embeddings.patch_embeddings.num_patches
         plan = plan.for_images(num_patches, self.costs)
-        patch_scores = self._scores_by_layer(patch_scores, plan.layers, batch_size, num_patches)
+        patch_scores = scores_by_layer(patch_scores, plan.layers)
+        check_scores(patch_scores, batch_size, num_patches)
         token_mask = self._checked_token_mask(attention_mask, batch_size, num_patches)
         mask = self._attention_mask(hidden_states, token_mask)
 
@@ -1038,23 +1048,6 @@ class EViTModel(EViTPreTrainedModel, ViTModel):
         """
         is_for_all = mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[2] == 1)
         return self.config.num_prefix_tokens if is_for_all else None
-
-    def _scores_by_layer(
-        self,
-        patch_scores: torch.Tensor | Sequence[torch.Tensor] | None,
-        plan_layers: list[int],
-        batch_size: int,
-        num_patches: int,
-    ) -> dict[int, torch.Tensor]:
-        """Scores from outside, (batch_size, num_patches), by number of the reorganization layer that uses them."""
-        by_layer = scores_by_layer(patch_scores, plan_layers)
-        for scores in by_layer.values():
-            if tuple(scores.shape) != (batch_size, num_patches):
-                raise ValueError(
-                    f"`patch_scores` must be (batch_size, num_patches) = {(batch_size, num_patches)}, got "
-                    f"{tuple(scores.shape)}: give one score for each patch, none for the class token."
-                )
-        return by_layer
 
     def _checked_token_mask(
         self, attention_mask: torch.Tensor | None, batch_size: int, num_patches: int

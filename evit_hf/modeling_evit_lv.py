@@ -21,7 +21,7 @@ from .modeling_evit import (
 )
 from .pictures import as_rgb  # noqa: F401 (as above)
 from .short_cuts import plain_road_wanted  # noqa: F401 (as above)
-from .token_labelling import token_labelling_loss
+from .token_labelling import takes_part, token_labelling_loss
 from .token_reorganization import reorganize_tokens  # noqa: F401 (as above)
 from .tokens_left import TokensLeft  # noqa: F401 (as above)
 
@@ -120,6 +120,9 @@ class EViTLVModel(EViTLVPreTrainedModel, EViTModel):
 class EViTLVForImageClassification(EViTLVPreTrainedModel):
     """EViT on LV-ViT with a classifier on the class token and an auxiliary one on every image token."""
 
+    # The loss is a mean over the images of the call: `Trainer` has to divide by its accumulation steps itself.
+    accepts_loss_kwargs = False
+
     def __init__(self, config: EViTLVConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -133,21 +136,25 @@ class EViTLVForImageClassification(EViTLVPreTrainedModel):
         self,
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        token_labels: torch.Tensor | None = None,
+        token_targets: torch.Tensor | None = None,
         **kwargs: Unpack[EViTForwardKeywords],
     ) -> EViTLVImageClassifierOutput:
         """Classify images; arguments as in `EViTForImageClassification.forward`, and labels of patches.
 
         Args:
             pixel_values: (batch_size, num_channels, height, width).
-            labels: (batch_size,) class numbers or, in training, (batch_size, num_labels) probabilities; gives `loss`.
-            token_labels: (batch_size, num_patches, num_labels), probabilities by patch of the original grid, for the
-                loss in training; without them every patch has the label of its image.
+            labels: (batch_size,) class numbers or (batch_size, num_labels) probabilities; gives `loss`.
+            token_targets: (batch_size, num_patches, num_labels), probabilities by patch of the original grid, for the
+                loss in training; without them every patch has the label of its image. (`Trainer` would require
+                whatever is called a label.)
             **kwargs: see `EViTModel.forward`.
 
         Returns: `EViTLVImageClassifierOutput`.
         """
         outputs = self._backbone_outputs(pixel_values, prefix_tokens_only=False, **kwargs)
+        mask, patch_mask = kwargs.get("attention_mask"), None
+        if mask is not None:
+            patch_mask = mask[:, self.config.num_prefix_tokens :]
         cls_logits = self.classifier(outputs.last_hidden_state[:, 0])
         aux_logits = self.aux_classifier(outputs.last_hidden_state[:, self.config.num_prefix_tokens :])
         learns_token_labels = (
@@ -157,17 +164,26 @@ class EViTLVForImageClassification(EViTLVPreTrainedModel):
         )
         logits = cls_logits
         if not learns_token_labels:
-            is_fused = (outputs.patch_index < 0).unsqueeze(-1)
-            best = aux_logits.masked_fill(is_fused, float("-inf")).amax(dim=1)
-            # Where only fused tokens are left, the class token answers.
-            best = best.masked_fill(is_fused.all(dim=1), 0.0)
+            is_silent = ~takes_part(outputs.patch_index, patch_mask).unsqueeze(-1)
+            best = aux_logits.masked_fill(is_silent, float("-inf")).amax(dim=1)
+            # Where only fused or hidden tokens are left, the class token answers.
+            best = best.masked_fill(is_silent.all(dim=1), 0.0)
             logits = cls_logits + self.config.aux_logits_weight * best
 
         loss = None
         if labels is not None and learns_token_labels:
             loss = token_labelling_loss(
-                cls_logits, aux_logits, outputs.patch_index, labels, token_labels, counted_by=outputs.counted_by
+                cls_logits,
+                aux_logits,
+                outputs.patch_index,
+                labels,
+                token_targets,
+                counted_by=outputs.counted_by,
+                patch_mask=patch_mask,
             )
+        elif labels is not None and self.config.problem_type is None and labels.ndim == 2 and self.num_labels > 1:
+            # As in training; `loss_function` would take the labels for several of each image, and write that down.
+            loss = nn.functional.cross_entropy(logits, labels.to(logits.dtype))
         elif labels is not None:
             loss = self.loss_function(labels, logits, self.config, **kwargs)
         return EViTLVImageClassifierOutput(

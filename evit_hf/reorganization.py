@@ -49,7 +49,7 @@ from .token_reorganization import (
     follow_tokens,
     scores_by_patch,
 )
-from .tokens_left import Asked, TokensLeft, bias_of_pairs, tokens_of_a_pass
+from .tokens_left import Asked, TokensLeft, bias_of_pairs, check_scores, tokens_of_a_pass
 
 
 # Transformers' attention that also tells what the class token looks at, where a layer asks for it: by the name of the
@@ -66,6 +66,10 @@ CODE_FILES = (
     "short_cuts.py",
     "configuration_evit.py",
 )
+
+
+# What `save_pretrained` hands to `push_to_hub`.
+OF_PUSH = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
 
 def sdpa_with_class_row(
@@ -167,6 +171,7 @@ class ReorganizingLayer:
         number, num_image_tokens = self.layer_number, hidden_states.shape[1] - tokens.num_prefix_tokens
         if number == 0:
             tokens.plan, tokens.num_patches = tokens.plan.for_images(num_image_tokens, tokens.costs), num_image_tokens
+            check_scores(tokens.patch_scores, hidden_states.shape[0], num_image_tokens)
         plan, left = tokens.plan, tokens.entering(number)
         if left is not None:
             attention_mask, kwargs = self.follow_tokens(tokens, left.patch_index, attention_mask, kwargs)
@@ -199,6 +204,7 @@ class ReorganizingLayer:
                 token_sizes=left.token_sizes,
             )
             hidden_states = rearrange_tokens(hidden_states, choice, tokens.num_prefix_tokens)
+            tokens.chosen[number] = choice.attentive_index
             tokens.attentive_index[number] = follow_patches(left.patch_index, choice.attentive_index)
             tokens.image_tokens[number] = follow_tokens(left, plan.inattentive_tokens, *choice.tensors())
         elif number in plan.layers:
@@ -413,7 +419,7 @@ FAMILIES: dict[str, Family] = {
         "BeitLayer",
         BeitHalves,
         ("BeitModel", "BeitForImageClassification"),
-        pools_patches=lambda tower: tower.config.use_mean_pooling,
+        pools_patches=lambda tower: tower.config.use_mean_pooling and tower.pooler is not None,
     ),
     "timm_wrapper": Family(
         "Block|EvaBlock|EvaBlockPostNorm",
@@ -532,7 +538,9 @@ def reorganize(
             f"`attn_implementation` is {implementation!r}, which does not tell what the class token looks at: load "
             "the model with `attn_implementation='sdpa'`, which runs flash kernels on a GPU, or 'eager'."
         )
-    if not isinstance(layers[0], ReorganizingLayer):
+    if isinstance(layers[0], ReorganizingLayer):
+        _share_configuration(model, owner)
+    else:
         _own_configuration(model)
         if family.halves is TimmHalves:
             owner.__class__ = reorganizing_model_class(type(owner))
@@ -541,23 +549,42 @@ def reorganize(
             layer.layer_number = number
         owner.training_keep_rate = None  # the rate of a schedule, see `KeepRateCallback`
         owner.costs = _costs(owner, layers, family)
-        for module in path:
-            names = tuple(inspect.signature(type(module).forward).parameters)[1:]
-            start = functools.partial(_start, owner=owner, names=names)
-            module.register_forward_pre_hook(start, with_kwargs=True)
-            module.register_forward_hook(_finish, with_kwargs=True)
-        if getattr(owner, "pooler", None) is not None and family.pools_patches(owner):
+        if family.pools_patches(owner):
             owner.register_forward_hook(functools.partial(_weigh_patches, pools=True), with_kwargs=True)
-        elif len(path) > 1 and "Classification" in type(model).__name__:
-            path[1].register_forward_hook(functools.partial(_weigh_patches, pools=False), with_kwargs=True)
-        if isinstance(model, PreTrainedModel):
-            model.config.auto_map = {name: "reorganization.ReorganizedAutoModel" for name in _auto_classes(model)}
-            model.save_pretrained = functools.partial(_save_pretrained, model.save_pretrained)
+    _hand_tokens_on(model, owner, path, family)
     config = owner.config
     for name, value in settings.items():
         setattr(config, name, value)
     config._attn_implementation = WITH_CLASS_ROW.get(implementation, implementation)
     return model
+
+
+def _hand_tokens_on(model: nn.Module, owner: nn.Module, path: Sequence[nn.Module], family: Family) -> None:
+    """Let the models around the layers hand the tokens of a pass on, weigh averages, and be saved with the settings.
+
+    Those that do already, since they or a part of them were reorganized before, stay as they are.
+
+    Args:
+        model: the outermost.
+        owner: of the layers.
+        path: the models on the way to the owner, from the outside in.
+        family: of the layers.
+    """
+    new = [module for module in path if not hasattr(module, "hands_tokens_on")]
+    for module in new:
+        names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        start = functools.partial(_start, owner=owner, names=names)
+        module.register_forward_pre_hook(start, with_kwargs=True)
+        module.register_forward_hook(_finish, with_kwargs=True)
+        module.hands_tokens_on = True
+    if model not in new or not isinstance(model, PreTrainedModel):
+        return
+    if family.halves is TimmHalves and "Classification" not in type(model).__name__:
+        model.register_forward_hook(_weigh_pooled, with_kwargs=True)
+    elif len(path) > 1 and "Classification" in type(model).__name__ and not family.pools_patches(owner):
+        path[1].register_forward_hook(functools.partial(_weigh_patches, pools=False), with_kwargs=True)
+    model.config.auto_map = {name: "reorganization.ReorganizedAutoModel" for name in _auto_classes(model)}
+    model.save_pretrained = functools.partial(_save_pretrained, model.save_pretrained)
 
 
 def _costs(owner: nn.Module, layers: Sequence[nn.Module], family: Family) -> TowerCosts:
@@ -706,6 +733,21 @@ def _own_configuration(model: PreTrainedModel) -> None:
                 setattr(module, name, memo[id(value)])
 
 
+def _share_configuration(model: nn.Module, owner: nn.Module) -> None:
+    """Let the layers read the configuration that the whole model is saved with.
+
+    A part of a model that was reorganized by itself has its own.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return
+    own = owner.config
+    parts = (model.config, *vars(model.config).values())
+    shared = next((part for part in parts if getattr(part, "model_type", None) == own.model_type), own)
+    for module in model.modules():
+        if vars(module).get("config") is own:
+            module.config = shared
+
+
 def _auto_classes(model: PreTrainedModel) -> list[str]:
     """Names of the Auto classes of Transformers that build models of this class."""
     names = ("AutoModel", "AutoModelForImageClassification", "AutoModelForVideoClassification")
@@ -715,14 +757,22 @@ def _auto_classes(model: PreTrainedModel) -> list[str]:
     return [name for name, entry in found.items() if type(model) in (entry if isinstance(entry, tuple) else [entry])]
 
 
-def _save_pretrained(save: Callable[..., Any], save_directory: str | os.PathLike[str], **kwargs: Any) -> Any:
+def _save_pretrained(
+    save: Callable[..., Any], save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+) -> Any:
     """Save a reorganized model with the code that reorganizes it for those who load it with `trust_remote_code=True`.
 
-    By default Transformers writes names of older versions, which its `Trainer` does not find when it resumes.
+    By default Transformers writes names of older versions, which its `Trainer` does not find when it resumes. It would
+    also push before the code is there.
     """
-    result = save(save_directory, **{"save_original_format": False, **kwargs})
+    pushes = kwargs.pop("push_to_hub", False)
+    of_push = {name: kwargs.pop(name) for name in OF_PUSH if pushes and name in kwargs}
+    result = save(save_directory, *args, **{"save_original_format": False, **kwargs})
     for name in CODE_FILES:
         shutil.copyfile(Path(__file__).with_name(name), Path(save_directory) / name)
+    if pushes and kwargs.get("is_main_process", True):
+        repo_id = of_push.pop("repo_id", Path(save_directory).name)
+        save.__self__.push_to_hub(repo_id, **of_push)
     return result
 
 
@@ -850,19 +900,32 @@ def _finish(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ou
         output.counted_by = counted_by if left is None else left.counted_by
 
 
-def _weigh_patches(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, pools: bool) -> None:
+def _weigh_patches(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, pools: bool) -> Any:
     """After the forward of a model whose patches are averaged: weigh the tokens that are left by their sizes.
 
     Each patch gets the features of the token that counts it, and the average is that of the family. So is a pooling
     layer of the module's own, which is called again; otherwise the average comes in the classifier around it.
     """
-    if not isinstance(output, ModelOutput):
-        return
-    features = kwargs["tokens"].on_whole_grid(output.last_hidden_state)
+    features = kwargs["tokens"].on_whole_grid(output[0])
+    if not isinstance(output, ModelOutput):  # with `return_dict=False`
+        return (output[0], module.pooler(features), *output[2:]) if pools else (features, *output[1:])
     if pools:
         output.pooler_output = module.pooler(features)
     else:
         output.last_hidden_state = features
+    return output
+
+
+def _weigh_pooled(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """After the forward of timm's model without its classifier: weigh the patches that it averages by their sizes."""
+    tokens, features = kwargs["tokens"], output[0]
+    if not module.config.do_pooling or tokens.plan.inattentive_tokens != "counted":
+        return output
+    pooled = module.timm_model.forward_head(tokens.on_whole_grid(features))
+    if not isinstance(output, ModelOutput):
+        return (features, pooled, *output[2:])
+    output.pooler_output = pooled
+    return output
 
 
 __all__ = ["FAMILIES", "REFUSED", "ReorganizingLayer", "TokensLeft", "families", "reorganize"]

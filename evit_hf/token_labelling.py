@@ -71,6 +71,19 @@ def random_mix_box(grid: tuple[int, int], alpha: float = 1.0) -> tuple[int, int,
     return start[0], start[1], max(stop[0] - start[0], 0), max(stop[1] - start[1], 0)
 
 
+def takes_part(patch_index: torch.Tensor, patch_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Which tokens are patches that are not hidden.
+
+    Args:
+        patch_index: (batch_size, num_image_tokens_left), original patch position of each token, -1 for a fused token.
+        patch_mask: (batch_size, num_patches), 0 or False where a patch is hidden; None for none.
+
+    Returns: (batch_size, num_image_tokens_left), bool.
+    """
+    is_patch = patch_index >= 0
+    return is_patch if patch_mask is None else is_patch & (patch_mask.gather(1, patch_index.clamp(min=0)) != 0)
+
+
 def token_labelling_loss(
     cls_logits: torch.Tensor,
     aux_logits: torch.Tensor,
@@ -80,6 +93,7 @@ def token_labelling_loss(
     class_weight: float = 1.0,
     dense_weight: float = 1.0,
     counted_by: torch.Tensor | None = None,
+    patch_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of the class token plus the mean cross-entropy of the image tokens that are left.
 
@@ -96,6 +110,7 @@ def token_labelling_loss(
         counted_by: (batch_size, num_patches), which of the tokens left counts each patch, as in a model's output. The
             second term is then the mean over all patches, each answered by the token that counts it: a token learns
             the mean label of what it counts, with a weight in proportion to its size.
+        patch_mask: (batch_size, num_patches), 0 or False where a patch is hidden and takes no part; None for none.
 
     Returns: scalar.
     """
@@ -112,9 +127,9 @@ def token_labelling_loss(
         targets = token_targets.gather(1, index)
     class_loss = nn.functional.cross_entropy(cls_logits, class_targets)
     token_losses = -(targets * aux_logits.log_softmax(dim=-1)).sum(dim=-1)
-    is_patch = patch_index >= 0
+    is_patch = takes_part(patch_index, patch_mask)
     dense_loss = token_losses.masked_fill(~is_patch, 0.0).sum() / is_patch.sum().clamp(min=1)
     return class_weight * class_loss + dense_weight * dense_loss
 
 
-__all__ = ["mix_targets", "mix_tokens", "random_mix_box", "token_labelling_loss"]
+__all__ = ["mix_targets", "mix_tokens", "random_mix_box", "takes_part", "token_labelling_loss"]

@@ -195,8 +195,7 @@ def trace_tokens(
     tower = tower_of(model)
     if not tower.is_reorganized:
         raise ValueError(f"`{type(model).__name__}` gives up no tokens: call `reorganize(model)` first.")
-    patch_height, patch_width = tower.patch_size
-    grid = (pixel_values.shape[-2] // patch_height, pixel_values.shape[-1] // patch_width)
+    grid = tower.patch_grid(pixel_values.shape[-2:])
     stages: list[Stage] = []
     layers = token_plan(tower.config, len(tower.layers), keep_rate, macs).layers
     with _Follower(tower, stages.append, wants_attention=True, layers=layers):
@@ -275,7 +274,7 @@ class ReshapeTransform:
         tower = tower_of(model)
         if not tower.is_reorganized:
             raise ValueError(f"`{type(model).__name__}` gives up no tokens: call `reorganize(model)` first.")
-        self._patch_size, self._num_prefix_tokens = tower.patch_size, tower.num_prefix_tokens
+        self._patch_grid, self._num_prefix_tokens = tower.patch_grid, tower.num_prefix_tokens
         self._grid = (0, 0)
         # Patch positions of this forward's tokens by their number, which shrinks with each reorganization.
         self._patches: dict[int, torch.Tensor] = {}
@@ -310,8 +309,7 @@ class ReshapeTransform:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         pixel_values = args[0] if args else next(kwargs[name] for name in ("pixel_values", "x") if name in kwargs)
-        height, width = pixel_values.shape[-2:]
-        self._grid = (height // self._patch_size[0], width // self._patch_size[1])
+        self._grid = self._patch_grid(pixel_values.shape[-2:])
         num_patches = self._grid[0] * self._grid[1]
         every = torch.arange(num_patches, device=pixel_values.device).expand(len(pixel_values), -1)
         self._patches = {self._num_prefix_tokens + num_patches: every}
@@ -385,8 +383,7 @@ class _Follower:
         tokens, patch_index = kwargs.get("tokens"), self._patch_index
         if tokens is not None:
             hidden_states, attention = output, tokens.class_attention.get(number)
-            kept = tokens.attentive_index.get(number)
-            index = None if kept is None else _positions_of(kept, patch_index)
+            index = tokens.chosen.get(number)
         else:
             hidden_states, attention, *choice = output if isinstance(output, tuple) else (output, None)
             index = choice[0] if choice else None
@@ -396,11 +393,6 @@ class _Follower:
         stage = Stage(number, patch_index, attention.detach() if self.wants_attention else attention, index, fuses)
         self._patch_index = stage.patches_left
         self.tell(stage)
-
-
-def _positions_of(kept_patches: torch.Tensor, patch_index: torch.Tensor) -> torch.Tensor:
-    """Positions of kept tokens among those of which `patch_index` has the places in the patch grid."""
-    return (kept_patches.unsqueeze(2) == patch_index.unsqueeze(1)).int().argmax(dim=2)
 
 
 __all__ = ["ReshapeTransform", "Stage", "TokenTrace", "attention_rollout", "tokens_on_grid", "trace_tokens"]

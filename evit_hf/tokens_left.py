@@ -112,6 +112,8 @@ def scores_by_layer(
         patch_scores: (batch_size, num_patches), one such tensor for each of the layers, or None.
         layers: that reorganize their tokens.
 
+    Returns: floating point, also of a mask of ones and zeros.
+
     Raises: ValueError for a wrong number of tensors.
     """
     if patch_scores is None:
@@ -122,7 +124,20 @@ def scores_by_layer(
             f"`patch_scores` has {len(scores)} tensors but there are {len(layers)} reorganization layers: pass one "
             "tensor for all of them, or one for each."
         )
-    return dict(zip(layers, scores, strict=True))
+    return {layer: one if one.is_floating_point() else one.float() for layer, one in zip(layers, scores, strict=True)}
+
+
+def check_scores(by_layer: dict[int, torch.Tensor], batch_size: int, num_patches: int) -> None:
+    """Check that scores from outside are one for each patch of each image.
+
+    Raises: ValueError for another shape.
+    """
+    for scores in by_layer.values():
+        if tuple(scores.shape) != (batch_size, num_patches):
+            raise ValueError(
+                f"`patch_scores` must be (batch_size, num_patches) = {(batch_size, num_patches)}, got "
+                f"{tuple(scores.shape)}: give one score for each patch, none for the class token."
+            )
 
 
 @dataclass
@@ -141,6 +156,7 @@ class TokensLeft:
         scored_layers: layers whose class token attention is asked for.
         num_patches: of the whole image; the first layer says.
         class_attention: that attention, (batch_size, num_image_tokens), by layer number.
+        chosen: kept tokens as positions among the layer's image tokens, by number of a layer that gave up some.
         attentive_index: kept tokens as positions in the patch grid, by layer number; -1 for an earlier fused token.
         image_tokens: those that leave a layer, by layer number; without the layers that all patches leave, in order.
         by_stage: see `of_stage`.
@@ -154,6 +170,7 @@ class TokensLeft:
     scored_layers: tuple[int, ...] = ()
     num_patches: int = 0
     class_attention: dict[int, torch.Tensor] = field(default_factory=dict)
+    chosen: dict[int, torch.Tensor] = field(default_factory=dict)
     attentive_index: dict[int, torch.Tensor] = field(default_factory=dict)
     image_tokens: dict[int, ImageTokens] = field(default_factory=dict)
     by_stage: dict[tuple[str, int], Any] = field(default_factory=dict)

@@ -95,6 +95,8 @@ class Tower:
         size = self.image_size if image_size is None else height_and_width(image_size)
         if size is None:
             raise ValueError(f"`image_size` must be given: a model of type '{self.config.model_type}' names none.")
+        if isinstance(self.config, EViTConfig):  # whose stem may round up
+            return self.config.patch_grid(size)
         return size[0] // self.patch_size[0], size[1] // self.patch_size[1]
 
 

@@ -113,6 +113,12 @@ def test_other_models_are_refused(tmp_path, tiny_config):
         )
 
 
+def test_models_with_a_share_of_operations_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path, tiny_config_with(keep_rate=None, macs=1.0), [KeepRateCallback(0, 1)])
+    with pytest.raises(ValueError, match=r"schedules a keep rate, but the model has `macs` 1\.0"):
+        trainer.train()
+
+
 def test_per_layer_targets_in_trainer(tmp_path):
     config = tiny_config_with(keep_rate=[0.9, 0.7, 0.5])
     trainer = make_trainer(tmp_path, config, [KeepRateCallback(0, 1)], num_train_epochs=1, save_strategy="no")

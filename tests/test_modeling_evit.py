@@ -7,7 +7,13 @@ import torch
 from conftest import tiny_config_with
 from golden import official_cases, official_names, official_state_dict, official_tensors
 from reference import reorganize_slowly
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import (
+    GPT2Config,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from evit_hf import (
     EViTConfig,
@@ -937,3 +943,24 @@ def test_counted_tokens_compile_into_one_graph(larger_images):
     output = torch.compile(model, backend="aot_eager", fullgraph=True)(larger_images)
     torch.testing.assert_close(output.logits, expected.logits)
     assert torch.equal(output.counted_by, expected.counted_by)
+
+
+@torch.no_grad()
+def test_a_mask_of_ones_and_zeros_chooses_whatever_its_dtype():
+    torch.manual_seed(0)
+    model, images = EViTForImageClassification(tiny_config_with()).eval(), torch.rand(2, 3, 32, 32)
+    mask = torch.rand(2, 16) > 0.5
+    expected = model(images, patch_scores=mask.float())
+    for scores in (mask, mask.long()):
+        assert torch.equal(model(images, patch_scores=scores).logits, expected.logits)
+
+
+@torch.no_grad()
+def test_an_encoder_of_a_larger_model_has_one_configuration(tmp_path):
+    decoder = GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=20, add_cross_attention=True, is_decoder=True)
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(tiny_config_with(), decoder)
+    VisionEncoderDecoderModel(config=config).save_pretrained(tmp_path)
+    encoder = VisionEncoderDecoderModel.from_pretrained(tmp_path).eval().encoder
+    assert all(module.config is encoder.config for module in encoder.modules() if hasattr(module, "config"))
+    encoder.set_attn_implementation("eager")
+    assert len(encoder(torch.rand(1, 3, 32, 32), output_attentions=True).attentions) == 4

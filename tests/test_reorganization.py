@@ -1,6 +1,7 @@
 import copy
 import functools
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -10,10 +11,21 @@ import torch
 import transformers
 from conftest import run_python
 from transformers import ViTConfig
-from vision_families import CASES, EXAMPLE, HAS_NEW_TIMM, LAYERS, TIMM_CASES, build, inputs, reference, timm_model
+from vision_families import (
+    CASES,
+    EXAMPLE,
+    HAS_NEW_TIMM,
+    LAYERS,
+    SIZES,
+    TIMM_CASES,
+    build,
+    inputs,
+    reference,
+    timm_model,
+)
 
 from evit_hf import EViTConfig, EViTForImageClassification, KeepRateCallback, families, reorganize
-from evit_hf.reorganization import FAMILIES, ReorganizingLayer
+from evit_hf.reorganization import FAMILIES, ReorganizingLayer, find_tower
 from evit_hf.towers import tower_of
 
 
@@ -191,6 +203,75 @@ def test_averages_over_patches_weigh_tokens_by_size(case):
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_averages_weigh_tokens_by_size_however_a_model_is_called():
+    config = transformers.BeitConfig(**SIZES, use_mean_pooling=True, vocab_size=10, initializer_range=0.2)
+    beit, images = reorganize(transformers.BeitModel(config).eval(), macs=0.7), inputs("vit")["pixel_values"]
+    torch.testing.assert_close(beit(images, return_dict=False)[1], beit(images).pooler_output)
+    dinov2 = transformers.BeitForImageClassification(config).eval()
+    reorganize(dinov2, macs=0.7)
+    torch.testing.assert_close(dinov2(images, return_dict=False)[0], dinov2(images).logits)
+
+
+@pytest.mark.skipif(not HAS_NEW_TIMM, reason="older versions of timm have other models")
+@torch.no_grad()
+def test_timm_in_transformers_without_its_classifier_weighs_tokens_by_size():
+    sizes = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "global_pool": "avg"}
+    config = transformers.TimmWrapperConfig(
+        architecture="eva02_tiny_patch14_224", do_pooling=True, num_labels=5, model_args=sizes
+    )
+    model = reorganize(transformers.TimmWrapperModel(config).eval(), macs=0.7)
+    images = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(model(images).pooler_output, model.timm_model(images))
+    torch.testing.assert_close(model(images, return_dict=False)[1], model.timm_model(images))
+
+
+@pytest.mark.parametrize("case", installed("dinov2", "beit", "clip-classifier"))
+@torch.no_grad()
+def test_a_model_whose_part_was_reorganized_first_is_like_any(case, tmp_path):
+    whole = build(case)
+    in_parts = copy.deepcopy(whole)
+    reorganize(whole, macs=0.8)
+    _, path, _ = find_tower(in_parts)
+    reorganize(path[1], macs=0.9)
+    reorganize(in_parts, macs=0.8)
+    output, other = whole(**inputs(case)), in_parts(**inputs(case))
+    torch.testing.assert_close(output.logits, other.logits, rtol=0, atol=0)
+    assert torch.equal(output.attentive_index[0], other.attentive_index[0])
+    in_parts.save_pretrained(tmp_path)
+    saved = reorganize(type(in_parts).from_pretrained(tmp_path).eval())
+    torch.testing.assert_close(saved(**inputs(case)).logits, output.logits)
+
+
+@torch.no_grad()
+def test_scores_of_other_shapes_are_refused_and_masks_are_scores():
+    model, images = reorganized("vit-classifier"), inputs("vit-classifier")["pixel_values"]
+    scores = torch.rand(len(images), 36)
+    for wrong in (torch.rand(len(images), 37), torch.rand(len(images) + 1, 36), scores[:1]):
+        with pytest.raises(ValueError, match=r"`patch_scores` must be \(batch_size, num_patches\) = .*, got"):
+            model(images, patch_scores=wrong)
+    for mask in (scores > 0.3, (scores > 0.3).long()):
+        of_mask, of_numbers = (model(images, patch_scores=one) for one in (mask, mask.float()))
+        assert torch.equal(of_mask.attentive_index[-1], of_numbers.attentive_index[-1])
+
+
+def test_pushing_while_saving_takes_the_code_along(tmp_path):
+    model, seen = reorganized("vit"), []
+    model.push_to_hub = lambda repo_id, **settings: seen.append((repo_id, settings, {*os.listdir(tmp_path / "m")}))
+    model.save_pretrained(tmp_path / "m", push_to_hub=True, repo_id="org/name", private=True)
+    model.save_pretrained(tmp_path / "m", True)
+    ((repo_id, settings, files),) = seen
+    assert (repo_id, settings) == ("org/name", {"private": True})
+    assert {"reorganization.py", "config.json", "model.safetensors"} <= files
+
+
+def test_a_configuration_of_a_reorganized_vit_makes_an_evit():
+    config = EViTConfig.from_config(reorganized("vit-classifier").config, macs=None, keep_rate=0.7)
+    assert config._attn_implementation == "sdpa"
+    assert "reorganization" not in str(config.to_dict().get("auto_map"))
+    EViTForImageClassification(config).eval()(**inputs("vit-classifier"))
+
+
 def test_rotary_positions_follow_tokens(monkeypatch):
     model = reorganized("dinov3")
     expected = model(**inputs("dinov3")).last_hidden_state

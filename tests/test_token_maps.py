@@ -4,9 +4,17 @@ import pytest
 import torch
 from conftest import tiny_config_with
 from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
 from vision_families import CASES, HAS_DINOV2, LAYERS, build, inputs
 
-from evit_hf import EViTForImageClassification, EViTLVConfig, EViTLVForImageClassification, EViTModel, reorganize
+from evit_hf import (
+    EViTConfig,
+    EViTForImageClassification,
+    EViTLVConfig,
+    EViTLVForImageClassification,
+    EViTModel,
+    reorganize,
+)
 from evit_hf.token_maps import ReshapeTransform, attention_rollout, tokens_on_grid, trace_tokens
 from evit_hf.towers import tower_of
 
@@ -37,6 +45,31 @@ def tiny_lv():
         keep_rate=0.6,
     )
     return EViTLVForImageClassification(config).eval()
+
+
+@torch.no_grad()
+def test_several_fused_tokens_are_told_apart_in_families_as_in_evit():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 64}
+    vit = ViTForImageClassification(ViTConfig(**sizes, image_size=64, patch_size=8, initializer_range=0.3)).eval()
+    layers = {"keep_rate": 0.8, "reorganization_layers": [0, 1, 2, 3, 4]}
+    evit = EViTForImageClassification(EViTConfig.from_config(vit.config, **layers)).eval()
+    evit.load_state_dict(vit.state_dict())
+    images = torch.rand(8, 3, 64, 64)
+    one, other = trace_tokens(evit, images), trace_tokens(reorganize(vit, **layers), images)
+    assert (one.output.patch_index < 0).sum(1).max() > 1
+    for i in range(5):
+        assert torch.equal(one.stages[i].attentive_index, other.stages[i].attentive_index)
+        torch.testing.assert_close(one.attention(i), other.attention(i), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.fused_weights(i), other.fused_weights(i), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_image_one_pixel_short_has_the_grid_of_the_stem():
+    model, images = tiny_lv(), torch.rand(2, 3, 31, 31)
+    trace = trace_tokens(model, images, interpolate_pos_encoding=True)
+    assert trace.grid == (4, 4)
+    assert trace.kept(0).shape == (2, 4, 4)
 
 
 def test_tokens_go_back_to_their_places():
