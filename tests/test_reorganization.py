@@ -213,7 +213,6 @@ def test_averages_weigh_tokens_by_size_however_a_model_is_called():
     torch.testing.assert_close(dinov2(images, return_dict=False)[0], dinov2(images).logits)
 
 
-@pytest.mark.skipif(not HAS_NEW_TIMM, reason="older versions of timm have other models")
 @torch.no_grad()
 def test_timm_in_transformers_without_its_classifier_weighs_tokens_by_size():
     sizes = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "global_pool": "avg"}
