@@ -25,7 +25,7 @@ def upright(image: "Image.Image") -> "Image.Image":
         image.load()  # raises if it was the picture
         turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # orientation of a camera: `Image.Transpose`
         try:
-            turn = turns.get(image.getexif().get(0x0112))
+            turn = turns.get(image.getexif().get(0x0112, 1))
         except Exception:  # the EXIF says nothing
             turn = None
         image = image.copy() if turn is None else image.transpose(Image.Transpose(turn))
