@@ -100,11 +100,17 @@ def decoded(value: dict[str, Any], place: str, roots: Sequence[str] | None = Non
     except BadImageError:
         raise
     except Exception as error:  # decoders have many
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in OF_THE_MACHINE:
+        if is_of_the_machine(error):
             raise
         file = f" ({path})" if path else ""
         reason = " ".join(str(error).split())
         raise BadImageError(f"{place}{file} cannot be decoded: {type(error).__name__}: {reason}") from None
+
+
+def is_of_the_machine(error: Exception) -> bool:
+    """Whether an error says that memory, shared memory or file handles ran out, and nothing about an image."""
+    is_shared_memory = "/torch_" in str(error) or "shared memory" in str(error)
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) in OF_THE_MACHINE or is_shared_memory
 
 
 def is_inside(path: str, roots: Sequence[str] | None) -> bool:
