@@ -459,11 +459,6 @@ class TrainArguments:
                 optimization.mix_token and (augmentation.mixup or augmentation.cutmix),
                 "`--mix-token` mixes images already: leave out `--mixup` and `--cutmix`.",
             ),
-            (
-                0 < self.learning_rate < optimization.min_learning_rate,
-                f"`--min-learning-rate` {optimization.min_learning_rate:g} is above the peak of "
-                f"{self.learning_rate:g}, so that the learning rate would rise: lower it, or raise `--learning-rate`.",
-            ),
             (self.teacher.oracle == "initial" and not model.model, f"`--oracle initial` {needs_model}"),
             (self.teacher.teacher == "initial" and not model.model, f"`--teacher initial` {needs_model}"),
             (

@@ -566,6 +566,11 @@ def never_reached(parts: Parts) -> list[str]:
             f"The learning rate never reaches its peak: `--warmup-epochs {optimization.warmup_epochs:g}` is no less "
             "than the whole training."
         )
+    if 0 < parts.arguments.learning_rate < optimization.min_learning_rate:
+        sentences.append(
+            f"The learning rate rises after its peak of {parts.arguments.learning_rate:g}: `--min-learning-rate` "
+            f"{optimization.min_learning_rate:g} is above it."
+        )
     last, target = schedule.highest_from(num_steps - 1), schedule.highest_from(10**12)
     if last != target:
         sentences.append(
