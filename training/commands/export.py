@@ -59,12 +59,11 @@ class ExportArguments:
         1.0, "Points of accuracy that int8 may cost; more ends with status 3.", NOT_NEGATIVE
     )
 
-    def check_int8(self, given: Collection[str], of_data: Collection[str]) -> None:
+    def check_int8(self, given: Collection[str]) -> None:
         """Refuse what only other kinds of int8 would use, and int8 that cannot be.
 
         Args:
             given: names of the settings on the command line.
-            of_data: names of those that say where images are.
 
         Raises: ValueError naming a flag.
         """
@@ -74,14 +73,14 @@ class ExportArguments:
             )
         if self.int8 == "static" and self.keep_rate_input:
             raise ValueError("`--int8 static` calibrates one keep rate: leave out `--keep-rate-input`.")
-        for names, kinds in (
-            ([*of_data, "max_accuracy_drop"], ("dynamic", "static")),
-            (["calibration_images"], ("static",)),
-        ):
-            for name in sorted(set(names) & set(given)):
-                if self.int8 not in kinds:
-                    ways = " or ".join(f"`--int8 {kind}`" for kind in kinds)
-                    raise ValueError(f"`{flag(name)}` is only used with {ways}: leave it out.")
+        used = {
+            name: ("dynamic", "static") for name in (*(one.name for one in fields(DataArguments)), "max_accuracy_drop")
+        }
+        used["calibration_images"] = ("static",)
+        for name in sorted(used.keys() & given):
+            if self.int8 not in used[name]:
+                ways = " or ".join(f"`--int8 {kind}`" for kind in used[name])
+                raise ValueError(f"`{flag(name)}` is only used with {ways}: leave it out.")
 
 
 @command("export")
@@ -98,7 +97,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("model", help="Model folder, run folder or Hub id.")
     parser.add_argument("dest", type=Path, help="Folder to write; it must not exist or be empty.")
     (arguments, data), rest, given = parser.parse(argv)
-    arguments.check_int8(given, {one.name for one in fields(DataArguments)})
+    arguments.check_int8(given)
     check_new_folder(rest.dest)
     from ..learning.sources import resolve_model
 

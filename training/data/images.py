@@ -28,6 +28,8 @@ with contextlib.suppress(ImportError):
 
 # Errors that say nothing about an image: it must not be skipped for them.
 OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+# What PyTorch says where shared memory is full.
+SHARED_MEMORY = ("/torch_", "shared memory")
 
 DatasetLike: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
@@ -109,7 +111,7 @@ def decoded(value: dict[str, Any], place: str, roots: Sequence[str] | None = Non
 
 def is_of_the_machine(error: Exception) -> bool:
     """Whether an error says that memory, shared memory or file handles ran out, and nothing about an image."""
-    is_shared_memory = "/torch_" in str(error) or "shared memory" in str(error)
+    is_shared_memory = any(sign in str(error) for sign in SHARED_MEMORY)
     return isinstance(error, MemoryError) or getattr(error, "errno", None) in OF_THE_MACHINE or is_shared_memory
 
 

@@ -18,7 +18,14 @@ from transformers import BaseImageProcessor
 from ..arguments import TrainArguments
 from ..screen import say
 from .augmentation import ProcessorTransform
-from .images import EvaluationImages, ImageSplits, StreamedEvaluationImages, StreamedTrainingImages, TrainingImages
+from .images import (
+    SHARED_MEMORY,
+    EvaluationImages,
+    ImageSplits,
+    StreamedEvaluationImages,
+    StreamedTrainingImages,
+    TrainingImages,
+)
 from .sampling import EvaluationBatches, StepPlan, TrainingBatches
 
 
@@ -113,7 +120,7 @@ DIED = "A process that loads images died: take fewer `--num-workers` if memory r
 WAYS_OUT = {
     ("Too many open files", "received 0 items of ancdata"): "There are too many open files: raise the limit "
     "(`ulimit -n 65536`), or take fewer `--num-workers`",
-    ("Bus error", "/torch_", "shared memory"): "Shared memory (/dev/shm), through which loading processes hand over "
+    ("Bus error", *SHARED_MEMORY): "Shared memory (/dev/shm), through which loading processes hand over "
     "images, is full: enlarge it (`docker run --shm-size 8g`), or take fewer `--num-workers`; 0 does without",
     ("killed by signal", "exited unexpectedly"): DIED,
     ("Cannot allocate memory", "can't allocate memory", "MemoryError"): "Memory ran out while images were loaded: "

@@ -571,7 +571,10 @@ def never_reached(parts: Parts) -> list[str]:
             f"The learning rate rises after its peak of {parts.arguments.learning_rate:g}: `--min-learning-rate` "
             f"{optimization.min_learning_rate:g} is above it."
         )
-    last, target = schedule.highest_from(num_steps - 1), schedule.highest_from(10**12)
+    last, target = (
+        schedule.highest_from(num_steps - 1),
+        schedule.highest_from(schedule.dense_steps + schedule.shrink_steps),
+    )
     if last != target:
         sentences.append(
             f"The keep rate never reaches {in_words(target)}, at which the model is evaluated and saved: the training "

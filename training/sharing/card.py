@@ -153,22 +153,19 @@ class FinishedRun:
     def kept(self) -> str:
         """Share of the patches that the model keeps, or one for each layer."""
         shares = f"the share{'s' * isinstance(self.keep_rate, list)} {rate_in_words(self.keep_rate)}"
-        return shares if self.budget is self.keep_rate else f"{shares} ({self.budget})"
+        return f"{shares} ({self.budget})" if isinstance(self.budget, Macs) else shares
 
     @property
     def schedule(self) -> str:
         """Keep rates of the training, in words."""
         dense, shrink = self.settings["keep_rate_dense_epochs"], self.settings["keep_rate_shrink_epochs"]
         rates, done = self.settings.get("keep_rate_range"), self.record.get("num_epochs")
-        target = (
-            f"a rate drawn between {rates[0]:g} and {rates[1]:g} in each step"
-            if rates
-            else budget_in_words(self.budget)
-        )
+        drawn = rates and f"a rate drawn between {rates[0]:g} and {rates[1]:g} in each step"
+        target = drawn or budget_in_words(self.budget)
         phases = [f"keep rate 1.0 for {_epochs(dense)}"] if dense else []
         phases += [f"a cosine over {_epochs(shrink)}"] if shrink else []
         if not phases:
-            return target if rates else f"{target} from the first step on"
+            return drawn or f"{target} from the first step on"
         is_cut = done is not None and done < dense + shrink
         end = f"; the training ended after {_epochs(done)}, before that" if is_cut else ""
         return f"{', '.join(phases)}, then {target}{end}"
